@@ -1,0 +1,111 @@
+"""Masking: the sub-model sees a random part of the cells of each image (arXiv 2306.11339, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from augsub.augmentation import SubModelAugmentation
+from augsub.registry import register
+from augsub.views import Images, StemFeatures, Tokens
+
+DEFAULT_CELL = 32  # pixels; Swin's 7 x 7 cells at 224 px, as in masked image modelling (SimMIM)
+SITE_OF_MODE = {"drop_tokens": "tokens", "mask_token": "stem", "zero_pixels": "image"}
+
+
+@register("masking")
+class Masking(SubModelAugmentation):
+    """Hide `ratio` of the cells of every image, drawn anew per sample.
+
+    By default in the cheapest way that the model allows: remove patch tokens, else replace stem
+    features by a learnable mask token, else set input pixels to zero. Ratio 0 equals the main model.
+
+    Args:
+        ratio: share of hidden cells in [0, 1); int(L * (1 - ratio)) of L cells stay visible.
+        cell: side of a square cell in pixels for ``mask_token`` and ``zero_pixels`` (default 32);
+            with ``drop_tokens`` a cell is one patch.
+        mode: ``drop_tokens``, ``mask_token`` or ``zero_pixels`` to insist on one way.
+
+    Raises:
+        ValueError: for an argument out of range and, in the sub-forward, for a cell larger than
+            the image or a ratio that leaves no cell.
+    """
+
+    sites = tuple(SITE_OF_MODE.values())
+
+    def __init__(self, ratio: float = 0.5, cell: int | None = None, mode: str | None = None) -> None:
+        super().__init__(ratio)
+        if mode is not None and mode not in SITE_OF_MODE:
+            raise ValueError(f"masking: mode = {mode!r}, allowed are {', '.join(SITE_OF_MODE)}")
+        if cell is not None and (isinstance(cell, bool) or not isinstance(cell, int) or cell < 1):
+            raise ValueError(f"masking: cell = {cell!r}, allowed is a whole number of pixels, at least 1")
+        self.cell = cell
+        self.mode = mode
+        if mode is not None:
+            self.sites = (SITE_OF_MODE[mode],)
+
+    def tokens(self, tokens: Tokens) -> Tokens:
+        if self.cell is not None:
+            raise ValueError(f"masking: cell = {self.cell} px, but this model drops patch tokens: leave cell unset")
+        if self.ratio == 0:
+            return tokens
+        batch = tokens.values.shape[0]
+        return tokens.keep(random_keep(batch, tokens.num_patches, self.ratio, tokens.values.device))
+
+    def stem(self, features: StemFeatures) -> StemFeatures:
+        if self.ratio == 0:
+            return features
+        batch, *resolution, _ = features.values.shape
+        visible = self._visible(batch, features.image_size, resolution, features.values.device)
+        mask_token = features.mask_token.to(features.values.dtype)
+        masked = torch.where(visible.unsqueeze(-1), features.values, mask_token)
+        return StemFeatures(masked, features.mask_token, features.image_size)
+
+    def image(self, images: Images) -> Images:
+        if self.ratio == 0:
+            return images
+        batch, _, *size = images.values.shape
+        visible = self._visible(batch, size, size, images.values.device)
+        return Images(images.values * visible.unsqueeze(1), images.stride)
+
+    def _visible(self, batch: int, image_size, resolution, device: torch.device) -> Tensor:
+        """Visible positions (B, rows, columns) of a map of that resolution; cells lie on the image."""
+        cell = self.cell or DEFAULT_CELL
+        if cell > min(image_size):
+            raise ValueError(f"masking: cell = {cell} px is larger than the image of {tuple(image_size)} px")
+        cells = [-(-side // cell) for side in image_size]
+        keep = random_keep(batch, cells[0] * cells[1], self.ratio, device)
+        visible = torch.zeros(batch, cells[0] * cells[1], dtype=torch.bool, device=device).scatter_(1, keep, True)
+        rows, columns = (
+            cell_of_position(positions, side, cell, device)
+            for positions, side in zip(resolution, image_size, strict=True)
+        )
+        return visible.view(batch, *cells)[:, rows][:, :, columns]
+
+
+def random_keep(batch: int, num_cells: int, ratio: float, device: torch.device) -> Tensor:
+    """Cells that stay visible, per sample: the int(L * (1 - ratio)) of lowest uniform noise.
+
+    Exactly one draw, ``torch.rand(B, L, device=device)``, so that one seed reproduces the choice.
+
+    Returns:
+        (B, K) int64 indices in [0, L), in order of their noise.
+
+    Raises:
+        ValueError: if no cell would stay.
+    """
+    num_keep = int(num_cells * (1 - ratio))
+    if num_keep < 1:
+        raise ValueError(f"masking: ratio = {ratio} leaves none of {num_cells} cells visible")
+    noise = torch.rand(batch, num_cells, device=device)
+    return noise.topk(num_keep, dim=1, largest=False).indices
+
+
+def cell_of_position(positions: int, side: int, cell: int, device: torch.device) -> Tensor:
+    """Index of the cell in which the centre of each of `positions` evenly spaced positions lies.
+
+    Whole-number arithmetic on centres: exact when positions divide the side (Swin's stride 4), and
+    still right when they do not (stems without padding). The last cell may be a partial one.
+    """
+    centres = (2 * torch.arange(positions, device=device) + 1) * side
+    return centres.div(2 * positions * cell, rounding_mode="floor")

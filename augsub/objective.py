@@ -1,0 +1,173 @@
+"""The training objective of MaskSub (arXiv 2306.11339, section 3): labels teach the main model,
+the main model teaches the sub-models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from augsub.augmentation import SubModelAugmentation
+from augsub.patching import prepare_sites
+from augsub.registry import AugmentationSpec, build
+from augsub.soft_target import Criterion, soft_target, sub_criterion
+
+
+class SubModel:
+    """One sub-model: the main model's weights under an augmentation.
+
+    Args:
+        augmentation: whatever `augsub.build` takes.
+        ratio: the augmentation's ratio if `augmentation` is a name.
+        weight: weight of its loss, at least 0.
+
+    Raises:
+        ValueError: for a negative weight or an augmentation that cannot be built.
+    """
+
+    def __init__(self, augmentation: AugmentationSpec, ratio: float | None = None, weight: float = 0.5) -> None:
+        self.augmentation: SubModelAugmentation = (
+            build(augmentation) if ratio is None else build(augmentation, ratio=ratio)
+        )
+        self.weight = _checked_weight("weight of a sub-model", weight)
+
+    def __repr__(self) -> str:
+        return f"SubModel({self.augmentation!r}, weight={self.weight})"
+
+
+@dataclass
+class Branch:
+    """One forward of a step: its logits (B, K), its scalar loss, and the weight of that loss."""
+
+    logits: Tensor
+    loss: Tensor
+    weight: float
+
+
+@dataclass
+class ObjectiveOutput:
+    """What one step computed.
+
+    Attributes:
+        loss: weighted sum of all branches, scalar.
+        main_loss: loss of the main model, scalar, unweighted.
+        sub_losses: loss of each sub-model, scalars, unweighted.
+        logits: logits of the main model, (B, K), detached.
+    """
+
+    loss: Tensor
+    main_loss: Tensor
+    sub_losses: list[Tensor] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+class SubModelObjective:
+    """loss = main_weight * main + sum of weight_i * sub_i.
+
+    The main model learns from `criterion` and the labels; sub-model i from the main model's own
+    prediction, detached. Without sub-models it is plain training: the main weight is 1.
+
+    Args:
+        criterion: loss of (logits, targets), a scalar. A binary cross-entropy gives sub-models
+            sigmoid targets, any other loss softmax targets.
+        sub_models: the sub-models, in the order of their forwards.
+        main_weight: weight of the main loss, at least 0.
+    """
+
+    def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel] = (), main_weight: float = 0.5) -> None:
+        self.criterion = criterion
+        self.sub_criterion = sub_criterion(criterion)
+        self.sub_models = tuple(sub_models)
+        self.main_weight = _checked_weight("main_weight", main_weight) if self.sub_models else 1.0
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Check once that `model` has a site for every sub-model, and freeze what none of them uses.
+
+        Call it before building the optimiser and before wrapping in DDP: a mask token that no
+        branch uses would otherwise make DDP wait for its gradient.
+
+        Raises:
+            ValueError: if the model is not patched, or has no site for an augmentation.
+        """
+        prepare_sites(model, [sub_model.augmentation for sub_model in self.sub_models])
+        return model
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> ObjectiveOutput:
+        """All branches in one graph; the caller runs ``out.loss.backward()``.
+
+        Args:
+            model: a patched model, wrapped or not.
+            images: (B, C, H, W).
+            targets: whatever the criterion takes: labels (B,) or soft labels (B, K).
+        """
+        return _summarise(list(self.branches(model, images, targets)))
+
+    def backward(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+    ) -> ObjectiveOutput:
+        """Forward and backward, branch by branch, so that one graph is alive at a time.
+
+        The gradients are those of ``self(model, images, targets).loss.backward()``. Under
+        DistributedDataParallel they are reduced once, in the backward of the last branch.
+
+        Args:
+            backward: called with each branch's weighted loss, for example to scale it.
+        """
+        finished: list[Branch] = []
+        branches = self.branches(model, images, targets)
+        for last in [False] * len(self.sub_models) + [True]:
+            with _gradient_sync(model, enabled=last):
+                branch = next(branches)
+                backward(branch.weight * branch.loss)
+            finished.append(Branch(branch.logits.detach(), branch.loss.detach(), branch.weight))
+            del branch  # its graph
+        return _summarise(finished)
+
+    def branches(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[Branch]:
+        """The main model, then each sub-model. A branch's graph may be freed before the next is asked for."""
+        logits = _checked_logits(model(images))
+        yield Branch(logits, _checked_loss(self.criterion(logits, targets)), self.main_weight)
+
+        teaching = soft_target(logits.detach(), self.criterion)
+        del logits
+        for sub_model in self.sub_models:
+            sub_logits = _checked_logits(model(images, augsub=sub_model.augmentation))
+            yield Branch(sub_logits, self.sub_criterion(sub_logits.float(), teaching), sub_model.weight)
+
+
+def _summarise(branches: Sequence[Branch]) -> ObjectiveOutput:
+    main, *subs = branches
+    loss = torch.stack([branch.weight * branch.loss for branch in branches]).sum()
+    return ObjectiveOutput(loss, main.loss, [branch.loss for branch in subs], main.logits.detach())
+
+
+def _gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
+    return nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def _checked_weight(what: str, weight: float) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise ValueError(f"{what} = {weight!r}, allowed is a finite number, at least 0")
+    return float(weight)
+
+
+def _checked_logits(logits: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the objective needs logits (B, K) from the model, not a {type(logits).__name__}; "
+            "a distilled model must return one output: set_distilled_training(False)"
+        )
+    return logits
+
+
+def _checked_loss(loss: Tensor) -> Tensor:
+    if loss.ndim != 0:
+        raise ValueError(f"the criterion returned a loss of shape {tuple(loss.shape)}, needed is a scalar")
+    return loss

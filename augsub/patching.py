@@ -1,0 +1,145 @@
+"""Make a timm model take `augsub=` in its forward, and undo it.
+
+`patch` swaps the class of the instance for a generated subclass: nothing else of the model changes,
+so copies, pickles, state dicts, compilation and sharding see an ordinary module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from augsub.augmentation import SubModelAugmentation
+from augsub.families import family_of
+from augsub.families.modules import plant_drop_paths, uproot_drop_paths
+from augsub.registry import AugmentationSpec, build
+from augsub.sub_forward import SubForward
+
+Model = TypeVar("Model", bound=nn.Module)
+MASK_TOKEN_STD = 0.02  # as timm initialises every other token
+
+
+class PatchedModel:
+    """What `patch` adds to a model's class."""
+
+    _augsub: SubForward
+
+    def forward(
+        self,
+        images: Tensor,
+        *args: Any,
+        augsub: AugmentationSpec | None = None,
+        augsub_ratio: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Main model, or the sub-model under the augmentation `augsub`.
+
+        Args:
+            images: (B, C, H, W).
+            augsub: whatever `augsub.build` takes; None is the main model.
+            augsub_ratio: the augmentation's ratio if `augsub` is a name.
+            args, kwargs: passed on to the model's own forward.
+
+        Returns:
+            What the model's own forward returns: logits (B, K).
+        """
+        if augsub is None:
+            if augsub_ratio is not None:
+                raise ValueError(f"augsub_ratio = {augsub_ratio} was given without augsub")
+            return self._augsub.main(super().forward, images, *args, **kwargs)
+        augmentation = build(augsub) if augsub_ratio is None else build(augsub, ratio=augsub_ratio)
+        return self._augsub.run(augmentation, super().forward, images, *args, **kwargs)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay: the model's own and the mask token."""
+        own = super().no_weight_decay() if hasattr(super(), "no_weight_decay") else set()
+        return {*own, "mask_token"}
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Callable, tuple, dict[str, Any]]:
+        # The generated class cannot be imported by name: pickle and deepcopy make it anew.
+        return _new_patched, (_original_class(self),), self.__dict__
+
+
+def patch(model: Model) -> Model:
+    """Let `model` take `augsub=` and `augsub_ratio=` in its forward, in place.
+
+    The main model stays bit-identical and no random number is drawn from the global generator.
+    Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D).
+
+    Raises:
+        ValueError: if the model is patched already or has a `mask_token` of its own.
+    """
+    if is_patched(model):
+        raise ValueError(f"{_original_class(model).__name__} is patched already; augsub.unpatch undoes it")
+    family = family_of(model)
+    width = family.mask_token_width(model)
+    if width is not None:
+        _add_mask_token(model, width)
+    plant_drop_paths(model)
+    model._augsub = SubForward(model, family)
+    model.__class__ = _patched_class(type(model))
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Give back the plain timm model, in place: class, forward, module tree and state-dict keys.
+
+    Raises:
+        ValueError: if the model is not patched.
+    """
+    if not is_patched(model):
+        raise ValueError(f"{type(model).__name__} is not patched; augsub.patch does it")
+    model._augsub.remove_hooks()
+    del model._augsub
+    model.__class__ = _original_class(model)
+    uproot_drop_paths(model)
+    if family_of(model).mask_token_width(model) is not None:
+        del model.mask_token
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model takes `augsub=` in its forward."""
+    return isinstance(model, PatchedModel)
+
+
+def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation]) -> None:
+    """Check that `model` has a site for every augmentation; freeze the mask token if none uses it.
+
+    Raises:
+        ValueError: if the model is not patched, or has no site for an augmentation.
+    """
+    if not is_patched(model):
+        raise ValueError(f"{type(model).__name__} is not patched: call augsub.patch on it first, before any wrapper")
+    used_sites = {site for augmentation in augmentations for site in model._augsub.plan(augmentation)}
+    if "stem" in model._augsub.sites:
+        model.mask_token.requires_grad_("stem" in used_sites)
+
+
+@functools.cache
+def _patched_class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Patched{original.__name__}", (PatchedModel, original), {"__doc__": original.__doc__})
+
+
+def _original_class(model: nn.Module) -> type[nn.Module]:
+    """The class that the model had before `patch`."""
+    mro = type(model).__mro__
+    return mro[mro.index(PatchedModel) + 1]
+
+
+def _new_patched(original: type[nn.Module]) -> nn.Module:
+    patched = _patched_class(original)
+    return patched.__new__(patched)
+
+
+def _add_mask_token(model: nn.Module, width: int) -> None:
+    if hasattr(model, "mask_token"):
+        raise ValueError(f"{type(model).__name__} has a mask_token of its own, which patch would overwrite")
+    like = next(model.parameters())
+    with torch.random.fork_rng(devices=[]):  # the user's random numbers stay what they were without patch
+        token = nn.init.trunc_normal_(torch.empty(1, 1, width), std=MASK_TOKEN_STD)
+    model.mask_token = nn.Parameter(token.to(like.device, like.dtype))

@@ -1,0 +1,68 @@
+"""Random crop: the sub-model sees one random square window of each image, and computes only that."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from augsub.augmentation import SubModelAugmentation
+from augsub.registry import register
+from augsub.views import Images, Tokens
+
+
+@register("random_crop")
+class RandomCrop(SubModelAugmentation):
+    """Keep one square window per sample with about 1 - `ratio` of the area.
+
+    Models with a token grid keep a window of the grid, so that position embeddings stay true; the
+    others get a crop of the input whose side is a multiple of their stride. Ratio 0 keeps all.
+
+    Raises:
+        ValueError: in the sub-forward, if the window would be the whole image or grid, or if
+            tokens were removed before (put `random_crop` first).
+    """
+
+    sites = ("tokens", "image")
+
+    def tokens(self, tokens: Tokens) -> Tokens:
+        if self.ratio == 0:
+            return tokens
+        if tokens.grid is None:
+            raise ValueError("random_crop: the tokens form no grid any more; put random_crop before what removes them")
+        rows, columns = tokens.grid
+        side = self._side(tokens.grid, multiple=1)
+        top, left = random_corner(tokens.values.shape[0], rows - side, columns - side, tokens.values.device)
+        window = torch.arange(side, device=tokens.values.device)
+        indices = (top[:, None, None] + window[:, None]) * columns + left[:, None, None] + window
+        return tokens.keep(indices.flatten(1), grid=(side, side))
+
+    def image(self, images: Images) -> Images:
+        if self.ratio == 0:
+            return images
+        batch, channels, height, width = images.values.shape
+        side = self._side((height, width), multiple=images.stride)
+        device = images.values.device
+        top, left = random_corner(batch, height - side, width - side, device)
+        window = torch.arange(side, device=device)
+        sample = torch.arange(batch, device=device)[:, None, None, None]
+        channel = torch.arange(channels, device=device)[:, None, None]
+        rows = (top[:, None] + window)[:, None, :, None]
+        columns = (left[:, None] + window)[:, None, None, :]
+        return Images(images.values[sample, channel, rows, columns], images.stride)
+
+    def _side(self, size: tuple[int, int], multiple: int) -> int:
+        """Side of the square nearest to 1 - ratio of the area, a multiple that fits into `size`."""
+        wanted = (size[0] * size[1] * (1 - self.ratio)) ** 0.5
+        side = max(1, round(wanted / multiple)) * multiple
+        if side >= max(size) or side > min(size):
+            raise ValueError(
+                f"random_crop: ratio = {self.ratio} allows no crop of {size[0]} x {size[1]}: "
+                f"its side must be a multiple of {multiple} and smaller"
+            )
+        return side
+
+
+def random_corner(batch: int, max_top: int, max_left: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Uniform (top, left) corners, (B,) int64 each, in [0, max_top] and [0, max_left]: one draw (B, 2)."""
+    noise = torch.rand(batch, 2, device=device)
+    return (noise[:, 0] * (max_top + 1)).long(), (noise[:, 1] * (max_left + 1)).long()

@@ -1,0 +1,115 @@
+"""The registry of sub-model augmentations, and `build`, which makes one from its description."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, Union
+
+from fvcore.common.registry import Registry
+
+from augsub.augmentation import Compose, SubModelAugmentation
+
+AugmentationClass = TypeVar("AugmentationClass", bound=type[SubModelAugmentation])
+AugmentationSpec = str | Mapping[str, Any] | SubModelAugmentation | Sequence[Any]  # a sequence of these
+
+
+class AugmentationRegistry(Registry):
+    """fvcore's registry, keyed by the augmentation's own name rather than its class name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._aliases: dict[str, str] = {}
+
+    def add(self, name: str, augmentation: type[SubModelAugmentation], aliases: Sequence[str]) -> None:
+        """Register `augmentation` under `name` and `aliases`; ValueError if one is taken."""
+        for taken in (name, *aliases):
+            if taken in self or taken in self._aliases:
+                raise ValueError(f"an augmentation named {taken!r} is registered already")
+        self._do_register(name, augmentation)
+        self._aliases.update(dict.fromkeys(aliases, name))
+
+    def get(self, name: str) -> type[SubModelAugmentation]:
+        """The class registered under `name`; ValueError with the known names otherwise."""
+        name = self._aliases.get(name, name)
+        if name not in self:
+            raise ValueError(f"unknown augmentation {name!r}{self._suggestion(name)}; known: {', '.join(self.names())}")
+        return super().get(name)
+
+    def names(self) -> list[str]:
+        """Registered names without aliases, sorted."""
+        return sorted(name for name, _ in self)
+
+    def _suggestion(self, name: str) -> str:
+        match = difflib.get_close_matches(name, [*self.names(), *self._aliases], n=1)
+        return f", did you mean {match[0]!r}?" if match else ""
+
+
+AUGSUB_REGISTRY = AugmentationRegistry("AUGSUB")
+
+
+def register(name: str, *aliases: str) -> Callable[[AugmentationClass], AugmentationClass]:
+    """Class decorator: make an augmentation known under `name` (and `aliases`).
+
+    Raises:
+        TypeError: if the class is no `SubModelAugmentation` or names no site in `sites`.
+        ValueError: if the name is taken.
+    """
+
+    def decorate(augmentation: AugmentationClass) -> AugmentationClass:
+        if not (isinstance(augmentation, type) and issubclass(augmentation, SubModelAugmentation)):
+            raise TypeError(f"{augmentation!r} cannot be registered: it is no subclass of SubModelAugmentation")
+        if not augmentation.sites:
+            raise TypeError(f"{augmentation.__name__} names no site: set `sites`, for example sites = ('tokens',)")
+        AUGSUB_REGISTRY.add(name, augmentation, aliases)
+        augmentation.name = name
+        return augmentation
+
+    return decorate
+
+
+def list_augmentations() -> list[str]:
+    """Names of all registered augmentations, sorted."""
+    return AUGSUB_REGISTRY.names()
+
+
+def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
+    """Make an augmentation from its description.
+
+    Args:
+        spec: a registered name, a mapping with `name` and the augmentation's arguments, a sequence
+            of those (composed, applied in order), or an augmentation (returned as it is).
+        arguments: the augmentation's arguments if `spec` is a name, for example ``ratio=0.5``.
+
+    Raises:
+        ValueError: unknown name (the closest one is named), missing or unknown argument, argument
+            out of range, or `arguments` beside anything but a name.
+        TypeError: `spec` is of another type.
+    """
+    if isinstance(spec, str):
+        return _instantiate(spec, arguments)
+    if arguments:
+        raise ValueError(f"{', '.join(arguments)} can only be given beside an augmentation's name, not beside {spec!r}")
+    if isinstance(spec, SubModelAugmentation):
+        return spec
+    if isinstance(spec, Mapping):
+        if "name" not in spec:
+            raise ValueError(f"augmentation {dict(spec)!r} has no 'name'; known: {', '.join(list_augmentations())}")
+        return _instantiate(spec["name"], {key: value for key, value in spec.items() if key != "name"})
+    if isinstance(spec, Sequence):
+        return Compose([build(member) for member in spec])
+    raise TypeError(f"an augmentation is a name, a mapping with 'name', a list of those or an instance, not {spec!r}")
+
+
+def _instantiate(name: str, arguments: Mapping[str, Any]) -> SubModelAugmentation:
+    augmentation = AUGSUB_REGISTRY.get(name)
+    try:
+        return augmentation(**arguments)
+    except TypeError as error:
+        signature = inspect.signature(augmentation)
+        try:
+            signature.bind(**arguments)
+        except TypeError as mismatch:
+            raise ValueError(f"{name}: {mismatch}; its arguments are {signature}") from error
+        raise

@@ -1,0 +1,139 @@
+"""Running the sub-model of one patched model: hooks at its sites and module state, always restored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from augsub.augmentation import SubModelAugmentation
+from augsub.families import Family
+from augsub.registry import AUGSUB_REGISTRY
+from augsub.sites import HookedSite, ModuleSite
+
+Assignment = tuple[nn.Module, str, Any]  # this module's attribute has this value
+
+
+class SubForward:
+    """State of one patched model: its sites, and what is active during a sub-forward.
+
+    A deep copy of the model copies this object with it and keeps nothing of the original.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model_name = type(model).__name__
+        self.sites = family.sites(model)
+        self.active: dict[str, list[SubModelAugmentation]] = {}
+        self.image_size = (0, 0)
+        self._resized_state = list(family.resized_state(model))
+        self._checkpointed = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
+        self._held: list[Assignment] = []
+        self._hooks = [
+            site.module.register_forward_hook(_SiteHook(name, site, self))
+            for name, site in self.sites.items()
+            if isinstance(site, HookedSite)
+        ]
+
+    def main(self, forward: Callable, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        self._release()
+        logits = forward(images, *args, **kwargs)
+        self._replay_in_backward(logits, [])
+        return logits
+
+    def run(
+        self, augmentation: SubModelAugmentation, forward: Callable, images: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The model's own forward under `augmentation`."""
+        if images.ndim != 4:
+            raise ValueError(f"the sub-model takes images (B, C, H, W), not a tensor of shape {tuple(images.shape)}")
+        self._release()
+        plan = self.plan(augmentation)
+        augmented = self.sites["image"].apply(plan.get("image", ()), images)
+        state = [
+            (module, attribute, value)
+            for name, members in plan.items()
+            if isinstance(self.sites[name], ModuleSite)
+            for member in members
+            for module in self.sites[name].modules
+            for attribute, value in member.module_state(module).items()
+        ]
+        if augmented.shape[-2:] != images.shape[-2:]:
+            state += self._resized_state
+        try:
+            self.active = plan
+            self.image_size = (augmented.shape[-2], augmented.shape[-1])
+            self._hold(state)
+            logits = forward(augmented, *args, **kwargs)
+        finally:
+            self.active = {}
+            self._release()
+        self._replay_in_backward(logits, state)
+        return logits
+
+    def plan(self, augmentation: SubModelAugmentation) -> dict[str, list[SubModelAugmentation]]:
+        """Which members act at which site: each at the first of its sites that the model has.
+
+        Raises:
+            ValueError: if a member has no site in this model.
+        """
+        plan: dict[str, list[SubModelAugmentation]] = {}
+        for member in augmentation.members:
+            site = next((site for site in member.sites if site in self.sites), None)
+            if site is None:
+                offered = sorted(name for name, other in AUGSUB_REGISTRY if set(other.sites) & set(self.sites))
+                raise ValueError(
+                    f"{member.name or type(member).__name__} has no site in {self.model_name}: it acts at "
+                    f"{' or '.join(member.sites)}; {self.model_name} has {', '.join(self.sites)} "
+                    f"and offers {', '.join(offered)}"
+                )
+            plan.setdefault(site, []).append(member)
+        return plan
+
+    def remove_hooks(self) -> None:
+        """Take the hooks out of the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hold(self, state: Iterable[Assignment]) -> None:
+        for module, attribute, value in state:
+            self._held.append((module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, value)
+
+    def _release(self) -> None:
+        while self._held:
+            module, attribute, own_value = self._held.pop()
+            setattr(module, attribute, own_value)
+
+    def _replay_in_backward(self, logits: Any, state: list[Assignment]) -> None:
+        """With gradient checkpointing, blocks run again in backward: they must find the same state.
+
+        Autograd runs the later of two forwards first, so each branch's own logits say when it starts.
+        """
+        if torch.compiler.is_compiling() or not any(module.grad_checkpointing for module in self._checkpointed):
+            return
+
+        def replay(gradient: Tensor) -> None:
+            self._release()
+            self._hold(state)
+            Variable._execution_engine.queue_callback(self._release)
+
+        for output in (logits,) if isinstance(logits, Tensor) else logits:
+            if output.requires_grad:
+                output.register_hook(replay)
+
+
+class _SiteHook:
+    """Forward hook that hands a module's output to the augmentations active at its site."""
+
+    def __init__(self, name: str, site: HookedSite, sub_forward: SubForward) -> None:
+        self.name = name
+        self.site = site
+        self.sub_forward = sub_forward
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        augmentations = self.sub_forward.active.get(self.name)
+        return self.site.apply(augmentations, output, self.sub_forward.image_size) if augmentations else None

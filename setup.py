@@ -1,0 +1,27 @@
+"""The wheel ships `augsub` alone; an editable install puts the whole checkout on the path."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "augsub" / "__init__.py").read_text()).group(1)
+
+TRAIN = ["omegaconf>=2.3", "matplotlib", "numpy", "scikit-learn", "tensorboard", "tqdm"]
+DEVELOP = ["pytest", "ruff"]
+
+setup(
+    name="augsub",
+    version=VERSION,
+    description="Sub-model augmentation (MaskSub) for timm models",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "."},
+    packages=find_packages(include=["augsub", "augsub.*"]),
+    package_data={"augsub": ["py.typed"]},
+    install_requires=["torch>=2.4", "timm>=1.0.20", "fvcore"],
+    extras_require={"train": TRAIN, "dev": TRAIN + DEVELOP},
+)
