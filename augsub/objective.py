@@ -111,6 +111,7 @@ class SubModelObjective:
         images: Tensor,
         targets: Tensor,
         backward: Callable[[Tensor], None] = Tensor.backward,
+        sync: bool = True,
     ) -> ObjectiveOutput:
         """Forward and backward, branch by branch, so that one graph is alive at a time.
 
@@ -119,11 +120,12 @@ class SubModelObjective:
 
         Args:
             backward: called with each branch's weighted loss, for example to scale it.
+            sync: False on all but the last micro-batch of gradient accumulation: no reduction at all.
         """
         finished: list[Branch] = []
         branches = self.branches(model, images, targets)
         for last in [False] * len(self.sub_models) + [True]:
-            with _gradient_sync(model, enabled=last):
+            with _gradient_sync(model, enabled=sync and last):
                 branch = next(branches)
                 backward(branch.weight * branch.loss)
             finished.append(Branch(branch.logits.detach(), branch.loss.detach(), branch.weight))

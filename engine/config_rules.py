@@ -1,0 +1,115 @@
+"""Which values a configuration may have: one row per rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+from engine.config import Config
+from engine.errors import InputError
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def at_least(bound: float) -> Rule:
+    """A finite number that is not below `bound`."""
+    return lambda value: bound <= value < math.inf, f"at least {bound}"
+
+
+def above(bound: float) -> Rule:
+    """A finite number greater than `bound`."""
+    return lambda value: bound < value < math.inf, f"greater than {bound}"
+
+
+def share(value: Any) -> bool:
+    """In [0, 1)."""
+    return 0 <= value < 1
+
+
+def probability(value: Any) -> bool:
+    """In [0, 1]."""
+    return 0 <= value <= 1
+
+
+def one_of(*allowed: str) -> Rule:
+    """One of a few words."""
+    return lambda value: value in allowed, "one of " + ", ".join(allowed)
+
+
+def interval(low_bound: float) -> Rule:
+    """Two increasing numbers, the first one above `low_bound`."""
+    return (
+        lambda value: len(value) == 2 and low_bound < value[0] <= value[1] < math.inf,
+        f"two increasing numbers above {low_bound}",
+    )
+
+
+SHARE: Rule = (share, "in [0, 1)")
+PROBABILITY: Rule = (probability, "in [0, 1]")
+
+RULES: dict[str, Rule] = {
+    "model.drop_path_rate": SHARE,
+    "model.drop_rate": SHARE,
+    "data.image_size": at_least(1),
+    "data.workers": at_least(0),
+    "data.synthetic_samples": at_least(1),
+    "transform.scale": interval(0),
+    "transform.ratio": interval(0),
+    "transform.interpolation": one_of("bicubic", "bilinear", "random"),
+    "transform.hflip": PROBABILITY,
+    "transform.color_jitter": at_least(0),
+    "transform.random_erase": PROBABILITY,
+    "transform.eval_crop": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "augsub.main_weight": at_least(0),
+    "train.epochs": at_least(1),
+    "train.max_iters": at_least(1),
+    "train.global_batch": at_least(1),
+    "train.accumulation": at_least(1),
+    "train.amp": one_of("off", "bf16", "fp16"),
+    "train.clip_norm": above(0),
+    "optimizer.lr": above(0),
+    "optimizer.weight_decay": at_least(0),
+    "optimizer.betas": (lambda value: len(value) == 2 and all(map(share, value)), "two numbers in [0, 1)"),
+    "optimizer.eps": above(0),
+    "schedule.warmup_epochs": at_least(0),
+    "schedule.warmup_lr": at_least(0),
+    "schedule.min_lr": at_least(0),
+    "schedule.unit": one_of("iteration", "epoch"),
+    "loss.name": one_of("cross_entropy", "bce"),
+    "loss.smoothing": SHARE,
+    "loss.target_threshold": SHARE,
+    "mixup.mixup_alpha": at_least(0),
+    "mixup.cutmix_alpha": at_least(0),
+    "mixup.prob": PROBABILITY,
+    "mixup.switch_prob": PROBABILITY,
+    "mixup.mode": one_of("batch", "pair", "elem"),
+    "ema.decay": SHARE,
+    "evaluation.period": at_least(1),
+    "evaluation.batch": at_least(1),
+    "evaluation.metric": one_of("top1", "ema_top1"),
+    "checkpoint.period": at_least(1),
+    "checkpoint.every_minutes": above(0),
+    "checkpoint.keep": at_least(0),
+    "distributed.strategy": one_of("ddp"),
+    "distributed.timeout_minutes": above(0),
+    "log.period": at_least(1),
+}
+
+
+def check(config: Config) -> None:
+    """Raise InputError for the first value that is out of range; null is left alone."""
+    for key, (allowed, meaning) in RULES.items():
+        value = reduce(getattr, key.split("."), config)
+        if value is not None and not allowed(value):
+            raise InputError(f"{key} = {value}: allowed is {meaning}")
+    if config.loss.target_threshold is not None and config.loss.name != "bce":
+        raise InputError("loss.target_threshold: only loss.name = bce has a threshold")
+    if config.evaluation.metric == "ema_top1" and not config.ema.enabled:
+        raise InputError("evaluation.metric = ema_top1: needs ema.enabled = true")
+    if config.schedule.warmup_epochs >= config.train.epochs:
+        raise InputError(
+            f"schedule.warmup_epochs = {config.schedule.warmup_epochs}: must be less than "
+            f"train.epochs = {config.train.epochs}"
+        )

@@ -1,0 +1,108 @@
+"""Image folders and every other data set that timm can open, with timm's transforms."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from timm.data import create_dataset, create_transform
+from timm.data.readers.img_extensions import get_img_extensions
+from torch.utils.data import Dataset
+
+from engine.config import DataConfig, TransformConfig
+from engine.data.source import DataSource
+from engine.errors import InputError, input_errors
+
+# The names under which timm looks for a split's folder
+SPLIT_NAMES = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "test")}
+
+
+def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
+    """Open both splits; the training split decides the classes.
+
+    Raises:
+        InputError: no root, no folder for a split, a class without images, splits with different
+            classes, or a data set that timm cannot open.
+    """
+    name = "" if data.dataset == "folder" else data.dataset
+    if data.dataset == "folder":
+        if data.root is None:
+            raise InputError("data.root is not set: it names the folder with the training and the held-out images")
+        classes = _class_folders(_split_folder(Path(data.root), data.train_split))
+        held_out_classes = _class_folders(_split_folder(Path(data.root), data.eval_split))
+        if classes != held_out_classes:
+            differing = sorted(set(classes) ^ set(held_out_classes))
+            raise InputError(f"data.root = {data.root}: classes in one split only: {', '.join(differing[:5])}")
+    train = _open(name, data, data.train_split, _transform(transform, data.image_size, training=True))
+    held_out = _open(name, data, data.eval_split, _transform(transform, data.image_size, training=False))
+    return DataSource(train, held_out, num_classes=_num_classes(train, data), in_chans=3)
+
+
+def _open(name: str, data: DataConfig, split: str, transform: Any) -> Dataset:
+    try:
+        dataset = create_dataset(name, root=data.root, split=split)
+    except ImportError as error:
+        raise InputError(f"data.dataset = {data.dataset}: needs a package that is not installed: {error}") from error
+    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        raise InputError(f"data.dataset = {data.dataset}, root = {data.root}, split {split}: {error}") from error
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise InputError(f"data.dataset = {data.dataset}: has no length, a map-style data set is needed")
+    dataset.transform = transform
+    return dataset
+
+
+def _transform(config: TransformConfig, image_size: int, training: bool) -> Any:
+    with input_errors("transform"):
+        if not training:
+            return create_transform(
+                image_size,
+                interpolation="bicubic" if config.interpolation == "random" else config.interpolation,
+                mean=tuple(config.mean),
+                std=tuple(config.std),
+                crop_pct=config.eval_crop,
+            )
+        return create_transform(
+            image_size,
+            is_training=True,
+            scale=tuple(config.scale),
+            ratio=tuple(config.ratio),
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            re_prob=config.random_erase,
+            re_mode="pixel",
+            mean=tuple(config.mean),
+            std=tuple(config.std),
+        )
+
+
+def _num_classes(dataset: Any, data: DataConfig) -> int:
+    class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    if not class_to_idx:
+        raise InputError(f"data.dataset = {data.dataset}: does not tell its classes")
+    return max(class_to_idx.values()) + 1
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise InputError(f"data.root = {root}: no such folder")
+    synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
+    for name in (split, *synonyms):
+        if (root / name).is_dir():
+            return root / name
+    raise InputError(f"data.root = {root}: no folder for the split {split} (any of {', '.join({split, *synonyms})})")
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the class folders; each must hold an image, at any depth."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise InputError(f"{folder}: has no class folders")
+    extensions = tuple(get_img_extensions())
+    for name in classes:
+        files = (file for _, _, files in os.walk(folder / name, followlinks=True) for file in files)
+        if not any(file.lower().endswith(extensions) for file in files):
+            raise InputError(f"{folder / name}: the class folder holds no image ({', '.join(extensions)})")
+    return classes

@@ -1,0 +1,203 @@
+"""Assembly: a trainer with everything it needs, from a configuration."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+
+import augsub
+from engine import checkpoint, hooks
+from engine.config import Config
+from engine.config_file import to_yaml
+from engine.criterion import build_criterion, build_mixup
+from engine.data import DataLoaders, build_loaders
+from engine.distributed import Process, wrap
+from engine.errors import InputError, input_errors
+from engine.evaluation import evaluate
+from engine.optim import build_optimizer, build_schedule
+from engine.precision import Precision
+from engine.run_folder import RunFolder
+from engine.seeding import seed_all
+from engine.train_loop import HookBase
+from engine.trainer import Trainer
+from engine.writers import JSONLinesWriter, LogWriter, TensorBoardWriter, Writer
+from models.build import build_model, check_image_size
+
+LOGGER = logging.getLogger("engine")
+
+
+def train(config: Config, process: Process, resume: bool) -> None:
+    """Train a run to its end; `resume` continues the one in its folder."""
+    folder = RunFolder(config.output_dir)
+    trainer = build_trainer(config, process, folder)
+    if process.is_main:
+        folder.open(config, resume)
+        _log_to(folder.log)
+    process.barrier()
+    if resume:
+        _resume(trainer, folder)
+    trainer.train()
+
+
+def evaluate_only(config: Config, process: Process) -> dict[str, float]:
+    """Evaluate `model.checkpoint`, else the run's last checkpoint, else timm's pretrained weights."""
+    import_plugins(config.plugins)
+    data = build_loaders(config, process)
+    model = build_run_model(config, data)
+    last = RunFolder(config.output_dir).last
+    if config.model.checkpoint is None:
+        if last.is_file():
+            checkpoint.load_weights(model, checkpoint.load(last)["model"], last)
+        elif not config.model.pretrained:
+            raise InputError(
+                f"nothing to evaluate: {last} does not exist; set model.checkpoint, model.pretrained=true or output_dir"
+            )
+    model.to(process.device)
+    return evaluate(model, data.held_out, Precision(config.train.amp, process.device), process)
+
+
+def build_trainer(config: Config, process: Process, folder: RunFolder) -> Trainer:
+    """Data, model, objective, optimiser and hooks of a run, at its first step."""
+    import_plugins(config.plugins)
+    seed_all(config.seed)  # the initial weights are the same in all processes
+    data = build_loaders(config, process)
+    bare_model = build_run_model(config, data)
+    mixup = build_mixup(config.mixup, config.loss.smoothing, data.num_classes, data.micro_batch)
+    objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
+    with input_errors("augsub.sub_models"):
+        objective.prepare(bare_model)
+    augmentations = [sub_model.augmentation for sub_model in objective.sub_models]
+    with input_errors(f"data.image_size with model.name = {config.model.name}"):
+        check_image_size(bare_model, data.in_chans, config.data.image_size, augmentations)
+
+    bare_model.to(process.device)
+    optimizer = build_optimizer(config.optimizer, bare_model)
+    ema = ModelEmaV3(bare_model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.enabled else None
+    if config.train.compile:
+        bare_model.compile()
+    trainer = Trainer(
+        model=wrap(bare_model, process),
+        bare_model=bare_model,
+        objective=objective,
+        optimizer=optimizer,
+        data=data,
+        precision=Precision(config.train.amp, process.device, config.train.clip_norm),
+        process=process,
+        mix=mixup,
+        accumulation=config.train.accumulation,
+        seed=config.seed,
+    )
+    trainer.register_hooks(build_hooks(config, trainer, folder, ema))
+    return trainer
+
+
+def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelEmaV3 | None) -> list[HookBase]:
+    """Hooks in the order in which they run."""
+    process, data = trainer.process, trainer.data
+    schedule = build_schedule(config.schedule, trainer.optimizer, config.train.epochs, data.iterations_per_epoch)
+    run_evaluation = partial(_evaluate, trainer)
+    evaluations = {"": partial(run_evaluation, trainer.bare_model)}
+    if ema is not None:
+        evaluations["ema_"] = partial(run_evaluation, ema.module)
+    guard = hooks.NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
+    evaluation = hooks.Evaluation(
+        evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric
+    )
+    saving = hooks.Checkpoint(
+        folder,
+        evaluation,
+        guard,
+        facts={"config": to_yaml(config), "model_name": config.model.name},
+        period=config.checkpoint.period or data.iterations_per_epoch,
+        every_minutes=config.checkpoint.every_minutes,
+        keep=config.checkpoint.keep,
+    )
+    writing = hooks.WriteRecords(
+        partial(_open_writers, folder, process), config.log.period, config.train.global_batch
+    )
+    everywhere = [
+        hooks.LearningRateSchedule(schedule),
+        *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
+        guard,  # before anything looks at weights that may be ruined
+        evaluation,
+        writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
+        saving,
+    ]
+    title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
+    only_main = [hooks.ProgressBar(), hooks.Report(folder, evaluation, title)]
+    return everywhere + (only_main if process.is_main else [])
+
+
+def build_run_model(config: Config, data: DataLoaders) -> nn.Module:
+    """The model of the configuration, patched, with the weights it starts from."""
+    model_config = config.model
+    optional = {"drop_path_rate": model_config.drop_path_rate, "drop_rate": model_config.drop_rate}
+    with input_errors("model"):
+        model = build_model(
+            model_config.name,
+            num_classes=data.num_classes,
+            in_chans=data.in_chans,
+            image_size=config.data.image_size,
+            pretrained=model_config.pretrained,
+            **{name: rate for name, rate in optional.items() if rate is not None},
+            **model_config.kwargs,
+        )
+    if model_config.checkpoint is not None:
+        path = Path(model_config.checkpoint)
+        weights = checkpoint.load(path)
+        checkpoint.load_weights(model, weights.get("model", weights), path)
+    return model
+
+
+def build_objective(config: Config, criterion: nn.Module) -> augsub.SubModelObjective:
+    """The training objective of the configuration."""
+    with input_errors("augsub.sub_models"):
+        sub_models = [augsub.SubModel(sub.augmentations, weight=sub.weight) for sub in config.augsub.sub_models]
+        return augsub.SubModelObjective(criterion, sub_models, config.augsub.main_weight)
+
+
+def import_plugins(modules: Sequence[str]) -> None:
+    """Import the user's modules, which register augmentations; the working folder is searched too."""
+    sys.path.append("")
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"plugins: {module} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove("")
+
+
+def _evaluate(trainer: Trainer, model: nn.Module) -> dict[str, float]:
+    if trainer.process.world_size > 1:
+        distribute_bn(model, trainer.process.world_size, reduce=True)  # each process has seen other images
+    return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process)
+
+
+def _open_writers(folder: RunFolder, process: Process, iteration: int) -> list[Writer]:
+    if not process.is_main:
+        return []
+    return [LogWriter(), JSONLinesWriter(folder.metrics, iteration), TensorBoardWriter(folder.path, iteration)]
+
+
+def _resume(trainer: Trainer, folder: RunFolder) -> None:
+    if not folder.last.is_file():
+        LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
+        return
+    state = checkpoint.load(folder.last)
+    checkpoint.load_weights(trainer.bare_model, state["model"], folder.last)
+    trainer.load_state_dict(state)
+    LOGGER.info("resumed %s after %d of %d iterations", folder.last, trainer.iteration, trainer.max_iterations)
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOGGER.addHandler(handler)

@@ -1,0 +1,21 @@
+"""What happens around training steps. The order in which they run stands in `engine/defaults.py`."""
+
+from engine.hooks.checkpoint import Checkpoint
+from engine.hooks.ema import ExponentialMovingAverage
+from engine.hooks.evaluation import Evaluation
+from engine.hooks.lr_schedule import LearningRateSchedule
+from engine.hooks.nan_guard import NaNGuard
+from engine.hooks.progress import ProgressBar
+from engine.hooks.report import Report
+from engine.hooks.writers import WriteRecords
+
+__all__ = [
+    "Checkpoint",
+    "Evaluation",
+    "ExponentialMovingAverage",
+    "LearningRateSchedule",
+    "NaNGuard",
+    "ProgressBar",
+    "Report",
+    "WriteRecords",
+]

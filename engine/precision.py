@@ -1,0 +1,52 @@
+"""Mixed precision, gradient scaling and clipping: everything between a loss and the optimiser step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Runs forwards in `amp` precision, backwards scaled if that is fp16, and steps the optimiser.
+
+    Args:
+        amp: off, bf16 or fp16.
+        device: where the model is.
+        clip_norm: largest global L2 norm of the unscaled gradient; None does not clip.
+    """
+
+    def __init__(self, amp: str, device: torch.device, clip_norm: float | None = None) -> None:
+        self.amp = amp
+        self.device = device
+        self.clip_norm = clip_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        """Context of a forward."""
+        return torch.autocast(self.device.type, dtype=DTYPES[self.amp], enabled=self.amp != "off")
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a loss, scaled; outside autocast even when called inside a forward's context."""
+        with torch.autocast(self.device.type, enabled=False):
+            self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Unscale, clip, step, and empty the gradients; fp16 leaves a step with an infinite gradient out."""
+        if self.clip_norm is not None:
+            self.scaler.unscale_(optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scaler.load_state_dict(state)

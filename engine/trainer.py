@@ -1,0 +1,126 @@
+"""One training step of MaskSub, as in the paper's pseudo-code; everything around it is a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.data import DataLoaders
+from engine.distributed import Process
+from engine.metrics import RunningMeans
+from engine.precision import Precision
+from engine.seeding import derive_seed, seed_all
+from engine.train_loop import TrainerBase
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Trainer(TrainerBase):
+    """Trains a model with an objective.
+
+    Args:
+        model: the model, wrapped for several processes if there are any.
+        bare_model: the same model without wrapper, whose weights are saved.
+        objective: gives the backward passes of a step, an `augsub.SubModelObjective`.
+        optimizer: steps once per iteration.
+        data: this process's images, and how many steps they make.
+        precision: mixed precision, scaling, clipping.
+        process: this process among all.
+        mix: Mixup or CutMix: (images, labels) to (images, soft labels); None leaves them.
+        accumulation: micro-batches per step.
+        seed: all randomness of a step follows from it, the rank and the iteration.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        bare_model: nn.Module,
+        objective: Any,
+        optimizer: Optimizer,
+        data: DataLoaders,
+        precision: Precision,
+        process: Process,
+        mix: Callable[[Tensor, Tensor], Batch] | None,
+        accumulation: int,
+        seed: int,
+    ) -> None:
+        super().__init__(data.max_iterations)
+        self.model = model
+        self.bare_model = bare_model
+        self.objective = objective
+        self.optimizer = optimizer
+        self.data = data
+        self.precision = precision
+        self.process = process
+        self.mix = mix
+        self.accumulation = accumulation
+        self.seed = seed
+        self.means = RunningMeans(process)
+        self.results: dict[str, float] = {}  # what hooks found out after this step, for the writers
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with their fraction."""
+        return self.iteration / self.data.iterations_per_epoch
+
+    def train(self) -> None:
+        self.batches = self.data.train_from(self.iteration)
+        super().train()
+
+    def run_step(self) -> None:
+        seed_all(derive_seed(self.seed, self.process.rank, self.iteration))
+        self.results = {}
+        self.last_loss = torch.zeros((), device=self.process.device)
+        for micro_batch in range(self.accumulation):
+            images, targets = self._next_batch()
+            with self.precision.autocast():
+                output = self.objective.backward(
+                    self.model,
+                    images,
+                    targets,
+                    backward=lambda loss: self.precision.backward(loss / self.accumulation),
+                    sync=micro_batch == self.accumulation - 1,
+                )
+            self.means.add(_losses(output))
+            self.last_loss += output.loss / self.accumulation
+        self.precision.step(self.optimizer)
+
+    def _next_batch(self) -> Batch:
+        images, targets = (tensor.to(self.process.device, non_blocking=True) for tensor in next(self.batches))
+        return (images, targets) if self.mix is None else self.mix(images, targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain values."""
+        return {
+            "iteration": self.iteration,
+            "model": self.bare_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.state_dict(),
+            "means": self.means.state_dict(),
+            "hooks": {hook.state_name: hook.state_dict() for hook in self.hooks if hook.state_name},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.bare_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state["scaler"])
+        self.means.load_state_dict(state["means"])
+        for hook in self.hooks:
+            if hook.state_name in state["hooks"]:
+                hook.load_state_dict(state["hooks"][hook.state_name])
+
+
+def _losses(output: Any) -> dict[str, Tensor]:
+    """Scalars of one step, by the names under which they are written."""
+    losses = {"loss": output.loss, "main_loss": output.main_loss}
+    if output.sub_losses:
+        losses["sub_loss"] = sum(output.sub_losses) / len(output.sub_losses)
+    if len(output.sub_losses) > 1:
+        losses |= {f"sub_loss_{index}": loss for index, loss in enumerate(output.sub_losses)}
+    return losses

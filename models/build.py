@@ -1,0 +1,81 @@
+"""A timm model by name, patched for sub-model augmentation and checked on the image size."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import augsub
+
+LOGGER = logging.getLogger("models")
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int,
+    image_size: int,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A patched timm model.
+
+    Args:
+        name: any timm model name, with or without a pretrained tag.
+        num_classes: outputs of the head, which is new if the pretrained one differs.
+        in_chans: channels of the images.
+        image_size: pixels, passed on to models that are built for one size.
+        pretrained: load timm's weights for that name.
+        kwargs: anything else `timm.create_model` takes.
+
+    Raises:
+        ValueError: unknown name (the nearest one is named), an argument the model does not take,
+            or pretrained weights that cannot be had.
+    """
+    if not timm.is_model(name):
+        match = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"timm has no model {name!r}{f', did you mean {match[0]!r}?' if match else ''}")
+    arguments = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained, **kwargs}
+    try:
+        model = _create(name, {"img_size": image_size, **arguments})
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        model = _create(name, arguments)  # a model for images of any size
+    return augsub.patch(model)
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except (AssertionError, RuntimeError, OSError) as error:
+        raise ValueError(f"timm cannot build {name} with {arguments}: {_first_line(error)}") from error
+
+
+def check_image_size(
+    model: nn.Module, in_chans: int, image_size: int, augmentations: Sequence[augsub.SubModelAugmentation] = ()
+) -> None:
+    """Run main model and sub-models once without computing (meta tensors), to see whether sizes fit.
+
+    Raises:
+        ValueError: with the model's or the augmentation's own reason.
+    """
+    weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    images = torch.empty(2, in_chans, image_size, image_size, device="meta")
+    for augmentation in (None, *augmentations):
+        try:
+            functional_call(model, weights, (images,), {"augsub": augmentation})
+        except (AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise ValueError(f"{image_size} x {image_size} pixels do not fit: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

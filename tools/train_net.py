@@ -1,0 +1,65 @@
+"""Train a timm model with sub-model augmentation, as a configuration says.
+
+    python tools/train_net.py --config configs/digits_vit.yaml
+    python tools/train_net.py --config configs/digits_vit.yaml augsub.sub_models=[] output_dir=runs/baseline
+    torchrun --nproc_per_node=8 tools/train_net.py --config configs/swin_b.yaml data.root=imagenet
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+
+from engine.config_file import load_config, to_yaml
+from engine.defaults import evaluate_only, train
+from engine.distributed import launched_rank, process_group
+from engine.errors import RunError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate model.checkpoint or the run's last one")
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=10")
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+    with process_group(config.distributed.timeout_minutes) as process:
+        if process.is_main:
+            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        if arguments.eval_only:
+            results = evaluate_only(config, process)
+            if process.is_main:
+                print(json.dumps(results, indent=2))
+        else:
+            train(config, process, arguments.resume)
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error that the user can mend."""
+    arguments = parse_arguments()
+    try:
+        run(arguments)
+    except RunError as error:
+        if arguments.traceback:
+            raise
+        rank = launched_rank()
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
