@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import family_of
@@ -71,10 +72,13 @@ def patch(model: Model) -> Model:
     Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D).
 
     Raises:
-        ValueError: if the model is patched already or has a `mask_token` of its own.
+        ValueError: if the model is patched already, is a wrapper (DDP, compiled) around the model to
+            patch, or has a `mask_token` of its own.
     """
     if is_patched(model):
         raise ValueError(f"{_original_class(model).__name__} is patched already; augsub.unpatch undoes it")
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        raise ValueError(f"{type(model).__name__} is a wrapper: patch the model itself, before wrapping it")
     family = family_of(model)
     width = family.mask_token_width(model)
     if width is not None:

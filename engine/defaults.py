@@ -119,9 +119,7 @@ def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelE
         every_minutes=config.checkpoint.every_minutes,
         keep=config.checkpoint.keep,
     )
-    writing = hooks.WriteRecords(
-        partial(_open_writers, folder, process), config.log.period, config.train.global_batch
-    )
+    writing = hooks.WriteRecords(partial(_open_writers, folder, process), config.log.period, config.train.global_batch)
     everywhere = [
         hooks.LearningRateSchedule(schedule),
         *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),

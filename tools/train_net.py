@@ -1,8 +1,8 @@
 """Train a timm model with sub-model augmentation, as a configuration says.
 
-    python tools/train_net.py --config configs/digits_vit.yaml
-    python tools/train_net.py --config configs/digits_vit.yaml augsub.sub_models=[] output_dir=runs/baseline
-    torchrun --nproc_per_node=8 tools/train_net.py --config configs/swin_b.yaml data.root=imagenet
+python tools/train_net.py --config configs/digits_vit.yaml
+python tools/train_net.py --config configs/digits_vit.yaml augsub.sub_models=[] output_dir=runs/baseline
+torchrun --nproc_per_node=8 tools/train_net.py --config configs/swin_b.yaml data.root=imagenet
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+"""drop_path and dropout: the rates that modules have while the sub-model runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import DropPath
+
+import augsub
+
+
+def rates_during(model, images, module_class, attribute, **sub_model):
+    """The attribute of every module of that class at the time it runs."""
+    seen = {}
+    handles = [
+        module.register_forward_pre_hook(lambda module, _, name=name: seen.update({name: getattr(module, attribute)}))
+        for name, module in model.named_modules()
+        if isinstance(module, module_class)
+    ]
+    model(images, **sub_model)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("variant", "places"),
+    [("vit", 6), ("vit_drop", 6), ("swin", 8), ("swin_drop", 8), ("resnet", 4), ("resnet_drop", 4)],
+)
+def test_every_residual_branch_has_the_ratio(variant, places, make_model, images):
+    model = augsub.patch(make_model(variant)).train()
+    own = rates_during(model, images, DropPath, "drop_prob")
+    during = rates_during(model, images, DropPath, "drop_prob", augsub="droppath", augsub_ratio=0.3)
+    assert len(during) == places
+    assert set(during.values()) == {0.3}
+    assert rates_during(model, images, DropPath, "drop_prob") == own
+    assert (set(own.values()) == {0.0}) == ("drop" not in variant)
+
+
+@pytest.mark.parametrize("variant", ["vit", "vit_drop", "swin", "swin_drop"])
+def test_projection_and_mlp_dropouts_have_the_ratio_and_no_other(variant, make_model, images):
+    model = augsub.patch(make_model(variant)).train()
+    own = rates_during(model, images, torch.nn.Dropout, "p")
+    during = rates_during(model, images, torch.nn.Dropout, "p", augsub="dropout", augsub_ratio=0.3)
+    for name, rate in during.items():
+        expected = 0.3 if name.endswith(("attn.proj_drop", "mlp.drop1", "mlp.drop2")) else own[name]
+        assert rate == expected, name
+    assert sum(rate == 0.3 for rate in during.values()) == 3 * len([n for n in during if n.endswith("proj_drop")])
+    assert rates_during(model, images, torch.nn.Dropout, "p") == own
+
+
+def test_drop_path_drops_that_share_of_paths(make_model):
+    """A block whose branches are dropped hands its input on."""
+    model = augsub.patch(make_model("vit")).train()
+    images = torch.randn(256, 3, 32, 32)
+    block, unchanged = model.blocks[0], []
+    block.register_forward_hook(
+        lambda module, args, output: unchanged.append((args[0] == output).flatten(1).all(dim=1).float().mean().item())
+    )
+    torch.manual_seed(0)
+    model(images, augsub="drop_path", augsub_ratio=0.5)
+    model(images)
+    assert unchanged[0] == pytest.approx(0.25, abs=0.09)  # both branches: 0.5 ** 2, three standard errors
+    assert unchanged[1] == 0

@@ -1,0 +1,108 @@
+"""Tiny models of every family, with one batch for each."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+
+import augsub
+
+IMAGE_SIZE = 32
+NUM_CLASSES = 10
+VIT = {"img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": NUM_CLASSES}
+
+
+def tiny_vit(**kwargs) -> VisionTransformer:
+    return VisionTransformer(**VIT, **kwargs)
+
+
+def tiny_swin(**kwargs) -> SwinTransformer:
+    return SwinTransformer(
+        **{
+            "img_size": IMAGE_SIZE,
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depths": (2, 2),
+            "num_heads": (2, 4),
+            "window_size": 4,
+            "num_classes": NUM_CLASSES,
+            "drop_path_rate": 0.0,
+            **kwargs,
+        }
+    )
+
+
+def tiny_resnet(**kwargs) -> ResNet:
+    # zero_init_last would make every residual branch 0, and drop_path invisible
+    return ResNet(
+        BasicBlock, (1, 1, 1, 1), channels=(8, 16, 24, 32), num_classes=NUM_CLASSES, zero_init_last=False, **kwargs
+    )
+
+
+MODELS = {
+    "vit": tiny_vit,
+    "vit_drop": lambda: tiny_vit(drop_path_rate=0.2, proj_drop_rate=0.1, pos_drop_rate=0.1),
+    "vit_avgpool_no_class_token": lambda: tiny_vit(class_token=False, global_pool="avg", fc_norm=True),
+    "vit_registers": lambda: tiny_vit(reg_tokens=4, no_embed_class=True),
+    "vit_attention_pool": lambda: tiny_vit(class_token=False, global_pool="map"),
+    "vit_dynamic_size": lambda: tiny_vit(dynamic_img_size=True),
+    "vit_patch_drop": lambda: tiny_vit(patch_drop_rate=0.25),
+    "clip": lambda: tiny_vit(pre_norm=True, norm_layer=torch.nn.LayerNorm),
+    "deit3": lambda: timm.create_model("deit3_small_patch16_224", drop_path_rate=0.1, **VIT),
+    "deit_distilled": lambda: timm.create_model("deit_tiny_distilled_patch16_224", **VIT),
+    "swin": tiny_swin,
+    "swin_drop": lambda: tiny_swin(drop_path_rate=0.2, proj_drop_rate=0.1),
+    "resnet": tiny_resnet,
+    "resnet_drop": lambda: tiny_resnet(drop_path_rate=0.2),
+}
+ONE_PER_FAMILY = ("vit", "swin", "resnet")
+
+
+@pytest.fixture(params=MODELS)
+def any_model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    """Each variant of each family, not patched."""
+    torch.manual_seed(0)
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=ONE_PER_FAMILY)
+def family_model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    """One model of each family, not patched."""
+    torch.manual_seed(0)
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=ONE_PER_FAMILY)
+def patched_model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    """One model of each family, patched."""
+    torch.manual_seed(0)
+    return augsub.patch(MODELS[request.param]())
+
+
+@pytest.fixture
+def make_model():
+    """Makes a model of the table by its name."""
+    return lambda name: MODELS[name]()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.tensor([0, 3, 5, 9])
+
+
+@pytest.fixture(autouse=True)
+def _forget_test_augmentations():
+    """Augmentations that a test registers are gone after it."""
+    registry = augsub.AUGSUB_REGISTRY
+    classes, aliases = dict(registry._obj_map), dict(registry._aliases)
+    yield
+    registry._obj_map, registry._aliases = classes, aliases
