@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engine.errors import InputError
+from engine.errors import InputError, RunError
 
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` so that `path` holds either the old content or the whole new one, never a part.
 
     Raises:
-        InputError: the disk refuses; what was there before stays.
+        RunError: the disk refuses; what was there before stays.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -31,7 +31,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         _put_in_place(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"checkpoint {path} cannot be written: {error}; the one before it is still there") from error
+        raise RunError(f"checkpoint {path} cannot be written: {error}; the one before it is still there") from error
 
 
 def link(source: Path, path: Path) -> None:

@@ -76,7 +76,7 @@ class TrainConfig:
     max_iters: Optional[int] = None  # stop earlier, after this many optimiser steps
     global_batch: int = 1024  # images per optimiser step, over all processes and micro-batches
     accumulation: int = 1  # micro-batches per optimiser step
-    amp: str = "off"  # off | bf16 | fp16 (with gradient scaling)
+    amp: str = "off"  # off | bf16 | fp16 (with gradient scaling, on GPUs; a CPU runs float32 instead and says so)
     clip_norm: Optional[float] = None  # global L2 norm of the gradient
     compile: bool = False  # torch.compile for the main and the sub-model
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -23,13 +24,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             wrong type or out of range.
     """
     path = Path(path)
-    merged = _merge(OmegaConf.structured(Config), _read(path, seen=()), place=str(path))
+    with _reported(str(path)):
+        merged = OmegaConf.merge(OmegaConf.structured(Config), _read(path, seen=()))
     for override in overrides:
-        merged = _merge(merged, _parse(override), place=f"override {override!r}")
-    try:
+        with _reported(f"override {override!r}"):
+            merged = _apply(override, merged)
+    with _reported(str(path)):
         config: Config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {_one_line(error)}") from error
     config.output_dir = config.output_dir or f"runs/{path.stem}"
     check(config)
     return config
@@ -46,10 +47,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise InputError(f"config file {path} does not exist{_nearest_file(path)}")
     if path.resolve() in seen:
         raise InputError(f"{path}: _base_ leads back to this file")
-    try:
-        content = OmegaConf.create(yaml.safe_load(path.read_text()) or {})
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
+    with _reported(f"{path}: not a readable YAML file"):
+        content = OmegaConf.load(path)
     if not isinstance(content, DictConfig):
         raise InputError(f"{path}: the top level must be keys with values")
     bases = content.pop("_base_", [])
@@ -58,20 +57,25 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     return content
 
 
-def _parse(override: str) -> DictConfig:
+def _apply(override: str, config: DictConfig) -> DictConfig:
+    """The configuration with one key set; a mapping of free keys (`kwargs`) replaces the one that was there."""
     key, equals, _ = override.partition("=")
     if not equals or not key:
         raise InputError(f"override {override!r}: must have the form key=value, for example train.epochs=10")
-    try:
-        return OmegaConf.from_dotlist([override])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"override {override!r}: {_one_line(error)}") from error
+    update = OmegaConf.from_dotlist([override])
+    merged = OmegaConf.merge(config, update)
+    old, new = OmegaConf.select(config, key), OmegaConf.select(update, key)
+    if isinstance(old, DictConfig) and OmegaConf.get_type(old) is dict and isinstance(new, DictConfig):
+        OmegaConf.update(merged, key, new, merge=False)
+    return merged
 
 
-def _merge(config: DictConfig, update: DictConfig, place: str) -> DictConfig:
+@contextmanager
+def _reported(place: str) -> Iterator[None]:
+    """Errors of YAML and OmegaConf become an InputError at `place`."""
     try:
-        return OmegaConf.merge(config, update)
-    except OmegaConfBaseException as error:
+        yield
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{place}: {_one_line(error)}") from error
 
 

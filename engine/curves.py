@@ -24,6 +24,7 @@ def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
     figure, (losses, accuracy) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     _draw(losses, records, LOSS_COLOURS)
     losses.set(title="Training loss", xlabel="epoch", ylabel="loss", yscale="log")
+    losses.yaxis.set_major_formatter("{x:g}")
     _draw(accuracy, records, ACCURACY_COLOURS)
     accuracy.set(title="Held-out accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
     _mark_last(accuracy, records)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -36,14 +37,16 @@ LOGGER = logging.getLogger("engine")
 def train(config: Config, process: Process, resume: bool) -> None:
     """Train a run to its end; `resume` continues the one in its folder."""
     folder = RunFolder(config.output_dir)
+    if process.is_main and not resume:
+        folder.refuse_if_taken()
     trainer = build_trainer(config, process, folder)
     if process.is_main:
-        folder.open(config, resume)
-        _log_to(folder.log)
+        folder.open(config)
     process.barrier()
-    if resume:
-        _resume(trainer, folder)
-    trainer.train()
+    with log_file(folder.log) if process.is_main else nullcontext():
+        if resume:
+            _resume(trainer, folder)
+        trainer.train()
 
 
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
@@ -60,7 +63,7 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
                 f"nothing to evaluate: {last} does not exist; set model.checkpoint, model.pretrained=true or output_dir"
             )
     model.to(process.device)
-    return evaluate(model, data.held_out, Precision(config.train.amp, process.device), process)
+    return evaluate(model, data.held_out, build_precision(config, process), process)
 
 
 def build_trainer(config: Config, process: Process, folder: RunFolder) -> Trainer:
@@ -88,7 +91,7 @@ def build_trainer(config: Config, process: Process, folder: RunFolder) -> Traine
         objective=objective,
         optimizer=optimizer,
         data=data,
-        precision=Precision(config.train.amp, process.device, config.train.clip_norm),
+        precision=build_precision(config, process),
         process=process,
         mix=mixup,
         accumulation=config.train.accumulation,
@@ -161,6 +164,15 @@ def build_objective(config: Config, criterion: nn.Module) -> augsub.SubModelObje
         return augsub.SubModelObjective(criterion, sub_models, config.augsub.main_weight)
 
 
+def build_precision(config: Config, process: Process) -> Precision:
+    """The configured precision; fp16 is for GPUs, a CPU emulates it ten times slower than float32."""
+    amp = config.train.amp
+    if amp == "fp16" and process.device.type == "cpu":
+        LOGGER.info("train.amp = fp16 is for GPUs: on this CPU the run uses float32")
+        amp = "off"
+    return Precision(amp, process.device, config.train.clip_norm)
+
+
 def import_plugins(modules: Sequence[str]) -> None:
     """Import the user's modules, which register augmentations; the working folder is searched too."""
     sys.path.append("")
@@ -195,7 +207,14 @@ def _resume(trainer: Trainer, folder: RunFolder) -> None:
     LOGGER.info("resumed %s after %d of %d iterations", folder.last, trainer.iteration, trainer.max_iterations)
 
 
-def _log_to(path: Path) -> None:
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Append everything that is logged, by timm too, to a file."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    LOGGER.addHandler(handler)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -19,8 +19,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     if config.name not in known:
         match = difflib.get_close_matches(config.name, known, n=1)
         raise InputError(
-            f"optimizer.name = {config.name}: unknown{f', did you mean {match[0]}?' if match else ''}; "
-            f"known: {', '.join(known)}"
+            f"optimizer.name = {config.name}: timm has no such optimiser"
+            f"{f', did you mean {match[0]}?' if match else ''} (timm.optim.list_optimizers() names them all)"
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     arguments = {name: value for name, value in optional.items() if value is not None}

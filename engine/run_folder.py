@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from engine.config import Config
 from engine.config_file import to_yaml
 from engine.errors import InputError
-
-LOGGER = logging.getLogger("engine")
 
 
 class RunFolder:
@@ -34,17 +31,15 @@ class RunFolder:
         """Numbered checkpoints, oldest first."""
         return sorted(self.checkpoints.glob("iter_*.pt"), key=lambda path: int(path.stem.removeprefix("iter_")))
 
-    def open(self, config: Config, resume: bool) -> None:
-        """Create the folder and save the complete configuration in it.
-
-        Raises:
-            InputError: the folder holds another run's results and this one does not resume it, or
-                it cannot be written.
-        """
-        if not resume and (self.metrics.exists() or self.last.exists()):
+    def refuse_if_taken(self) -> None:
+        """Raise InputError if the folder holds a run's results, which a new run would overwrite."""
+        if self.metrics.exists() or self.last.exists():
             raise InputError(
                 f"output_dir = {self.path} holds a run already: continue it with --resume, or choose another output_dir"
             )
+
+    def open(self, config: Config) -> None:
+        """Create the folder and save the complete configuration in it; InputError if that is impossible."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.config.write_text(to_yaml(config))

@@ -24,11 +24,18 @@ class Writer(Protocol):
 class LogWriter:
     """One readable line per record in the log."""
 
-    SHOWN = ("loss", "main_loss", "sub_loss", "top1", "ema_top1")
+    SHOWN = ("main_loss", "sub_loss", "top1", "ema_top1")
 
     def write(self, record: Record) -> None:
-        losses = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
-        LOGGER.info("epoch %.4g  iteration %d  %s  lr %.3g", record["epoch"], record["iteration"], losses, record["lr"])
+        values = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
+        LOGGER.info(
+            "epoch %.4g  iteration %d  %s  lr %.3g  %.0f images/s",
+            record["epoch"],
+            record["iteration"],
+            values,
+            record["lr"],
+            record["images_per_second"],
+        )
 
     def close(self) -> None:
         pass

@@ -68,6 +68,11 @@ def check_image_size(
     Raises:
         ValueError: with the model's or the augmentation's own reason.
     """
+    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if any(image_size % side for side in patch_size):
+        LOGGER.warning(
+            "%d pixels are no multiple of the patch size %s: the rest is padded or not seen", image_size, patch_size
+        )
     weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     images = torch.empty(2, in_chans, image_size, image_size, device="meta")
     for augmentation in (None, *augmentations):

@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=10")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options and overrides in any order
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     with process_group(config.distributed.timeout_minutes) as process:
         if process.is_main:
-            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+            logging.basicConfig(format="%(message)s", stream=sys.stdout)
+            logging.getLogger().setLevel(logging.INFO)
         if arguments.eval_only:
             results = evaluate_only(config, process)
             if process.is_main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ from engine.run_folder import RunFolder
 from engine.table import text_table
 from engine.train_loop import HookBase
 from engine.writers import read_lines
+
+LOGGER = logging.getLogger("engine")
 
 
 class Report(HookBase):
@@ -33,7 +36,7 @@ class Report(HookBase):
         summary = self._summary(records[-1] if records else {})
         self._folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
         draw_curves(records, self._title, self._folder.curves)
-        print(f"\n{self._title}\n{text_table(self._rows(summary))}", flush=True)
+        LOGGER.info("\n%s\n%s", self._title, text_table(self._rows(summary)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}

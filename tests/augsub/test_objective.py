@@ -227,7 +227,8 @@ MODELS = {
              depths=(2, 2), num_heads=(2, 4), drop_path_rate=0.0)),
 }
 for name, kwargs in MODELS.values():
-    for sub_models in ([], [augsub.SubModel("checkerboard", ratio=0.5)], 2 * [augsub.SubModel("checkerboard", ratio=0.5)]):
+    for count in (0, 1, 2):
+        sub_models = count * [augsub.SubModel("checkerboard", ratio=0.5)]
         for accumulation in (1, 2):
             torch.manual_seed(0)
             model = augsub.patch(timm.create_model(name, num_classes=10, **kwargs))

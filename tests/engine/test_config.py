@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+
+from engine.config import Config
+from engine.config_file import load_config, to_yaml
+from engine.errors import InputError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, text: str):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_base_files_overrides_and_schema_are_merged_in_that_order(write):
+    write("_base_/grand.yaml", "seed: 1\ntrain: {epochs: 10, global_batch: 8}\n")
+    write("_base_/first.yaml", "_base_: grand.yaml\ntrain: {global_batch: 16}\nmodel: {kwargs: {depth: 2, width: 3}}\n")
+    write("_base_/second.yaml", "optimizer: {lr: 0.5}\n")
+    path = write(
+        "run.yaml", "_base_: [_base_/first.yaml, _base_/second.yaml]\nmodel: {kwargs: {depth: 4}}\nlog: {period: 7}\n"
+    )
+    config = load_config(path, ["train.epochs=20", "augsub.sub_models=[{augmentations: [masking]}]"])
+    assert isinstance(config, Config)
+    assert (config.seed, config.train.epochs, config.train.global_batch) == (1, 20, 16)
+    assert (config.optimizer.lr, config.log.period) == (0.5, 7)
+    assert config.model.kwargs == {"depth": 4, "width": 3}
+    assert config.augsub.sub_models[0].weight == 0.5
+    assert config.output_dir == "runs/run"
+
+
+def test_the_printed_configuration_reads_back_equal(write):
+    config = load_config(write("run.yaml", "train: {epochs: 9}\nmodel: {kwargs: {depths: [1, 2]}}\n"), ["seed=3"])
+    assert load_config(write("again.yaml", to_yaml(config))) == config
+
+
+def test_free_keys_are_set_one_by_one_or_replaced_as_a_whole(write):
+    path = write("run.yaml", "model: {kwargs: {depth: 4, width: 3}}")
+    assert load_config(path, ["model.kwargs.depth=5"]).model.kwargs == {"depth": 5, "width": 3}
+    assert load_config(path, ["model.kwargs={depth: 5}"]).model.kwargs == {"depth": 5}
+    assert load_config(path, ["model.kwargs={}"]).model.kwargs == {}
+
+
+def test_interpolation(write):
+    path = write("run.yaml", "seed: 5\noutput_dir: runs/seed${seed}\n")
+    assert load_config(path, ["seed=6"]).output_dir == "runs/seed6"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("trian: {epochs: 3}", [], "trian"),
+        ("train: {epoch: 3}", [], "Did you mean: 'epochs'"),
+        ("", ["train.epoch=3"], "Did you mean: 'epochs'"),
+        ("", ["augsub.sub_models=[{weigth: 1}]"], "Did you mean: 'weight'"),
+        ("", ["train.epochs=many"], "train.epochs: Value 'many'"),
+        ("", ["train.epochs=0"], "train.epochs = 0: allowed is at least 1"),
+        ("", ["train.amp=half"], "train.amp = half: allowed is one of off, bf16, fp16"),
+        ("", ["optimizer.lr=-1"], "optimizer.lr = -1"),
+        ("", ["optimizer.lr=.nan"], "optimizer.lr = nan"),
+        ("", ["ema.decay=1"], "ema.decay = 1.0: allowed is in [0, 1)"),
+        ("", ["transform.scale=[1,0.5]"], "transform.scale"),
+        ("", ["model=3"], "override 'model=3'"),
+        ("", ["epochs"], "must have the form key=value"),
+        ("", ["train.epochs='"], "override"),
+        ("", ["output_dir=${nothing}"], "nothing"),
+        ("", ["loss.target_threshold=0.1"], "only loss.name = bce has a threshold"),
+        ("", ["evaluation.metric=ema_top1"], "needs ema.enabled"),
+        ("", ["schedule.warmup_epochs=300"], "must be less than train.epochs"),
+        ("train: [", [], "not a readable YAML file"),
+        ("- 1", [], "top level"),
+        ("!!python/object/apply:os.system ['true']", [], "not a readable YAML file"),
+        ("_base_: missing.yaml", [], "missing.yaml does not exist"),
+        ("_base_: run.yaml", [], "_base_ leads back"),
+    ],
+)
+def test_mistakes_are_one_clear_line(write, text, overrides, message):
+    with pytest.raises(InputError) as error:
+        load_config(write("run.yaml", text), overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistyped_file_name_is_met_with_the_nearest(write):
+    write("swin_b.yaml", "")
+    with pytest.raises(InputError, match=r"did you mean .*swin_b.yaml"):
+        load_config(write("other.yaml", "").with_name("swin_d.yaml"))

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, Dataset
+
+from engine.config import Config, DataConfig, TransformConfig
+from engine.data.digits import build_digits
+from engine.data.images import build_images
+from engine.data.loaders import build_loaders
+from engine.data.stream import SeededDataset, TrainingOrder
+from engine.errors import InputError
+
+
+def order(**changes) -> TrainingOrder:
+    settings = {"num_samples": 20, "micro_batch": 2, "accumulation": 1, "rank": 0, "world_size": 1, "seed": 3}
+    return TrainingOrder(**{**settings, "first_iteration": 0, "last_iteration": 25, **changes})
+
+
+def test_each_epoch_is_another_permutation():
+    batches = list(order())
+    epochs = [[key.index for batch in batches[start : start + 10] for key in batch] for start in (0, 10)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
+    assert epochs[0] != epochs[1]
+    seeds = [key.seed for batch in batches for key in batch]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_the_order_goes_on_where_it_stopped():
+    assert list(order(first_iteration=13)) == list(order())[13:]
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_processes_and_micro_batches_divide_the_same_global_batches(world_size, accumulation):
+    whole = list(order(micro_batch=4, num_samples=22))
+    parts = [
+        list(order(micro_batch=4 // world_size // accumulation, num_samples=22, **shape))
+        for rank in range(world_size)
+        for shape in [{"rank": rank, "world_size": world_size, "accumulation": accumulation}]
+    ]
+    for iteration, batch in enumerate(whole):
+        joined = [
+            key for part in range(accumulation) for process in parts for key in process[iteration * accumulation + part]
+        ]
+        assert joined == batch
+
+
+class RandomItems(Dataset):
+    """Draws from every global generator, as transforms do."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int):
+        return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()]), index
+
+
+def test_samples_do_not_depend_on_workers_and_leave_the_process_generators_alone():
+    def samples(workers: int):
+        loader = DataLoader(SeededDataset(RandomItems()), batch_sampler=order(), num_workers=workers)
+        return torch.cat([values for values, _ in loader])
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    iterator = iter(DataLoader(SeededDataset(RandomItems()), batch_sampler=order()))
+    state = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    next(iterator)
+    assert random.getstate() == state[0]
+    assert (np.random.get_state()[1] == state[1]).all()
+    assert torch.equal(torch.get_rng_state(), state[2])
+    alone = samples(0)
+    assert torch.equal(alone, samples(2))
+    assert len(alone[:, 1].unique()) == len(alone)
+
+
+def test_digits_have_a_fixed_split_of_real_images():
+    source = build_digits(8)
+    assert (len(source.train), len(source.held_out), source.num_classes, source.in_chans) == (1000, 797, 10, 1)
+    images = torch.cat([source.train.tensors[0], source.held_out.tensors[0]]).flatten(1)
+    pixels = ((images - images.min()) / (images.max() - images.min()) * 16).round()
+    labels = torch.cat([source.train.tensors[1], source.held_out.tensors[1]])
+    original = load_digits()
+    expected = sorted(zip(original.data.tolist(), original.target.tolist(), strict=True))
+    assert sorted(zip(pixels.tolist(), labels.tolist(), strict=True)) == expected
+    assert torch.equal(build_digits(8).train.tensors[0], source.train.tensors[0])
+    assert abs(source.train.tensors[0].mean()) < 1e-5 and abs(source.train.tensors[0].std() - 1) < 1e-3
+    assert build_digits(32).train[0][0].shape == (1, 32, 32)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.jpg")
+    return tmp_path
+
+
+def test_an_image_folder_is_opened_with_its_classes(image_folder):
+    source = build_images(DataConfig(root=str(image_folder), image_size=32), TransformConfig(auto_augment="rand-m9"))
+    assert (len(source.train), len(source.held_out), source.num_classes, source.in_chans) == (6, 4, 2, 3)
+    image, label = source.train[0]
+    assert image.shape == (3, 32, 32) and label in (0, 1)
+    assert torch.equal(source.held_out[0][0], source.held_out[0][0])
+
+
+def test_random_transforms_follow_the_sample_key(image_folder):
+    config = TransformConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.5, interpolation="random")
+    source = build_images(DataConfig(root=str(image_folder), image_size=32), config)
+    dataset = SeededDataset(source.train)
+    keys = list(order(num_samples=6, micro_batch=3))[0]
+    first, again = dataset.__getitems__(keys), dataset.__getitems__(keys[::-1])[::-1]
+    for (image, _), (same, _) in zip(first, again, strict=True):
+        assert torch.equal(image, same)
+
+
+def test_an_image_folder_with_faults_is_refused(image_folder, tmp_path):
+    def refused(message: str, **changes):
+        with pytest.raises(InputError) as error:
+            build_images(DataConfig(**{"root": str(image_folder), **changes}), TransformConfig())
+        assert message in str(error.value)
+
+    refused("data.root is not set", root=None)
+    refused("no such folder", root=str(tmp_path / "nowhere"))
+    refused("no folder for the split holdout", eval_split="holdout")
+    (image_folder / "train" / "fox").mkdir()
+    refused("fox: the class folder holds no image")
+    Image.new("RGB", (8, 8)).save(image_folder / "train" / "fox" / "0.png")
+    refused("classes in one split only: fox")
+    refused("data.dataset = hfds/nothing", dataset="hfds/nothing", root=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({"global_batch": 2000}, 1, "train.global_batch = 2000: more than the 1000 training images"),
+        ({"global_batch": 100}, 3, "does not divide into 3 processes"),
+        ({"global_batch": 50, "accumulation": 4}, 1, "does not divide into 1 processes x train.accumulation = 4"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(changes, world_size, message):
+    config = Config()
+    config.data.dataset, config.data.image_size, config.data.workers = "digits", 8, 0
+    vars(config.train).update(changes)
+    process = SimpleNamespace(rank=0, world_size=world_size, device=torch.device("cpu"))
+    with pytest.raises(InputError, match=message):
+        build_loaders(config, process)
+
+
+def test_every_held_out_image_is_in_exactly_one_share():
+    config = Config()
+    config.data.dataset, config.data.image_size, config.data.workers = "digits", 8, 0
+    config.train.global_batch = 30
+    seen = []
+    for rank in range(3):
+        process = SimpleNamespace(rank=rank, world_size=3, device=torch.device("cpu"))
+        seen += [image for images, _ in build_loaders(config, process).held_out for image in images]
+    whole = build_digits(8).held_out.tensors[0]
+    assert len(seen) == 797
+    assert sorted(map(float, (image.double().sum() for image in seen))) == pytest.approx(
+        sorted(map(float, (image.double().sum() for image in whole)))
+    )
