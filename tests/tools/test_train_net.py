@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TRAIN_NET = ROOT / "tools" / "train_net.py"
+DIGITS = ROOT / "configs" / "digits_vit.yaml"
+# every kind of state that a resumed run must find again
+EVERYTHING_ON = (
+    "train.accumulation=2",
+    "mixup.mixup_alpha=0.8",
+    "ema.enabled=true",
+    "ema.decay=0.9",
+    "model.drop_path_rate=0.1",
+    "train.clip_norm=1.0",
+    "log.period=7",
+)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "images_per_second"} for record in records]
+
+
+def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path):
+    result = command(sys.executable, TRAIN_NET, "--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=40")
+    assert result.returncode == 0, result.stderr
+    for line in ("main loss", "sub loss", "held-out top-1", "of 797 images", "held-out top-5", "time", str(tmp_path)):
+        assert line in result.stdout
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"top1", "top5", "main_loss", "sub_loss", "iterations", "seconds"} <= summary.keys()
+    assert summary["iterations"] == 40 and summary["images"] == 797
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert "iteration 40" in (folder / "log.txt").read_text()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_iters"] == 40
+    assert metrics(folder)[-1]["top1"] == summary["top1"]
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    assert "cls_token" in state["model"] and state["iteration"] == 40
+    assert {"last.pt", "best.pt", "iter_40.pt"} == {path.name for path in (folder / "checkpoints").iterdir()}
+
+
+def test_the_baseline_has_no_sub_model(train_net, tmp_path):
+    code, output, _ = train_net(
+        "--config", DIGITS, "augsub.sub_models=[]", f"output_dir={tmp_path}/run", "train.max_iters=20"
+    )
+    assert code == 0
+    assert "no sub-model" in (tmp_path / "run" / "log.txt").read_text()
+    assert all("sub_loss" not in record for record in metrics(tmp_path / "run"))
+
+
+def test_training_learns(train_net, tmp_path):
+    train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=200")
+    records = metrics(tmp_path / "run")
+    assert records[-1]["main_loss"] < 0.7 * records[0]["main_loss"]
+    assert records[-1]["sub_loss"] < records[0]["sub_loss"]
+    assert records[-1]["top1"] > 50
+
+
+def test_a_resumed_run_ends_with_the_same_bits(train_net, tmp_path):
+    for name, stops in {"whole": [45], "resumed": [23, 45]}.items():
+        for iterations in stops:
+            assert train_net(
+                "--config", DIGITS, "--resume", f"output_dir={tmp_path}/{name}", f"train.max_iters={iterations}",
+                "evaluation.period=1", *EVERYTHING_ON
+            )[0] == 0  # fmt: skip
+    states = [torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("whole", "resumed")]
+    for kind in (("model",), ("hooks", "ema", "model")):
+        whole, resumed = states
+        for key in kind:
+            whole, resumed = whole[key], resumed[key]
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    iterations = [record["iteration"] for record in metrics(tmp_path / "resumed")]
+    assert iterations == sorted(set(iterations))
+    assert without_time(metrics(tmp_path / "resumed"))[-1]["top1"] == without_time(metrics(tmp_path / "whole"))[-1]["top1"]
+    assert "resumed" in (tmp_path / "resumed" / "log.txt").read_text()
+
+
+def test_evaluation_alone_gives_the_result_of_the_run(train_net, tmp_path):
+    train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=60")
+    expected = json.loads((tmp_path / "run" / "summary.json").read_text())
+    code, output, _ = train_net("--config", DIGITS, "--eval-only", f"output_dir={tmp_path}/run")
+    assert code == 0
+    results = json.loads(output[output.index("{") :])
+    assert {name: results[name] for name in ("top1", "top5", "images")} == {
+        name: expected[name] for name in ("top1", "top5", "images")
+    }
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    _, again, _ = train_net("--config", DIGITS, "--eval-only", f"model.checkpoint={last}", f"output_dir={tmp_path}/no")
+    assert json.loads(again[again.index("{") :]) == results
+
+
+@pytest.mark.parametrize("model", ["vit", "swin"])
+def test_two_processes_train_and_count_every_image_once(command, torchrun, train_net, tmp_path, model):
+    config = ROOT / "configs" / f"digits_{model}.yaml"
+    result = command(*torchrun, TRAIN_NET, "--config", config, f"output_dir={tmp_path}/run", "train.max_iters=40")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("held-out top-1") == 1  # one process reports
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["images"] == 797
+    _, output, _ = train_net("--config", config, "--eval-only", f"output_dir={tmp_path}/run")
+    alone = json.loads(output[output.index("{") :])
+    assert alone["top1"] == pytest.approx(summary["top1"], abs=0.13)  # one image of 797 on the edge
+    assert alone["images"] == 797
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(train_net, tmp_path, amp):
+    code, _, _ = train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=20", f"train.amp={amp}")
+    assert code == 0
+    assert metrics(tmp_path / "run")[-1]["main_loss"] < 2.4
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert ("on this CPU the run uses float32" in log) == (amp == "fp16" and not torch.cuda.is_available())
+
+
+def test_a_plugin_file_brings_a_new_augmentation(command, tmp_path):
+    (tmp_path / "my_augmentations.py").write_text(
+        textwrap.dedent("""
+        import torch
+        import augsub
+
+        @augsub.register("token_noise")
+        class TokenNoise(augsub.SubModelAugmentation):
+            sites = ("tokens",)
+
+            def tokens(self, tokens):
+                tokens.values = tokens.values + self.ratio * torch.randn_like(tokens.values)
+                return tokens
+        """)
+    )
+    arguments = [
+        "plugins=[my_augmentations]",
+        "augsub.sub_models=[{weight: 0.5, augmentations: [{name: token_noise, ratio: 0.3}]}]",
+        "train.max_iters=20",
+    ]
+    result = command(sys.executable, TRAIN_NET, "--config", DIGITS, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "sub_loss" in metrics(tmp_path / "runs" / "digits_vit")[-1]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["--config", ROOT / "configs/swin_b.yaml", "model.name=swin_tiny_patch4_window7_224", "data.image_size=64",
+         "augsub.sub_models=[{augmentations: [{name: masking, ratio: 0.5, cell: 16}]}]"],
+        ["--config", ROOT / "configs/resnet50.yaml", "model.name=resnet18", "data.image_size=64"],
+        ["--config", ROOT / "configs/vit_b.yaml", "model.name=deit3_small_patch16_224", "data.image_size=64",
+         "model.kwargs={init_values: 1.0e-4, depth: 2}"],
+    ],
+    ids=["swin", "resnet", "vit"],
+)  # fmt: skip
+def test_an_image_folder_trains_with_the_imagenet_recipes(train_net, image_folder, tmp_path, model):
+    """The recipes' transforms, mixing, losses and optimisers, on smaller models and images."""
+    code, _, error = train_net(
+        *model, f"data.root={image_folder}", f"output_dir={tmp_path}/run", "data.workers=2", "train.global_batch=8",
+        "train.max_iters=2", "train.epochs=30",
+    )  # fmt: skip
+    assert code == 0, error
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["swin_b", "resnet50", "vit_b"])
+def test_the_imagenet_configs_run_at_full_size(command, image_folder, tmp_path, config):
+    result = command(
+        sys.executable, TRAIN_NET, "--config", ROOT / "configs" / f"{config}.yaml", f"data.root={image_folder}",
+        "data.workers=2", "train.max_iters=2", "train.global_batch=4", f"output_dir={tmp_path}/run", timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(train_net, tmp_path):
+    for compile in ("false", "true"):
+        assert train_net(
+            "--config", DIGITS, f"output_dir={tmp_path}/{compile}", "train.max_iters=40", f"train.compile={compile}"
+        )[0] == 0  # fmt: skip
+    eager, compiled = metrics(tmp_path / "false"), metrics(tmp_path / "true")
+    # compiled kernels draw other random masks, so the comparison is of learning, not of bits
+    assert compiled[-1]["main_loss"] == pytest.approx(eager[-1]["main_loss"], rel=0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(train_net, tmp_path):
+    run = ["--config", DIGITS, f"output_dir={tmp_path}/run"]
+    assert train_net(*run, "train.max_iters=20")[0] == 0
+    code, _, error = train_net(*run, "--resume", "train.max_iters=60", "optimizer.lr=1e30")
+    assert code == 2
+    assert error.startswith("error: the loss is not finite at iteration 2") and error.count("\n") == 1
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 20
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["iteration"] == 20
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+BAD_INPUT = {
+    "typo in a key": (["train.epohcs=3"], "Did you mean: 'epochs'"),
+    "data folder missing": (["data.dataset=folder", "data.root=/nowhere"], "data.root = /nowhere: no such folder"),
+    "unknown model": (["model.name=vit_tiny_patch16_242"], "did you mean 'vit_tiny_patch16_224'"),
+    "unknown model argument": (["model.kwargs.dpeth=3"], "unexpected keyword argument 'dpeth'"),
+    "unknown augmentation": (["augsub.sub_models=[{augmentations: [maskin]}]"], "did you mean 'masking'"),
+    "ratio out of range": (
+        ["augsub.sub_models=[{augmentations: [{name: masking, ratio: 1.5}]}]"],
+        "augsub.sub_models: masking: ratio = 1.5",
+    ),
+    "no augmentation": (["augsub.sub_models=[{weight: 0.5}]"], "at least one is needed"),
+    "no site": (
+        ["model.name=resnet18", "model.kwargs={}", "augsub.sub_models=[{augmentations: [{name: dropout, ratio: 0.1}]}]"],
+        "dropout has no site in ResNet",
+    ),
+    "image size": (["data.image_size=1"], "cannot build vit_tiny_patch16_224"),
+    "image size of another model": (
+        ["model.name=levit_128s", "model.kwargs={}", "data.image_size=64", "augsub.sub_models=[]"],
+        "64 x 64 pixels do not fit",
+    ),
+    "mask cell": (
+        ["model.name=resnet18", "model.kwargs={}", "data.image_size=16"],
+        "cell = 32 px is larger than the image",
+    ),
+    "batch": (["train.global_batch=1001"], "more than the 1000 training images"),
+    "optimiser": (["optimizer.name=admw"], "did you mean adamw"),
+    "optimiser argument": (["optimizer.kwargs={momentun: 0.9}"], "momentun"),
+    "plugin": (["plugins=[no_such_module]"], "plugins: no_such_module cannot be imported"),
+    "checkpoint missing": (["model.checkpoint=/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line(train_net, tmp_path, case):
+    overrides, message = BAD_INPUT[case]
+    code, _, error = train_net("--config", DIGITS, f"output_dir={tmp_path}/run", *overrides)
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_config_is_one_clear_line(train_net):
+    code, _, error = train_net("--config", ROOT / "configs" / "digit_vit.yaml")
+    assert code == 2 and "did you mean" in error and "digits_vit.yaml" in error
+
+
+def test_the_traceback_can_be_asked_for(train_net, tmp_path):
+    from engine.errors import InputError
+
+    with pytest.raises(InputError):
+        train_net("--config", DIGITS, "--traceback", "train.epohcs=3")
+
+
+def test_a_finished_run_is_not_overwritten(train_net, tmp_path):
+    run = ["--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=5"]
+    assert train_net(*run)[0] == 0
+    before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
+    code, _, error = train_net(*run)
+    assert code == 2 and "holds a run already: continue it with --resume" in error
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(train_net, tmp_path):
+    run = ["--config", DIGITS, f"output_dir={tmp_path}/run"]
+    assert train_net(*run, "train.max_iters=5")[0] == 0
+    before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
+    for overrides in (["model.kwargs.embed_dim=32"], ["model.kwargs.depth=3"]):
+        code, _, error = train_net(*run, "--resume", *overrides)
+        assert code == 2 and "is of another model" in error, error
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    code, _, error = train_net(
+        "--config", ROOT / "configs" / "digits_resnet.yaml", f"model.checkpoint={last}", f"output_dir={tmp_path}/other"
+    )
+    assert code == 2 and "is of another model" in error
+    assert last.read_bytes() == before
+
+
+def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
+    code, output, _ = train_net("--config", DIGITS, "--print-config", "seed=4")
+    assert code == 0
+    printed = yaml.safe_load(output)
+    assert printed["seed"] == 4 and printed["augsub"]["sub_models"][0]["augmentations"][0]["name"] == "masking"
+    (tmp_path / "printed.yaml").write_text(output)
+    assert train_net("--config", tmp_path / "printed.yaml", "--print-config")[1] == output
