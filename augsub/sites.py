@@ -6,7 +6,7 @@ It holds modules, never parameters, so that it stays true when a model is moved,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -70,4 +70,3 @@ class ModuleSite:
 
 Site = ImageSite | TokenSite | StemSite | ModuleSite
 HookedSite = TokenSite | StemSite
-Undo = Callable[[], None]

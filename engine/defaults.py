@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from engine.data import DataLoaders, build_loaders
 from engine.distributed import Process, wrap
 from engine.errors import InputError, input_errors
 from engine.evaluation import evaluate
+from engine.log_file import LogFile
 from engine.optim import build_optimizer, build_schedule
 from engine.precision import Precision
 from engine.run_folder import RunFolder
@@ -39,11 +39,12 @@ def train(config: Config, process: Process, resume: bool) -> None:
     folder = RunFolder(config.output_dir)
     if process.is_main and not resume:
         folder.refuse_if_taken()
-    trainer = build_trainer(config, process, folder)
-    if process.is_main:
-        folder.open(config)
-    process.barrier()
-    with log_file(folder.log) if process.is_main else nullcontext():
+    with LogFile() as log:
+        trainer = build_trainer(config, process, folder)
+        if process.is_main:
+            folder.open(config)
+            log.open(folder.log)
+        process.barrier()
         if resume:
             _resume(trainer, folder)
         trainer.train()
@@ -205,16 +206,3 @@ def _resume(trainer: Trainer, folder: RunFolder) -> None:
     checkpoint.load_weights(trainer.bare_model, state["model"], folder.last)
     trainer.load_state_dict(state)
     LOGGER.info("resumed %s after %d of %d iterations", folder.last, trainer.iteration, trainer.max_iterations)
-
-
-@contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Append everything that is logged, by timm too, to a file."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()

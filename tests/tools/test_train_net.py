@@ -14,6 +14,7 @@ TRAIN_NET = ROOT / "tools" / "train_net.py"
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
 # every kind of state that a resumed run must find again
 EVERYTHING_ON = (
+    "train.global_batch=40",
     "train.accumulation=2",
     "mixup.mixup_alpha=0.8",
     "ema.enabled=true",
@@ -219,10 +220,10 @@ BAD_INPUT = {
         ["model.name=resnet18", "model.kwargs={}", "augsub.sub_models=[{augmentations: [{name: dropout, ratio: 0.1}]}]"],
         "dropout has no site in ResNet",
     ),
-    "image size": (["data.image_size=1"], "cannot build vit_tiny_patch16_224"),
+    "image size": (["data.image_size=1"], "1 x 1 pixels do not fit"),
     "image size of another model": (
-        ["model.name=levit_128s", "model.kwargs={}", "data.image_size=64", "augsub.sub_models=[]"],
-        "64 x 64 pixels do not fit",
+        ["model.name=inception_v3", "model.kwargs={}", "data.image_size=16", "augsub.sub_models=[]"],
+        "16 x 16 pixels do not fit",
     ),
     "mask cell": (
         ["model.name=resnet18", "model.kwargs={}", "data.image_size=16"],
