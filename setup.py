@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "augsub" / "__init__.py").read_text()).group(1)
 
 TRAIN = ["omegaconf>=2.3", "matplotlib", "numpy", "scikit-learn", "tensorboard", "tqdm"]
-DEVELOP = ["pytest", "ruff"]
+DEVELOP = ["pytest", "ruff", "setuptools>=77"]
 
 setup(
     name="augsub",

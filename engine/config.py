@@ -29,7 +29,7 @@ class DataConfig:
 
     dataset: str = "folder"  # folder | digits | synthetic | a timm dataset name (hfds/…, torch/…, wds/…)
     root: Optional[str] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
-    train_split: str = "train"
+    train_split: str = "train"  # folder or split name of the training images
     eval_split: str = "validation"  # for a folder also val, eval or test, as in timm
     image_size: int = 224  # pixels, square
     workers: int = 4  # loader processes per training process; 0 loads in the training process
@@ -49,14 +49,14 @@ class TransformConfig:
     random_erase: float = 0.0  # probability of erasing a rectangle (pixel noise)
     eval_crop: float = 0.875  # share of the resized image's side that the centre crop keeps
     mean: List[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's
-    std: List[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    std: List[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # ImageNet's
 
 
 @dataclass
 class SubModelConfig:
     """One sub-model: augmentations applied in order, and the weight of its loss."""
 
-    weight: float = 0.5
+    weight: float = 0.5  # of its loss
     augmentations: List[Any] = field(default_factory=list)  # [{name: masking, ratio: 0.5}, …]
 
 
@@ -64,15 +64,15 @@ class SubModelConfig:
 class AugsubConfig:
     """loss = main_weight * main + sum of weight * sub. `sub_models: []` is plain training."""
 
-    main_weight: float = 0.5
-    sub_models: List[SubModelConfig] = field(default_factory=list)
+    main_weight: float = 0.5  # of the loss on the labels
+    sub_models: List[SubModelConfig] = field(default_factory=list)  # any number, each one more forward
 
 
 @dataclass
 class TrainConfig:
     """How long, how much at once, and in which precision."""
 
-    epochs: int = 300
+    epochs: int = 300  # the schedule runs over these; iterations are derived
     max_iters: Optional[int] = None  # stop earlier, after this many optimiser steps
     global_batch: int = 1024  # images per optimiser step, over all processes and micro-batches
     accumulation: int = 1  # micro-batches per optimiser step
@@ -87,7 +87,7 @@ class OptimizerConfig:
 
     name: str = "adamw"  # any name of timm.optim.list_optimizers()
     lr: float = 1e-3  # peak, absolute (not scaled by the batch)
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # decoupled or not, as the optimiser has it
     betas: Optional[List[float]] = None  # null: the optimiser's default
     eps: Optional[float] = None  # null: the optimiser's default
     kwargs: Dict[str, Any] = field(default_factory=dict)  # anything else the optimiser takes
@@ -97,7 +97,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Linear warmup, then cosine, by timm's scheduler."""
 
-    warmup_epochs: float = 5
+    warmup_epochs: float = 5  # linear from warmup_lr
     warmup_lr: float = 1e-6  # learning rate of the first step
     min_lr: float = 1e-5  # learning rate at the end of the cosine
     unit: str = "iteration"  # iteration | epoch: how often the learning rate changes
@@ -117,8 +117,8 @@ class LossConfig:
 class MixupConfig:
     """timm's Mixup and CutMix, on the batch of each process. Both alphas 0: off."""
 
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
+    mixup_alpha: float = 0.0  # Beta(alpha, alpha) of the mixing weight
+    cutmix_alpha: float = 0.0  # Beta(alpha, alpha) of the kept area
     prob: float = 1.0  # probability that a batch is mixed
     switch_prob: float = 0.5  # probability of CutMix where both are on
     mode: str = "batch"  # batch | pair | elem
@@ -128,8 +128,8 @@ class MixupConfig:
 class EmaConfig:
     """Exponential moving average of the weights, evaluated beside them as ema_top1."""
 
-    enabled: bool = False
-    decay: float = 0.9999
+    enabled: bool = False  # costs one copy of the model
+    decay: float = 0.9999  # share of the old average that stays per step
     warmup: bool = False  # ramp the decay up from 0, for short runs
 
 
@@ -171,7 +171,7 @@ class Config:
     """A whole run."""
 
     output_dir: Optional[str] = None  # null: runs/<name of the config file>
-    seed: int = 0
+    seed: int = 0  # of the initial weights, the data order and everything random
     plugins: List[str] = field(default_factory=list)  # modules to import; they register augmentations (they run code!)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

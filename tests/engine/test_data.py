@@ -116,7 +116,7 @@ def test_random_transforms_follow_the_sample_key(image_folder):
     config = TransformConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.5, interpolation="random")
     source = build_images(DataConfig(root=str(image_folder), image_size=32), config)
     dataset = SeededDataset(source.train)
-    keys = list(order(num_samples=6, micro_batch=3))[0]
+    keys = next(iter(order(num_samples=6, micro_batch=3)))
     first, again = dataset.__getitems__(keys), dataset.__getitems__(keys[::-1])[::-1]
     for (image, _), (same, _) in zip(first, again, strict=True):
         assert torch.equal(image, same)

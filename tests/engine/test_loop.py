@@ -172,7 +172,7 @@ def test_clipping_limits_the_unscaled_norm(amp):
 def test_mixup_gives_soft_labels_that_its_loss_takes():
     mixup = build_mixup(MixupConfig(mixup_alpha=0.8, cutmix_alpha=1.0), 0.1, num_classes=5, micro_batch=4)
     assert isinstance(mixup, Mixup)
-    images, targets = mixup(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    _images, targets = mixup(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
     for name in ("cross_entropy", "bce"):
         loss = build_criterion(LossConfig(name=name, smoothing=0.1), soft_labels=True)(torch.randn(4, 5), targets)

@@ -39,7 +39,7 @@ def test_sizes_are_checked_without_computing(caplog):
     check_image_size(model, 3, 224, [augsub.build("masking"), augsub.build("random_crop", ratio=0.5)])
     with pytest.raises(ValueError, match="200 x 200 pixels do not fit: Input height"):
         check_image_size(model, 3, 200)
-    with pytest.raises(ValueError, match="ratio = 0.999 leaves none of 196 cells visible"):
+    with pytest.raises(ValueError, match=r"ratio = 0\.999 leaves none of 196 cells visible"):
         check_image_size(model, 3, 224, [augsub.build("masking", ratio=0.999)])
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) and not value.is_meta

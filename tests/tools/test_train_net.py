@@ -53,7 +53,7 @@ def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path)
 
 
 def test_the_baseline_has_no_sub_model(train_net, tmp_path):
-    code, output, _ = train_net(
+    code, _output, _ = train_net(
         "--config", DIGITS, "augsub.sub_models=[]", f"output_dir={tmp_path}/run", "train.max_iters=20"
     )
     assert code == 0
@@ -76,7 +76,9 @@ def test_a_resumed_run_ends_with_the_same_bits(train_net, tmp_path):
                 "--config", DIGITS, "--resume", f"output_dir={tmp_path}/{name}", f"train.max_iters={iterations}",
                 "evaluation.period=1", *EVERYTHING_ON
             )[0] == 0  # fmt: skip
-    states = [torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("whole", "resumed")]
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("whole", "resumed")
+    ]
     for kind in (("model",), ("hooks", "ema", "model")):
         whole, resumed = states
         for key in kind:
@@ -84,7 +86,9 @@ def test_a_resumed_run_ends_with_the_same_bits(train_net, tmp_path):
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     iterations = [record["iteration"] for record in metrics(tmp_path / "resumed")]
     assert iterations == sorted(set(iterations))
-    assert without_time(metrics(tmp_path / "resumed"))[-1]["top1"] == without_time(metrics(tmp_path / "whole"))[-1]["top1"]
+    assert (
+        without_time(metrics(tmp_path / "resumed"))[-1]["top1"] == without_time(metrics(tmp_path / "whole"))[-1]["top1"]
+    )
     assert "resumed" in (tmp_path / "resumed" / "log.txt").read_text()
 
 
@@ -217,7 +221,11 @@ BAD_INPUT = {
     ),
     "no augmentation": (["augsub.sub_models=[{weight: 0.5}]"], "at least one is needed"),
     "no site": (
-        ["model.name=resnet18", "model.kwargs={}", "augsub.sub_models=[{augmentations: [{name: dropout, ratio: 0.1}]}]"],
+        [
+            "model.name=resnet18",
+            "model.kwargs={}",
+            "augsub.sub_models=[{augmentations: [{name: dropout, ratio: 0.1}]}]",
+        ],
         "dropout has no site in ResNet",
     ),
     "image size": (["data.image_size=1"], "1 x 1 pixels do not fit"),

@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine with Python 3.10+: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-slow study lint
+
+demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
+	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
+
+test: $(INSTALLED)  ## install, then run the tests
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)  ## full-size ImageNet models and torch.compile: several minutes
+	$(BIN)/python -m pytest -q -m slow
+
+study: $(INSTALLED)  ## the README's table and picture: baseline against MaskSub, three models, five seeds
+	$(BIN)/python tools/digits_study.py --picture docs/digits_study.png
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(INSTALLED): setup.py augsub/__init__.py
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed: make PYTHON=python3.11 …')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@

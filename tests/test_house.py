@@ -1,0 +1,153 @@
+"""The house rules: who imports whom, how long files are, and what is public."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import augsub
+from engine.config import Config
+from engine.config_file import load_config, to_yaml
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("augsub", "models", "engine", "tools")  # each may import those before it
+FILES = sorted(path for folder in LAYERS for path in (ROOT / folder).rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def own_imports(path: Path) -> set[Path]:
+    """Files of this repository that a file imports."""
+    candidates = (ROOT / module.replace(".", "/") for module in imported_modules(path))
+    files = {file for path in candidates for file in (path.with_suffix(".py"), path / "__init__.py")}
+    return files & set(FILES) - {path}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_go_one_way(path):
+    layer = LAYERS.index(path.relative_to(ROOT).parts[0])
+    above = {module for module in imported_modules(path) if module.split(".")[0] in LAYERS[layer + 1 :]}
+    assert not above
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "engine" in path.parts], ids=name)
+def test_only_the_assembly_of_the_engine_knows_models_and_augsub(path):
+    known = {module.split(".")[0] for module in imported_modules(path)} & {"models", "augsub"}
+    assert not known or path.name == "defaults.py"
+
+
+def test_no_import_circles():
+    imports = {path: own_imports(path) for path in FILES}
+    while True:
+        leaves = {path for path, imported in imports.items() if not imported & imports.keys() - {path}}
+        if not leaves:
+            break
+        imports = {path: imported for path, imported in imports.items() if path not in leaves}
+    assert not imports, sorted(map(name, imports))
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("augmentation", augsub.list_augmentations())
+def test_an_augmentation_is_named_in_its_own_file_and_one_import(augmentation):
+    site_names = {"drop_path", "dropout"}  # augmentations that carry the name of the site where they act
+    for path in (ROOT / "augsub").rglob("*.py"):
+        if path.name in (f"{augmentation}.py", "__init__.py"):
+            continue
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert augmentation not in strings - site_names, path
+        class_name = augsub.AUGSUB_REGISTRY.get(augmentation).__name__
+        assert f"augsub.{augmentation}" not in imported_modules(path), path
+        assert f"augsub.{augmentation}.{class_name}" not in imported_modules(path), path
+
+
+def test_the_public_names():
+    assert augsub.__all__ == [
+        "AUGSUB_REGISTRY",
+        "Compose",
+        "SubModel",
+        "SubModelAugmentation",
+        "SubModelObjective",
+        "build",
+        "is_patched",
+        "list_augmentations",
+        "patch",
+        "register",
+        "unpatch",
+    ]
+
+
+CONFIG_KEYS = {
+    "": "output_dir seed plugins model data transform augsub train optimizer schedule loss mixup ema evaluation "
+    "checkpoint distributed log",
+    "model": "name pretrained checkpoint drop_path_rate drop_rate kwargs",
+    "data": "dataset root train_split eval_split image_size workers synthetic_samples",
+    "transform": "scale ratio interpolation hflip color_jitter auto_augment random_erase eval_crop mean std",
+    "augsub": "main_weight sub_models",
+    "train": "epochs max_iters global_batch accumulation amp clip_norm compile",
+    "optimizer": "name lr weight_decay betas eps kwargs",
+    "schedule": "warmup_epochs warmup_lr min_lr unit warmup_prefix",
+    "loss": "name smoothing target_threshold",
+    "mixup": "mixup_alpha cutmix_alpha prob switch_prob mode",
+    "ema": "enabled decay warmup",
+    "evaluation": "period batch metric",
+    "checkpoint": "period every_minutes keep",
+    "distributed": "strategy timeout_minutes",
+    "log": "period",
+}
+
+
+@pytest.mark.parametrize("section", CONFIG_KEYS)
+def test_the_keys_of_a_configuration(section):
+    part = getattr(Config(), section) if section else Config()
+    assert [field.name for field in dataclasses.fields(part)] == CONFIG_KEYS[section].split()
+
+
+def test_every_key_has_a_comment():
+    """Sections have a docstring instead."""
+    source = (ROOT / "engine" / "config.py").read_text()
+    assert re.findall(r"^    (\w+): (?!\w+Config\b)(?!.*  # ).*$", source, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_every_config_loads_and_prints_itself(path, tmp_path):
+    config = load_config(path)
+    copy = tmp_path / path.name
+    copy.write_text(to_yaml(config))
+    assert load_config(copy) == config
+
+
+def test_the_wheel_ships_augsub_alone(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    assert {file.split("/")[0] for file in files if ".dist-info" not in file} == {"augsub"}
+    assert "augsub/py.typed" in files and "augsub/families/vit.py" in files
