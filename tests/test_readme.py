@@ -1,0 +1,62 @@
+"""What the README says is tried: its Python runs as it stands, its commands and links exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", code_blocks("python"), ids=["loop", "compose", "own_augmentation"])
+def test_the_python_runs_as_it_stands(code, tmp_path):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_loop_is_short():
+    loop = code_blocks("python")[0]
+    lines = [line for line in loop.splitlines() if line.strip()]
+    assert "objective.backward" in loop and len(lines) < 15
+
+
+def test_the_plugin_command_trains_with_the_plugin_file(tmp_path):
+    code = code_blocks("python")[2]
+    name = re.match(r"# (\w+)\.py\n", code).group(1)
+    (tmp_path / f"{name}.py").write_text(code)
+    (command,) = [block for block in code_blocks("bash") if "plugins=" in block]
+    command = (
+        command.strip()
+        .replace("python tools", f"{sys.executable} {ROOT}/tools")
+        .replace("configs/", f"{ROOT}/configs/")
+    )
+    result = subprocess.run(f"{command} train.max_iters=10", shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "token_noise" / "summary.json").exists()
+
+
+def test_links_and_configs_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    configs = re.findall(r"`(\w+\.yaml)`", README)
+    assert {"digits_vit.yaml", "swin_b.yaml"} <= set(configs)
+    paths = [*links, *(f"configs/{config}" for config in configs if config != "config.yaml")]
+    assert [path for path in paths if not os.path.exists(ROOT / path)] == []
+
+
+def test_every_config_is_listed():
+    assert [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in README] == []
+
+
+def test_every_make_command_exists():
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake (demo|test-slow|test|study|\w+)\b(?=`|\s+#)", README)) <= set(targets)
