@@ -45,6 +45,7 @@ def train(config: Config, process: Process, resume: bool) -> None:
             folder.open(config)
             log.open(folder.log)
         process.barrier()
+        _log_plan(config, trainer)
         if resume:
             _resume(trainer, folder)
         trainer.train()
@@ -196,6 +197,20 @@ def _open_writers(folder: RunFolder, process: Process, iteration: int) -> list[W
     if not process.is_main:
         return []
     return [LogWriter(), JSONLinesWriter(folder.metrics, iteration), TensorBoardWriter(folder.path, iteration)]
+
+
+def _log_plan(config: Config, trainer: Trainer) -> None:
+    parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
+    processes, device = trainer.process.world_size, trainer.process.device.type
+    LOGGER.info("%s: %.1f M parameters, %d x %s", config.model.name, parameters / 1e6, processes, device)
+    for sub_model in trainer.objective.sub_models or ["no sub-model: plain training"]:
+        LOGGER.info("%s", sub_model)
+    LOGGER.info(
+        "%d iterations of %d images, %d per epoch",
+        trainer.max_iterations,
+        config.train.global_batch,
+        trainer.data.iterations_per_epoch,
+    )
 
 
 def _resume(trainer: Trainer, folder: RunFolder) -> None:

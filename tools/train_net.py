@@ -17,6 +17,8 @@ from engine.defaults import evaluate_only, train
 from engine.distributed import launched_rank, process_group
 from engine.errors import RunError
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one line for an error that the user can mend."""
+    """Exit code 0, 2 with one line for an error that the user can mend, 130 after Ctrl-C."""
     arguments = parse_arguments()
     try:
         run(arguments)
@@ -59,6 +61,9 @@ def main() -> int:
         rank = launched_rank()
         print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: --resume continues from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
