@@ -79,7 +79,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> 
     if problems:
         listed = "; ".join(sorted(problems)[:3])
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"checkpoint {source} is of another model than {type(model).__name__}: {listed}{more}")
+        raise InputError(f"checkpoint {source} is of another model: {listed}{more}")
     model.load_state_dict(weights, strict=False)
 
 

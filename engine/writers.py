@@ -29,7 +29,7 @@ class LogWriter:
     def write(self, record: Record) -> None:
         values = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
         LOGGER.info(
-            "epoch %.4g  iteration %d  %s  lr %.3g  %.0f images/s",
+            "epoch %.4g  iteration %d  %s  lr %.3g  %.4g images/s",
             record["epoch"],
             record["iteration"],
             values,

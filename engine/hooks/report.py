@@ -70,8 +70,8 @@ class Report(HookBase):
             rows.append(("held-out top-1, EMA", f"{summary['ema_top1']:.2f} %"))
         return [
             *rows,
-            ("best", f"{summary['best_value']:.2f} % after epoch {summary['best_epoch']:g}"),
-            ("trained for", f"{summary['epochs']:g} epochs, {summary['iterations']} iterations"),
+            ("best", f"{summary['best_value']:.2f} % after epoch {summary['best_epoch']:.4g}"),
+            ("trained for", f"{summary['epochs']:.4g} epochs, {summary['iterations']} iterations"),
             ("time", f"{summary['seconds']:.0f} s"),
             ("results", str(self._folder.path)),
         ]
