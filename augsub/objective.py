@@ -75,12 +75,16 @@ class SubModelObjective:
             sigmoid targets, any other loss softmax targets.
         sub_models: the sub-models, in the order of their forwards.
         main_weight: weight of the main loss, at least 0.
+
+    Raises:
+        TypeError: if `sub_models` is not a sequence of `SubModel`.
+        ValueError: for a weight out of range.
     """
 
     def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel] = (), main_weight: float = 0.5) -> None:
         self.criterion = criterion
         self.sub_criterion = sub_criterion(criterion)
-        self.sub_models = tuple(sub_models)
+        self.sub_models = _checked_sub_models(sub_models)
         self.main_weight = _checked_weight("main_weight", main_weight) if self.sub_models else 1.0
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -152,6 +156,12 @@ def _summarise(branches: Sequence[Branch]) -> ObjectiveOutput:
 
 def _gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     return nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def _checked_sub_models(sub_models: Sequence[SubModel]) -> tuple[SubModel, ...]:
+    if not isinstance(sub_models, Sequence) or not all(isinstance(sub_model, SubModel) for sub_model in sub_models):
+        raise TypeError(f"sub_models = {sub_models!r}, needed is a list of augsub.SubModel")
+    return tuple(sub_models)
 
 
 def _checked_weight(what: str, weight: float) -> float:

@@ -72,9 +72,12 @@ def patch(model: Model) -> Model:
     Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D).
 
     Raises:
+        TypeError: if `model` is no module.
         ValueError: if the model is patched already, is a wrapper (DDP, compiled) around the model to
             patch, or has a `mask_token` of its own.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"only a model (torch.nn.Module) can be patched, not {model!r}")
     if is_patched(model):
         raise ValueError(f"{_original_class(model).__name__} is patched already; augsub.unpatch undoes it")
     if isinstance(model, (nn.DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):

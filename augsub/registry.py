@@ -60,8 +60,8 @@ def register(name: str, *aliases: str) -> Callable[[AugmentationClass], Augmenta
     def decorate(augmentation: AugmentationClass) -> AugmentationClass:
         if not (isinstance(augmentation, type) and issubclass(augmentation, SubModelAugmentation)):
             raise TypeError(f"{augmentation!r} cannot be registered: it is no subclass of SubModelAugmentation")
-        if not augmentation.sites:
-            raise TypeError(f"{augmentation.__name__} names no site: set `sites`, for example sites = ('tokens',)")
+        if not augmentation.sites or isinstance(augmentation.sites, str):
+            raise TypeError(f"{augmentation.__name__} must name its sites in a tuple, for example sites = ('tokens',)")
         AUGSUB_REGISTRY.add(name, augmentation, aliases)
         augmentation.name = name
         return augmentation

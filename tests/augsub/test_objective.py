@@ -265,3 +265,9 @@ def test_two_processes_equal_one_with_the_double_batch_and_reduce_once(tmp_path)
     result = subprocess.run(launch, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("equal") == 2
+
+
+@pytest.mark.parametrize("sub_models", [["masking"], augsub.SubModel("masking"), "masking"])
+def test_what_is_no_list_of_sub_models_is_refused(sub_models):
+    with pytest.raises(TypeError, match=r"needed is a list of augsub\.SubModel"):
+        augsub.SubModelObjective(nn.CrossEntropyLoss(), sub_models)
