@@ -3,7 +3,7 @@
 from augsub import drop_path, dropout, masking, random_crop  # noqa: F401  (importing registers them)
 from augsub.augmentation import Compose, SubModelAugmentation
 from augsub.objective import SubModel, SubModelObjective
-from augsub.patching import is_patched, patch, unpatch
+from augsub.patching import is_patched, patch, supports, unpatch
 from augsub.registry import AUGSUB_REGISTRY, build, list_augmentations, register
 
 __version__ = "0.1.0"
@@ -18,5 +18,6 @@ __all__ = [
     "list_augmentations",
     "patch",
     "register",
+    "supports",
     "unpatch",
 ]

@@ -35,6 +35,7 @@ class SubModelAugmentation:
 
     name: ClassVar[str] = ""
     sites: Sequence[str] = ()
+    resizes_images: ClassVar[bool] = False  # whether `image` returns images of another size
 
     def __init__(self, ratio: float) -> None:
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:

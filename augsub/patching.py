@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import family_of
-from augsub.families.modules import plant_drop_paths, uproot_drop_paths
 from augsub.registry import AugmentationSpec, build
 from augsub.sub_forward import SubForward
 
@@ -86,7 +85,7 @@ def patch(model: Model) -> Model:
     width = family.mask_token_width(model)
     if width is not None:
         _add_mask_token(model, width)
-    plant_drop_paths(model)
+    family.plant(model)
     model._augsub = SubForward(model, family)
     model.__class__ = _patched_class(type(model))
     return model
@@ -103,8 +102,9 @@ def unpatch(model: Model) -> Model:
     model._augsub.remove_hooks()
     del model._augsub
     model.__class__ = _original_class(model)
-    uproot_drop_paths(model)
-    if family_of(model).mask_token_width(model) is not None:
+    family = family_of(model)
+    family.uproot(model)
+    if family.mask_token_width(model) is not None:
         del model.mask_token
     return model
 
@@ -112,6 +112,26 @@ def unpatch(model: Model) -> Model:
 def is_patched(model: nn.Module) -> bool:
     """Whether the model takes `augsub=` in its forward."""
     return isinstance(model, PatchedModel)
+
+
+def supports(model: nn.Module) -> dict[str, str]:
+    """Which registered augmentations the model offers.
+
+    Args:
+        model: a timm model or any other, patched or not; it stays as it is.
+
+    Returns:
+        For each augmentation that acts in this model the site where it does: ``tokens``, ``stem``,
+        ``image``, ``drop_path`` or ``dropout``.
+
+    Raises:
+        TypeError, ValueError: as `patch`.
+    """
+    if is_patched(model):
+        return model._augsub.support()
+    support = patch(model)._augsub.support()
+    unpatch(model)
+    return support
 
 
 def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation]) -> None:

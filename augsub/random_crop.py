@@ -23,6 +23,7 @@ class RandomCrop(SubModelAugmentation):
     """
 
     sites = ("tokens", "image")
+    resizes_images = True
 
     def tokens(self, tokens: Tokens) -> Tokens:
         if self.ratio == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -15,13 +16,23 @@ from augsub.augmentation import SubModelAugmentation
 from augsub.views import Images, StemFeatures, Tokens
 
 ImageSize = tuple[int, int]
+Layout = Literal["NLC", "NHWC", "NCHW"]
 
 
 @dataclass
 class ImageSite:
-    """The model's input. `stride` is the model's total stride in pixels."""
+    """The model's input.
+
+    Attributes:
+        stride: the model's total stride in pixels.
+        resizable: whether the model takes images of another size than the main model's.
+    """
 
     stride: int
+    resizable: bool
+
+    def serves(self, augmentation: SubModelAugmentation) -> bool:
+        return self.resizable or not augmentation.resizes_images
 
     def apply(self, augmentations: Sequence[SubModelAugmentation], images: Tensor) -> Tensor:
         view = Images(images, self.stride)
@@ -30,35 +41,76 @@ class ImageSite:
         return view.values
 
 
+class HookedSite:
+    """The output of `module`, changed by a forward hook."""
+
+    module: nn.Module
+
+    def serves(self, augmentation: SubModelAugmentation) -> bool:
+        return True
+
+    def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
+        raise NotImplementedError
+
+
 @dataclass
-class TokenSite:
-    """Output (B, P + N, D) of `module`, the last one before the blocks."""
+class TokenSite(HookedSite):
+    """Output (B, P + N, D) of `module`, the last one before the blocks.
+
+    Families whose module returns more than the tokens override `unpack` and `pack`.
+    """
 
     module: nn.Module
     patch_embed: nn.Module
     num_prefix_tokens: int
 
-    def apply(self, augmentations: Sequence[SubModelAugmentation], tokens: Tensor, image_size: ImageSize) -> Tensor:
-        rows, columns = self.patch_embed.dynamic_feat_size(image_size)
-        all_present = tokens.shape[1] == self.num_prefix_tokens + rows * columns  # false after timm's own patch dropout
-        view = Tokens(tokens, self.num_prefix_tokens, (rows, columns) if all_present else None)
+    def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
+        tokens = self.unpack(output)
+        num_patches = tokens.shape[1] - self.num_prefix_tokens
+        grid = self.grid(image_size, num_patches)
+        all_present = grid is not None and grid[0] * grid[1] == num_patches  # false after timm's own patch dropout
+        view = Tokens(tokens, self.num_prefix_tokens, grid if all_present else None)
         for augmentation in augmentations:
             view = augmentation.tokens(view)
-        return view.values
+        return self.pack(view, output)
+
+    def unpack(self, output: Any) -> Tensor:
+        """The tokens in the module's output."""
+        return output
+
+    def pack(self, tokens: Tokens, output: Any) -> Any:
+        """The module's output with these tokens instead."""
+        return tokens.values
+
+    def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int] | None:
+        """(rows, columns) of the patches of an image."""
+        return self.patch_embed.dynamic_feat_size(image_size)
 
 
 @dataclass
-class StemSite:
-    """Output (B, H', W', D) of `module`, the patch embedding; `owner` has the parameter `mask_token`."""
+class StemSite(HookedSite):
+    """Output of `module`, the stem; `owner` has the parameter `mask_token`."""
 
     module: nn.Module
     owner: nn.Module
+    layout: Layout
 
-    def apply(self, augmentations: Sequence[SubModelAugmentation], features: Tensor, image_size: ImageSize) -> Tensor:
-        view = StemFeatures(features, self.owner.mask_token, image_size)
+    def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
+        features = output[0] if isinstance(output, tuple) else output
+        view = StemFeatures(self._channels_last(features, image_size), self.owner.mask_token, image_size)
         for augmentation in augmentations:
             view = augmentation.stem(view)
-        return view.values
+        changed = view.values.permute(0, 3, 1, 2) if self.layout == "NCHW" else view.values.reshape(features.shape)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def _channels_last(self, features: Tensor, image_size: ImageSize) -> Tensor:
+        """As (B, H', W', D); a sequence has the image's aspect ratio."""
+        if self.layout == "NCHW":
+            return features.permute(0, 2, 3, 1)
+        if self.layout == "NHWC":
+            return features
+        rows = round((features.shape[1] * image_size[0] / image_size[1]) ** 0.5)
+        return features.unflatten(1, (rows, features.shape[1] // rows))
 
 
 @dataclass
@@ -67,6 +119,8 @@ class ModuleSite:
 
     modules: list[nn.Module]
 
+    def serves(self, augmentation: SubModelAugmentation) -> bool:
+        return True
 
-Site = ImageSite | TokenSite | StemSite | ModuleSite
-HookedSite = TokenSite | StemSite
+
+Site = ImageSite | HookedSite | ModuleSite

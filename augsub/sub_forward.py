@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +29,7 @@ class SubForward:
         self.sites = family.sites(model)
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
-        self._resized_state = list(family.resized_state(model))
+        self._resized_state = functools.partial(family.resized_state, model)
         self._checkpointed = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
         self._held: list[Assignment] = []
         self._hooks = [
@@ -62,7 +63,7 @@ class SubForward:
             for attribute, value in member.module_state(module).items()
         ]
         if augmented.shape[-2:] != images.shape[-2:]:
-            state += self._resized_state
+            state += self._resized_state((augmented.shape[-2], augmented.shape[-1]))
         try:
             self.active = plan
             self.image_size = (augmented.shape[-2], augmented.shape[-1])
@@ -82,16 +83,30 @@ class SubForward:
         """
         plan: dict[str, list[SubModelAugmentation]] = {}
         for member in augmentation.members:
-            site = next((site for site in member.sites if site in self.sites), None)
+            site = self.site_of(member)
             if site is None:
-                offered = sorted(name for name, other in AUGSUB_REGISTRY if set(other.sites) & set(self.sites))
-                raise ValueError(
-                    f"{member.name or type(member).__name__} has no site in {self.model_name}: it acts at "
-                    f"{' or '.join(member.sites)}; {self.model_name} has {', '.join(self.sites)} "
-                    f"and offers {', '.join(offered)}"
-                )
+                raise ValueError(self._no_site(member))
             plan.setdefault(site, []).append(member)
         return plan
+
+    def site_of(self, augmentation: SubModelAugmentation | type[SubModelAugmentation]) -> str | None:
+        """Name of the first site of the augmentation that serves it in this model, None if there is none."""
+        return next(
+            (name for name in augmentation.sites if name in self.sites and self.sites[name].serves(augmentation)), None
+        )
+
+    def support(self) -> dict[str, str]:
+        """Registered augmentations that have a site in this model, with the site's name."""
+        found = {name: self.site_of(augmentation) for name, augmentation in sorted(AUGSUB_REGISTRY)}
+        return {name: site for name, site in found.items() if site is not None}
+
+    def _no_site(self, member: SubModelAugmentation) -> str:
+        fixed = member.resizes_images and "image" in member.sites
+        return (
+            f"{member.name or type(member).__name__} has no site in {self.model_name}: it acts at "
+            f"{' or '.join(member.sites)}; {self.model_name} has {', '.join(self.sites)}"
+            f"{' (images of its built size only)' if fixed else ''} and offers {', '.join(self.support())}"
+        )
 
     def remove_hooks(self) -> None:
         """Take the hooks out of the model."""

@@ -30,11 +30,13 @@ class Tokens:
         num_prefix_tokens: P.
         grid: (rows, columns) of the patch tokens with rows * columns == N, or None once tokens
             were removed in a pattern that is no rectangle.
+        kept: (B, N) indices of the patch tokens among those that were there first, None while all are.
     """
 
     values: Tensor
     num_prefix_tokens: int
     grid: tuple[int, int] | None
+    kept: Tensor | None = None
 
     @property
     def num_patches(self) -> int:
@@ -50,7 +52,8 @@ class Tokens:
         """
         prefix, patches = self.values.split([self.num_prefix_tokens, self.num_patches], dim=1)
         kept = patches.gather(1, indices.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        return Tokens(torch.cat([prefix, kept], dim=1), self.num_prefix_tokens, grid)
+        indices = indices if self.kept is None else self.kept.gather(1, indices)
+        return Tokens(torch.cat([prefix, kept], dim=1), self.num_prefix_tokens, grid, indices)
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from augsub.families.modules import find_drop_paths, find_dropouts
-from augsub.sites import ImageSite, ModuleSite, Site
+from augsub.families.modules import find_drop_paths, find_dropouts, plant_drop_paths, uproot_drop_paths
+from augsub.sites import ImageSite, ImageSize, ModuleSite, Site
 
 DEFAULT_STRIDE = 32  # total stride of nearly all hierarchical models
 
@@ -16,13 +16,20 @@ DEFAULT_STRIDE = 32  # total stride of nearly all hierarchical models
 class Family:
     """What is true of any model: it has an input, and perhaps stochastic-depth and dropout modules.
 
-    A subclass adds the sites that its models have inside. All methods are called by `patch`, after
-    the drop-path places were planted.
+    A subclass adds the sites that its models have inside.
     """
 
+    def plant(self, model: nn.Module) -> None:
+        """Make places exist that the model would have with other rates; the main model stays what it is."""
+        plant_drop_paths(model)
+
+    def uproot(self, model: nn.Module) -> None:
+        """Undo `plant`."""
+        uproot_drop_paths(model)
+
     def sites(self, model: nn.Module) -> dict[str, Site]:
-        """The model's sites by name; a site without modules is left out."""
-        sites: dict[str, Site] = {"image": ImageSite(self.stride(model))}
+        """The sites of a planted model by name; a site without modules is left out."""
+        sites: dict[str, Site] = {"image": ImageSite(self.stride(model), self.takes_other_sizes(model))}
         for name, modules in (("drop_path", find_drop_paths(model)), ("dropout", find_dropouts(model))):
             if modules:
                 sites[name] = ModuleSite(modules)
@@ -33,32 +40,42 @@ class Family:
         feature_info = getattr(model, "feature_info", None)
         return feature_info[-1]["reduction"] if isinstance(feature_info, list) and feature_info else DEFAULT_STRIDE
 
+    def takes_other_sizes(self, model: nn.Module) -> bool:
+        """Whether the sub-model may see images of another size than the main model."""
+        return True
+
     def mask_token_width(self, model: nn.Module) -> int | None:
         """Width D of the mask token that `patch` must create, None if the family needs none."""
         return None
 
-    def resized_state(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-        """Module attributes (module, name, value) with which the model takes another image size."""
+    def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[tuple[nn.Module, str, Any]]:
+        """Module attributes (module, name, value) with which the model takes images of that size."""
         return iter(())
 
 
-_FAMILIES: dict[type[nn.Module], Family] = {}
+_FAMILIES: dict[str, Family] = {}
+EVERY_MODEL = Family()
 
 
-def register_family(*model_classes: type[nn.Module]):
-    """Class decorator: the family serves these model classes and their subclasses."""
+def register_family(family: Family, *model_classes: str) -> None:
+    """Let the family serve these model classes and their subclasses.
 
-    def decorate(family: type[Family]) -> type[Family]:
-        for model_class in model_classes:
-            _FAMILIES[model_class] = family()
-        return family
+    Args:
+        family: the family.
+        model_classes: full names ("my_package.models.MyModel"), those of timm without "timm.models.".
+    """
+    _FAMILIES.update(dict.fromkeys(model_classes, family))
 
-    return decorate
+
+def registered_classes() -> tuple[str, ...]:
+    """Names of all model classes that a family was registered for."""
+    return tuple(_FAMILIES)
 
 
 def family_of(model: nn.Module) -> Family:
     """The family registered for the nearest base class of the model, else the one for every model."""
     for model_class in type(model).__mro__:
-        if model_class in _FAMILIES:
-            return _FAMILIES[model_class]
-    return Family()
+        name = f"{model_class.__module__}.{model_class.__qualname__}".removeprefix("timm.models.")
+        if name in _FAMILIES:
+            return _FAMILIES[name]
+    return EVERY_MODEL

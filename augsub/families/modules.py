@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 from timm.layers import DropPath
+from timm.models.efficientvit_msra import ResidualDrop
 from torch import nn
 
-DROP_PATH_NAME = re.compile(r"drop_path\d?")
-DROPOUT_NAMES = frozenset({"proj_drop", "mlp_drop", "drop1", "drop2"})  # not attention weights, positions or head
+DROP_PATH_NAME = re.compile(r"(\w+_)?drop_path\d?")
+DROPOUT_NAME = re.compile(r"(proj|out|mlp)_drop|drop\d?")  # not attention weights, positions or embeddings
+NOT_IN_BLOCKS = re.compile(r"head|classifier|rel_pos|meta_mlp|pos_drop")  # classifiers, networks of position biases
 
 
 class PlantedDropPath(DropPath):
@@ -42,8 +44,14 @@ def uproot_drop_paths(model: nn.Module) -> None:
 
 
 def find_drop_paths(model: nn.Module) -> list[nn.Module]:
-    """All stochastic-depth modules."""
-    return [module for module in model.modules() if isinstance(module, DropPath)]
+    """All stochastic-depth modules of blocks that have a residual connection."""
+    return [
+        module
+        for parent in model.modules()
+        if getattr(parent, "has_skip", True)
+        for module in parent.children()
+        if isinstance(module, (DropPath, ResidualDrop))
+    ]
 
 
 def find_dropouts(model: nn.Module) -> list[nn.Module]:
@@ -51,5 +59,7 @@ def find_dropouts(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Dropout) and name.rpartition(".")[2] in DROPOUT_NAMES
+        if isinstance(module, nn.Dropout)
+        and DROPOUT_NAME.fullmatch(name.rpartition(".")[2])
+        and not NOT_IN_BLOCKS.search(name)
     ]

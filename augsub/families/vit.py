@@ -1,21 +1,47 @@
-"""Plain vision transformers: ViT, DeiT (distilled or not), DeiT-III, CLIP towers."""
+"""Plain vision transformers: ViT, DeiT, DeiT-III, CLIP towers, hybrids, ViTamin, CaiT."""
 
 from __future__ import annotations
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from augsub.families.base import Family, register_family
 from augsub.sites import Site, TokenSite
 
 
-@register_family(VisionTransformer)
-class VisionTransformerFamily(Family):
-    """Tokens can be removed right after position embedding: `patch_drop` is timm's own slot for it.
+class TokenFamily(Family):
+    """Transformers whose blocks take any subset of the tokens: they need one site `tokens`."""
+
+    def token_site(self, model: nn.Module) -> TokenSite | None:
+        """Where tokens can go; None if this model is an exception."""
+        raise NotImplementedError
+
+    def sites(self, model: nn.Module) -> dict[str, Site]:
+        tokens = self.token_site(model)
+        return {**super().sites(model), **({"tokens": tokens} if tokens else {})}
+
+    def stride(self, model: nn.Module) -> int:
+        return max(model.patch_embed.patch_size)
+
+    def takes_other_sizes(self, model: nn.Module) -> bool:
+        return bool(getattr(model, "dynamic_img_size", False))
+
+
+class VisionTransformerFamily(TokenFamily):
+    """`patch_drop` is timm's own slot right after position embedding.
 
     Everything after that slot, the pre-norm of CLIP towers included, works on any subset of tokens.
     """
 
-    def sites(self, model: nn.Module) -> dict[str, Site]:
-        tokens = TokenSite(model.patch_drop, model.patch_embed, model.num_prefix_tokens)
-        return {**super().sites(model), "tokens": tokens}
+    def token_site(self, model: nn.Module) -> TokenSite:
+        return TokenSite(model.patch_drop, model.patch_embed, model.num_prefix_tokens)
+
+
+class CaitFamily(TokenFamily):
+    """The class token joins after the blocks, so the sequence has no prefix at `pos_drop`."""
+
+    def token_site(self, model: nn.Module) -> TokenSite:
+        return TokenSite(model.pos_drop, model.patch_embed, num_prefix_tokens=0)
+
+
+register_family(VisionTransformerFamily(), "vision_transformer.VisionTransformer")
+register_family(CaitFamily(), "cait.Cait")

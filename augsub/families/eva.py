@@ -1,0 +1,53 @@
+"""EVA, EVA-02, DINOv3, PE: vision transformers with rotary position embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from augsub.families.base import register_family
+from augsub.families.vit import TokenFamily
+from augsub.sites import TokenSite
+from augsub.views import Tokens
+
+
+class AllTokens(nn.Module):
+    """What timm's patch dropout returns if it drops nothing: all tokens, and no indices."""
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
+        return tokens, None
+
+
+class IndexedTokenSite(TokenSite):
+    """The module returns (tokens, indices): the rotary embeddings are gathered by the indices of the kept patches."""
+
+    def unpack(self, output: Any) -> Tensor:
+        return output[0]
+
+    def pack(self, tokens: Tokens, output: Any) -> Any:
+        indices = output[1]  # of timm's own patch dropout
+        if tokens.kept is not None:
+            indices = tokens.kept if indices is None else indices.gather(1, tokens.kept)
+        return tokens.values, indices
+
+
+class EvaFamily(TokenFamily):
+    """`patch_drop` is None in most models, and its place is called in training and evaluation."""
+
+    def plant(self, model: nn.Module) -> None:
+        super().plant(model)
+        if model.patch_drop is None:
+            model.patch_drop = AllTokens().train(model.training)
+
+    def uproot(self, model: nn.Module) -> None:
+        super().uproot(model)
+        if isinstance(model.patch_drop, AllTokens):
+            del model.patch_drop
+            model.patch_drop = None
+
+    def token_site(self, model: nn.Module) -> TokenSite:
+        return IndexedTokenSite(model.patch_drop, model.patch_embed, model.num_prefix_tokens)
+
+
+register_family(EvaFamily(), "eva.Eva")

@@ -1,0 +1,47 @@
+"""Gemma 4 vision towers: every token travels with its (x, y) position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from augsub.families.base import register_family
+from augsub.families.vit import TokenFamily
+from augsub.sites import ImageSize, TokenSite
+from augsub.views import Tokens
+
+
+class PositionedTokenSite(TokenSite):
+    """`patch_embed` returns (tokens, positions (B, N, 2), padding (B, N) or None)."""
+
+    def unpack(self, output: Any) -> Tensor:
+        return output[0]
+
+    def pack(self, tokens: Tokens, output: Any) -> Any:
+        _, positions, padding = output
+        if tokens.kept is not None:
+            positions = positions.gather(1, tokens.kept.unsqueeze(-1).expand(-1, -1, positions.shape[-1]))
+            padding = padding if padding is None else padding.gather(1, tokens.kept)
+        return tokens.values, positions, padding
+
+    def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int]:
+        rows, columns = (side // patch for side, patch in zip(image_size, self.patch_embed.patch_size, strict=True))
+        return rows, columns
+
+
+class Gemma4VitFamily(TokenFamily):
+    """The encoder stands alone, or as `encoder` of a classifier. Its pooling goes by positions."""
+
+    def token_site(self, model: nn.Module) -> TokenSite:
+        patch_embed = getattr(model, "encoder", model).patch_embed
+        return PositionedTokenSite(patch_embed, patch_embed, num_prefix_tokens=0)
+
+    def stride(self, model: nn.Module) -> int:
+        return max(getattr(model, "encoder", model).patch_embed.patch_size)
+
+    def takes_other_sizes(self, model: nn.Module) -> bool:
+        return True
+
+
+register_family(Gemma4VitFamily(), "gemma4_vit.Gemma4VitEncoder", "gemma4_vit.Gemma4VitClassifier")

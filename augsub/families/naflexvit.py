@@ -1,0 +1,43 @@
+"""NaFlexViT on ordinary images, where all have one grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from augsub.families.base import register_family
+from augsub.families.vit import TokenFamily
+from augsub.sites import TokenSite
+from augsub.views import Tokens
+
+
+class EmbedsSite(TokenSite):
+    """The module returns (tokens with prefix and position embedding, grid size)."""
+
+    def unpack(self, output: Any) -> Tensor:
+        return output[0]
+
+    def pack(self, tokens: Tokens, output: Any) -> Any:
+        return tokens.values, *output[1:]
+
+
+class NaFlexVitFamily(TokenFamily):
+    """Tokens go at `embeds`: timm's own `patch_drop` would not be called in evaluation.
+
+    With rotary embeddings, whose indices only that place passes on, tokens stay and pixels are masked.
+    """
+
+    def token_site(self, model: nn.Module) -> TokenSite | None:
+        if model.rope is not None:
+            return None
+        return EmbedsSite(model.embeds, model.embeds, model.num_prefix_tokens)
+
+    def stride(self, model: nn.Module) -> int:
+        return max(model.embeds.patch_size)
+
+    def takes_other_sizes(self, model: nn.Module) -> bool:
+        return True
+
+
+register_family(NaFlexVitFamily(), "naflexvit.NaFlexVit")

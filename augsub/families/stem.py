@@ -1,0 +1,76 @@
+"""Window, hierarchical and relative-position models: blocks need the whole map, so cells become a mask token."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from augsub.families.base import Family, register_family
+from augsub.sites import Layout, Site, StemSite
+
+
+class StemFamily(Family):
+    """Models with one stem, whose whole output goes through the blocks.
+
+    Args:
+        stem: the stem's name in the model.
+        layout: axes of its output; if that is a tuple, of the tuple's first tensor.
+        fixed_size: whether the model takes images of its built size only.
+    """
+
+    def __init__(self, stem: str, layout: Layout, fixed_size: bool = False) -> None:
+        self.stem = stem
+        self.layout = layout
+        self.fixed_size = fixed_size
+
+    def sites(self, model: nn.Module) -> dict[str, Site]:
+        return {**super().sites(model), "stem": StemSite(model.get_submodule(self.stem), model, self.layout)}
+
+    def takes_other_sizes(self, model: nn.Module) -> bool:
+        return not self.fixed_size
+
+    def mask_token_width(self, model: nn.Module) -> int:
+        return output_width(model.get_submodule(self.stem))
+
+
+def output_width(stem: nn.Module) -> int:
+    """Channels D of a stem's output: those of the last of its modules that fixes them."""
+    for module in reversed(list(stem.modules())):
+        for attribute in ("out_channels", "num_features", "normalized_shape", "out_features"):
+            width = getattr(module, attribute, None)
+            if width is not None and not callable(width):
+                return width[-1] if isinstance(width, tuple) else width
+    raise ValueError(f"{type(stem).__name__} has no convolution, linear layer or norm that tells its output width")
+
+
+PATCH_EMBED_NLC_FIXED = StemFamily("patch_embed", "NLC", fixed_size=True)
+PATCH_EMBED_NLC = StemFamily("patch_embed", "NLC")
+PATCH_EMBED_NHWC = StemFamily("patch_embed", "NHWC")
+PATCH_EMBED_NCHW_FIXED = StemFamily("patch_embed", "NCHW", fixed_size=True)
+STEM_NCHW = StemFamily("stem", "NCHW")
+STEM_NCHW_FIXED = StemFamily("stem", "NCHW", fixed_size=True)
+
+# Relative positions, gated or of a fixed table
+register_family(PATCH_EMBED_NLC_FIXED, "beit.Beit", "convit.ConVit", "vision_transformer_relpos.VisionTransformerRelPos")
+register_family(STEM_NCHW_FIXED, "levit.Levit")
+# Token mixing with weights of a fixed length
+register_family(StemFamily("stem", "NLC", fixed_size=True), "mlp_mixer.MlpMixer")
+# Blocks that reshape the tokens to their grid
+register_family(PATCH_EMBED_NLC, "mvitv2.MultiScaleVit", "xcit.Xcit")
+register_family(StemFamily("patch_embeds.0", "NLC"), "twins.Twins")
+register_family(StemFamily("patch_embed1", "NLC", fixed_size=True), "coat.CoaT")
+# The encoders of multi-modal models put the tokens back on their grid
+register_family(PATCH_EMBED_NHWC, "deepseek_vit.DeepseekVitEncoder", "qwen3_vit.Qwen3VitEncoder")
+register_family(
+    StemFamily("encoder.patch_embed", "NHWC"), "deepseek_vit.DeepseekVitClassifier", "qwen3_vit.Qwen3VitClassifier"
+)
+# Maps with attention in windows, along axes, or over pooled keys
+register_family(
+    PATCH_EMBED_NHWC,
+    "vision_transformer_sam.VisionTransformerSAM",
+    "hieradet_sam2.HieraDet",
+    "pvt_v2.PyramidVisionTransformerV2",
+)
+register_family(PATCH_EMBED_NCHW_FIXED, "nest.Nest", "pit.PoolingVisionTransformer", "volo.VOLO")
+register_family(StemFamily("patch_embed", "NCHW"), "tiny_vit.TinyVit")
+register_family(STEM_NCHW, "davit.DaVit", "focalnet.FocalNet")
+register_family(STEM_NCHW_FIXED, "maxxvit.MaxxVit", "gcvit.GlobalContextVit", "visformer.Visformer")
