@@ -100,6 +100,7 @@ def test_the_public_names():
         "list_augmentations",
         "patch",
         "register",
+        "supports",
         "unpatch",
     ]
 

@@ -26,7 +26,5 @@ class ByobNetFamily(Family):
         )
 
 
-register_family(
-    FixedSizeFamily(), "efficientformer.EfficientFormer", "efficientformer_v2.EfficientFormerV2", "tnt.TNT"
-)
+register_family(FixedSizeFamily(), "efficientformer.EfficientFormer", "efficientformer_v2.EfficientFormerV2", "tnt.TNT")
 register_family(ByobNetFamily(), "byobnet.ByobNet")

@@ -31,17 +31,24 @@ class PositionedTokenSite(TokenSite):
 
 
 class Gemma4VitFamily(TokenFamily):
-    """The encoder stands alone, or as `encoder` of a classifier. Its pooling goes by positions."""
+    """The encoder stands alone, or as `encoder` of a classifier. Rotary embedding goes by positions."""
 
-    def token_site(self, model: nn.Module) -> TokenSite:
-        patch_embed = getattr(model, "encoder", model).patch_embed
-        return PositionedTokenSite(patch_embed, patch_embed, num_prefix_tokens=0)
+    def token_site(self, model: nn.Module) -> TokenSite | None:
+        encoder = encoder_of(model)
+        if encoder.global_pool == "soft":  # pools k x k patches of the whole grid
+            return None
+        return PositionedTokenSite(encoder.patch_embed, encoder.patch_embed, num_prefix_tokens=0)
 
     def stride(self, model: nn.Module) -> int:
-        return max(getattr(model, "encoder", model).patch_embed.patch_size)
+        return max(encoder_of(model).patch_embed.patch_size)
 
     def takes_other_sizes(self, model: nn.Module) -> bool:
-        return True
+        return model is not encoder_of(model)  # an encoder alone returns as many tokens as the image has
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder of a classifier, or the model itself."""
+    return getattr(model, "encoder", model)
 
 
 register_family(Gemma4VitFamily(), "gemma4_vit.Gemma4VitEncoder", "gemma4_vit.Gemma4VitClassifier")

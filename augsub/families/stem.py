@@ -50,7 +50,9 @@ STEM_NCHW = StemFamily("stem", "NCHW")
 STEM_NCHW_FIXED = StemFamily("stem", "NCHW", fixed_size=True)
 
 # Relative positions, gated or of a fixed table
-register_family(PATCH_EMBED_NLC_FIXED, "beit.Beit", "convit.ConVit", "vision_transformer_relpos.VisionTransformerRelPos")
+register_family(
+    PATCH_EMBED_NLC_FIXED, "beit.Beit", "convit.ConVit", "vision_transformer_relpos.VisionTransformerRelPos"
+)
 register_family(STEM_NCHW_FIXED, "levit.Levit")
 # Token mixing with weights of a fixed length
 register_family(StemFamily("stem", "NLC", fixed_size=True), "mlp_mixer.MlpMixer")
@@ -58,8 +60,10 @@ register_family(StemFamily("stem", "NLC", fixed_size=True), "mlp_mixer.MlpMixer"
 register_family(PATCH_EMBED_NLC, "mvitv2.MultiScaleVit", "xcit.Xcit")
 register_family(StemFamily("patch_embeds.0", "NLC"), "twins.Twins")
 register_family(StemFamily("patch_embed1", "NLC", fixed_size=True), "coat.CoaT")
-# The encoders of multi-modal models put the tokens back on their grid
-register_family(PATCH_EMBED_NHWC, "deepseek_vit.DeepseekVitEncoder", "qwen3_vit.Qwen3VitEncoder")
+# The encoders of multi-modal models put the tokens back on their grid; alone they return that grid
+register_family(
+    StemFamily("patch_embed", "NHWC", fixed_size=True), "deepseek_vit.DeepseekVitEncoder", "qwen3_vit.Qwen3VitEncoder"
+)
 register_family(
     StemFamily("encoder.patch_embed", "NHWC"), "deepseek_vit.DeepseekVitClassifier", "qwen3_vit.Qwen3VitClassifier"
 )

@@ -34,8 +34,7 @@ def fitting_windows(block: nn.Module, built_size: ImageSize, image_size: ImageSi
     Position biases depend on the distance alone, so those of a smaller window are a part of the built ones.
     """
     resolution = [
-        -(-side * now // built)
-        for side, now, built in zip(block.input_resolution, image_size, built_size, strict=True)
+        -(-side * now // built) for side, now, built in zip(block.input_resolution, image_size, built_size, strict=True)
     ]
     windows = [-(-side // window) for side, window in zip(resolution, block.window_size, strict=True)]
     size = tuple(-(-side // number) for side, number in zip(resolution, windows, strict=True))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-import inspect
+import importlib
 
 import pytest
 import timm
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import augsub
-from models.zoo import load_rows
+from augsub.families import registered_classes
+from models.zoo import load_rows, zoo_rows
 
 NUM_CLASSES = 10
 SMALL = 128  # pixels; 4 x 4 cells
@@ -40,8 +40,14 @@ VARIANTS = (
     "maxvit_rmlp_pico_rw_256",  # network of relative positions
 )
 EXTRA = {"eva_giant_patch14_224": {"depth": 2}, "vit_small_patch16_18x2_224": {"depth": 3}}
-BUILT_SIZE = {"csatv2": 256, "halonet_h1": 256, "botnet26t_256": 256}  # as built or of a large stride
-SLOW = {"legacy_senet"}
+SIZE = {
+    "csatv2": 256,  # stride 64
+    "halonet_h1": 256,
+    "botnet26t_256": 256,
+    "efficientformer_l1": 224,
+    "crossvit_tiny_240": 120,  # its streams see 120 and 112 pixels, patches of 12 and 16
+    "gemma4_vit_167m_enc": 144,  # pools 3 x 3 patches of 16
+}  # where 128 pixels do not fit
 
 
 def small_model(name: str) -> tuple[nn.Module, Tensor]:
@@ -51,12 +57,12 @@ def small_model(name: str) -> tuple[nn.Module, Tensor]:
     arguments = {"num_classes": NUM_CLASSES, **EXTRA.get(name, {})}
     if file in SHALLOW:
         arguments["depth"] = SHALLOW[file]
-    size = BUILT_SIZE.get(name, SMALL)
+    size = SIZE.get(name, SMALL)
     try:
         model = timm.create_model(name, img_size=size, **arguments)
     except (TypeError, AssertionError, RuntimeError):
         model = timm.create_model(name, **arguments)
-        if not augsub.supports(model).get("random_crop") == "image":
+        if augsub.supports(model).get("random_crop") != "image":
             size = model.pretrained_cfg["input_size"][-1]
     if "patch14" in name or file == "deepseek_vit":
         size = 112
@@ -82,7 +88,8 @@ def reached(model: nn.Module, output: Tensor) -> set[str]:
     return found
 
 
-def check(name: str) -> None:
+def check(name: str) -> str:
+    """Everything that must hold for one model. Returns the site at which it is masked."""
     model, images = small_model(name)
     keys, kind = list(model.state_dict()), type(model)
     with torch.no_grad():
@@ -92,20 +99,32 @@ def check(name: str) -> None:
     main = forward(model.train(), images)
     needed = reached(model, main)
     support = augsub.supports(model)
-    assert "masking" in support
-    for augmentation in support:
+    for augmentation, site in support.items():
         sub = forward(model, images, augsub=augmentation, augsub_ratio=0.5)
         assert sub.shape == main.shape and torch.isfinite(sub).all(), augmentation
         assert (sub - main).abs().max() > 1e-4 * main.std(), f"{augmentation} changes nothing"
-        assert needed <= reached(model, sub), augmentation
+        learns = {"mask_token"} if (augmentation, site) == ("masking", "stem") else set()
+        assert needed | learns <= reached(model, sub), augmentation
     assert augsub.unpatch(model) is model and type(model) is kind and list(model.state_dict()) == keys
+    return support["masking"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ROWS])
-def test_smallest_model_of_every_row(name: str) -> None:
-    check(name)
+@pytest.mark.parametrize("name", ROWS)
+def test_smallest_model_of_every_row(name: str, record_property) -> None:
+    record_property("row_masked_at", check(name))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_other_traits(name: str) -> None:
     check(name)
+
+
+def test_every_family_serves_classes_that_timm_has() -> None:
+    for name in registered_classes():
+        file, _, model_class = name.partition(".")
+        assert hasattr(importlib.import_module(f"timm.models.{file}"), model_class), name
+
+
+@pytest.mark.slow
+def test_the_table_of_rows_is_that_of_the_installed_timm() -> None:
+    assert load_rows() == zoo_rows()
