@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 
 import augsub
 
@@ -38,25 +39,35 @@ def test_resnet_sees_a_crop_of_the_input(make_model):
     torch.testing.assert_close(logits, model(torch.stack(crops)))
 
 
-def test_swin_takes_the_smaller_input_only_in_the_sub_forward(make_model, images):
-    """Against a Swin built for any input size, with the same weights."""
-    model = augsub.patch(make_model("swin")).eval()
+def central_part(table: torch.Tensor, window: int) -> torch.Tensor:
+    """Position biases (offsets, heads) of a window, out of those of a larger one."""
+    side = int(len(table) ** 0.5)
+    border = (side - (2 * window - 1)) // 2
+    square = table.view(side, side, -1)
+    return square[border : side - border, border : side - border].flatten(0, 1)
+
+
+def test_swin_sees_a_crop_through_smaller_windows_of_the_same_weights():
+    """Against a Swin that timm builds for the size of the crop, with windows scaled as the image."""
+    shape = {"patch_size": 4, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 4, 8), "num_classes": 10}
+    images = torch.randn(3, 3, 128, 128)
+    model = augsub.patch(SwinTransformer(img_size=128, window_size=8, **shape))
     torch.manual_seed(4)
-    logits = model(images, augsub="random_crop", augsub_ratio=0.75)
-    any_size = augsub.patch(make_model("swin")).eval()
-    any_size.load_state_dict(model.state_dict())
-    augsub.unpatch(any_size)
-    any_size.patch_embed.strict_img_size = False
-    for stage in any_size.layers:
-        for block in stage.blocks:
-            block.dynamic_mask = True
-    crops = [
-        image[:, top : top + 16, left : left + 16]
-        for image, (top, left) in zip(images, corners(4, 4, (16, 16)), strict=True)
-    ]
-    torch.testing.assert_close(logits, any_size(torch.stack(crops)))
+    logits = model.eval()(images, augsub="random_crop", augsub_ratio=0.5)
+    crops = torch.stack(
+        [
+            image[:, top : top + 96, left : left + 96]
+            for image, (top, left) in zip(images, corners(4, 3, (32, 32)), strict=True)
+        ]
+    )
+    scaled = SwinTransformer(img_size=96, window_size=6, **shape).eval()
+    state = {name: value for name, value in model.state_dict().items() if name in scaled.state_dict()}
+    scaled.load_state_dict(
+        {name: central_part(value, 6) if "bias_table" in name else value for name, value in state.items()}
+    )
+    torch.testing.assert_close(logits, scaled(crops))
     with pytest.raises(AssertionError, match="doesn't match"):
-        model(torch.stack(crops))
+        model(crops)
 
 
 def test_crop_before_masking_but_not_after(make_model, images):
