@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augsub.augmentation import SubModelAugmentation
@@ -30,7 +30,6 @@ class PatchedModel:
 
     def forward(
         self,
-        images: Tensor,
         *args: Any,
         augsub: AugmentationSpec | None = None,
         augsub_ratio: float | None = None,
@@ -39,20 +38,22 @@ class PatchedModel:
         """Main model, or the sub-model under the augmentation `augsub`.
 
         Args:
-            images: (B, C, H, W).
+            args, kwargs: passed on to the model's own forward; images (B, C, H, W) first.
             augsub: whatever `augsub.build` takes; None is the main model.
             augsub_ratio: the augmentation's ratio if `augsub` is a name.
-            args, kwargs: passed on to the model's own forward.
 
         Returns:
             What the model's own forward returns: logits (B, K).
+
+        Raises:
+            TypeError, ValueError: if the augmentation, or the images for it, do not fit this model.
         """
         if augsub is None:
             if augsub_ratio is not None:
                 raise ValueError(f"augsub_ratio = {augsub_ratio} was given without augsub")
-            return self._augsub.main(super().forward, images, *args, **kwargs)
+            return self._augsub.main(super().forward, *args, **kwargs)
         augmentation = build(augsub) if augsub_ratio is None else build(augsub, ratio=augsub_ratio)
-        return self._augsub.run(augmentation, super().forward, images, *args, **kwargs)
+        return self._augsub.run(augmentation, super().forward, *args, **kwargs)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: the model's own and the mask token."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,22 @@ from augsub.views import Images, StemFeatures, Tokens
 
 ImageSize = tuple[int, int]
 Layout = Literal["NLC", "NHWC", "NCHW"]
+
+
+View = TypeVar("View", Images, Tokens, StemFeatures)
+
+
+def augmented(view: View, augmentations: Sequence[SubModelAugmentation], site: str) -> View:
+    """The view after the augmentations' method for that site, in order."""
+    for augmentation in augmentations:
+        changed = getattr(augmentation, site)(view)
+        if not isinstance(changed, type(view)):
+            raise TypeError(
+                f"{augmentation.name or type(augmentation).__name__}: {site}() must return "
+                f"{type(view).__name__}, not {type(changed).__name__}"
+            )
+        view = changed
+    return view
 
 
 @dataclass
@@ -35,10 +51,7 @@ class ImageSite:
         return self.resizable or not augmentation.resizes_images
 
     def apply(self, augmentations: Sequence[SubModelAugmentation], images: Tensor) -> Tensor:
-        view = Images(images, self.stride)
-        for augmentation in augmentations:
-            view = augmentation.image(view)
-        return view.values
+        return augmented(Images(images, self.stride), augmentations, "image").values
 
 
 class HookedSite:
@@ -70,9 +83,7 @@ class TokenSite(HookedSite):
         grid = self.grid(image_size, num_patches)
         all_present = grid is not None and grid[0] * grid[1] == num_patches  # false after timm's own patch dropout
         view = Tokens(tokens, self.num_prefix_tokens, grid if all_present else None)
-        for augmentation in augmentations:
-            view = augmentation.tokens(view)
-        return self.pack(view, output)
+        return self.pack(augmented(view, augmentations, "tokens"), output)
 
     def unpack(self, output: Any) -> Tensor:
         """The tokens in the module's output."""
@@ -98,8 +109,7 @@ class StemSite(HookedSite):
     def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
         features = output[0] if isinstance(output, tuple) else output
         view = StemFeatures(self._channels_last(features, image_size), self.owner.mask_token, image_size)
-        for augmentation in augmentations:
-            view = augmentation.stem(view)
+        view = augmented(view, augmentations, "stem")
         changed = view.values.permute(0, 3, 1, 2) if self.layout == "NCHW" else view.values.reshape(features.shape)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 

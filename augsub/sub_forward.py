@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils._pytree import tree_leaves
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
@@ -27,6 +28,7 @@ class SubForward:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model_name = type(model).__name__
         self.sites = family.sites(model)
+        self.patch_embed = getattr(model, "patch_embed", None)
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
         self._resized_state = functools.partial(family.resized_state, model)
@@ -38,19 +40,18 @@ class SubForward:
             if isinstance(site, HookedSite)
         ]
 
-    def main(self, forward: Callable, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def main(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         self._release()
-        logits = forward(images, *args, **kwargs)
+        logits = forward(*args, **kwargs)
         self._replay_in_backward(logits, [])
         return logits
 
     def run(
-        self, augmentation: SubModelAugmentation, forward: Callable, images: Tensor, *args: Any, **kwargs: Any
+        self, augmentation: SubModelAugmentation, forward: Callable, images: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """The model's own forward under `augmentation`."""
-        if images.ndim != 4:
-            raise ValueError(f"the sub-model takes images (B, C, H, W), not a tensor of shape {tuple(images.shape)}")
+        self._check_images(images)
         self._release()
         plan = self.plan(augmentation)
         augmented = self.sites["image"].apply(plan.get("image", ()), images)
@@ -74,6 +75,18 @@ class SubForward:
             self._release()
         self._replay_in_backward(logits, state)
         return logits
+
+    def _check_images(self, images: Any) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"the sub-model takes images as its first argument, not {type(images).__name__}")
+        if images.ndim != 4:
+            raise ValueError(f"the sub-model takes images (B, C, H, W), not a tensor of shape {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"the sub-model takes normalized floating-point images, not {images.dtype}")
+        size = (images.shape[-2], images.shape[-1])
+        if getattr(self.patch_embed, "strict_img_size", False) and size != self.patch_embed.img_size:
+            height, width = self.patch_embed.img_size
+            raise ValueError(f"{self.model_name} takes images of {height} x {width} pixels, not {size[0]} x {size[1]}")
 
     def plan(self, augmentation: SubModelAugmentation) -> dict[str, list[SubModelAugmentation]]:
         """Which members act at which site: each at the first of its sites that the model has.
@@ -136,8 +149,8 @@ class SubForward:
             self._hold(state)
             Variable._execution_engine.queue_callback(self._release)
 
-        for output in (logits,) if isinstance(logits, Tensor) else logits:
-            if output.requires_grad:
+        for output in tree_leaves(logits):
+            if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(replay)
 
 
