@@ -75,7 +75,7 @@ class Masking(SubModelAugmentation):
             raise ValueError(f"masking: cell = {cell} px is larger than the image of {tuple(image_size)} px")
         cells = [-(-side // cell) for side in image_size]
         keep = random_keep(batch, cells[0] * cells[1], self.ratio, device)
-        visible = torch.zeros(batch, cells[0] * cells[1], dtype=torch.bool, device=device).scatter_(1, keep, True)
+        visible = torch.zeros(batch, cells[0] * cells[1], dtype=torch.bool, device=device).scatter_(1, keep, 1)
         rows, columns = (
             cell_of_position(positions, side, cell, device)
             for positions, side in zip(resolution, image_size, strict=True)

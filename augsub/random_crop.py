@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class RandomCrop(SubModelAugmentation):
 
     def _side(self, size: tuple[int, int], multiple: int) -> int:
         """Side of the square nearest to 1 - ratio of the area, a multiple that fits into `size`."""
-        wanted = (size[0] * size[1] * (1 - self.ratio)) ** 0.5
+        wanted = math.sqrt(size[0] * size[1] * (1 - self.ratio))
         side = max(1, round(wanted / multiple)) * multiple
         if side >= max(size) or side > min(size):
             raise ValueError(

@@ -63,11 +63,12 @@ class SubForward:
             for module in self.sites[name].modules
             for attribute, value in member.module_state(module).items()
         ]
+        image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
         if augmented.shape[-2:] != images.shape[-2:]:
-            state += self._resized_state((augmented.shape[-2], augmented.shape[-1]))
+            state += self._resized_state(image_size)
         try:
             self.active = plan
-            self.image_size = (augmented.shape[-2], augmented.shape[-1])
+            self.image_size = image_size
             self._hold(state)
             logits = forward(augmented, *args, **kwargs)
         finally:

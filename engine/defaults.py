@@ -29,7 +29,7 @@ from engine.seeding import seed_all
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
 from engine.writers import JSONLinesWriter, LogWriter, TensorBoardWriter, Writer
-from models.build import build_model, check_image_size
+from models.build import check_image_shape, create_model
 
 LOGGER = logging.getLogger("engine")
 
@@ -80,7 +80,7 @@ def build_trainer(config: Config, process: Process, folder: RunFolder) -> Traine
         objective.prepare(bare_model)
     augmentations = [sub_model.augmentation for sub_model in objective.sub_models]
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_size(bare_model, data.in_chans, config.data.image_size, augmentations)
+        check_image_shape(bare_model, (data.in_chans, *[config.data.image_size] * 2), augmentations)
 
     bare_model.to(process.device)
     optimizer = build_optimizer(config.optimizer, bare_model)
@@ -140,30 +140,41 @@ def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelE
 
 def build_run_model(config: Config, data: DataLoaders) -> nn.Module:
     """The model of the configuration, patched, with the weights it starts from."""
-    model_config = config.model
-    optional = {"drop_path_rate": model_config.drop_path_rate, "drop_rate": model_config.drop_rate}
-    with input_errors("model"):
-        model = build_model(
-            model_config.name,
-            num_classes=data.num_classes,
-            in_chans=data.in_chans,
-            image_size=config.data.image_size,
-            pretrained=model_config.pretrained,
-            **{name: rate for name, rate in optional.items() if rate is not None},
-            **model_config.kwargs,
-        )
-    if model_config.checkpoint is not None:
-        path = Path(model_config.checkpoint)
+    model = augsub.patch(create_configured_model(config, data.num_classes, data.in_chans))
+    if config.model.checkpoint is not None:
+        path = Path(config.model.checkpoint)
         weights = checkpoint.load(path)
         checkpoint.load_weights(model, weights.get("model", weights), path)
     return model
 
 
+def create_configured_model(config: Config, num_classes: int, in_chans: int) -> nn.Module:
+    """The timm model of the configuration, before `model.checkpoint` is loaded."""
+    model = config.model
+    optional = {"drop_path_rate": model.drop_path_rate, "drop_rate": model.drop_rate}
+    with input_errors("model"):
+        return create_model(
+            model.name,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            image_size=config.data.image_size,
+            pretrained=model.pretrained,
+            **{name: rate for name, rate in optional.items() if rate is not None},
+            **model.kwargs,
+        )
+
+
 def build_objective(config: Config, criterion: nn.Module) -> augsub.SubModelObjective:
     """The training objective of the configuration."""
+    sub_models = build_sub_models(config)
     with input_errors("augsub.sub_models"):
-        sub_models = [augsub.SubModel(sub.augmentations, weight=sub.weight) for sub in config.augsub.sub_models]
         return augsub.SubModelObjective(criterion, sub_models, config.augsub.main_weight)
+
+
+def build_sub_models(config: Config) -> list[augsub.SubModel]:
+    """The sub-models of the configuration."""
+    with input_errors("augsub.sub_models"):
+        return [augsub.SubModel(sub.augmentations, weight=sub.weight) for sub in config.augsub.sub_models]
 
 
 def build_precision(config: Config, process: Process) -> Precision:

@@ -17,22 +17,22 @@ import augsub
 LOGGER = logging.getLogger("models")
 
 
-def build_model(
+def create_model(
     name: str,
     *,
-    num_classes: int,
-    in_chans: int,
-    image_size: int,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    image_size: int | None = None,
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A patched timm model.
+    """A timm model.
 
     Args:
         name: any timm model name, with or without a pretrained tag.
-        num_classes: outputs of the head, which is new if the pretrained one differs.
+        num_classes: outputs of the head, which is new if the pretrained one differs; None: timm's.
         in_chans: channels of the images.
-        image_size: pixels, passed on to models that are built for one size.
+        image_size: pixels, passed on to models that are built for one size; None: timm's.
         pretrained: load timm's weights for that name.
         kwargs: anything else `timm.create_model` takes.
 
@@ -43,14 +43,21 @@ def build_model(
     if not timm.is_model(name):
         match = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ValueError(f"timm has no model {name!r}{f', did you mean {match[0]!r}?' if match else ''}")
-    arguments = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained, **kwargs}
+    given = {"num_classes": num_classes, "img_size": image_size}
+    arguments = {"in_chans": in_chans, "pretrained": pretrained, **kwargs}
+    arguments |= {argument: value for argument, value in given.items() if value is not None}
     try:
-        model = _create(name, {"img_size": image_size, **arguments})
+        return _create(name, arguments)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        model = _create(name, arguments)  # a model for images of any size
-    return augsub.patch(model)
+    del arguments["img_size"]  # a model for images of any size
+    return _create(name, arguments)
+
+
+def build_model(name: str, **arguments: Any) -> nn.Module:
+    """What `create_model` makes, patched for sub-model augmentation."""
+    return augsub.patch(create_model(name, **arguments))
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -60,26 +67,34 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise ValueError(f"timm cannot build {name} with {arguments}: {_first_line(error)}") from error
 
 
-def check_image_size(
-    model: nn.Module, in_chans: int, image_size: int, augmentations: Sequence[augsub.SubModelAugmentation] = ()
+def check_image_shape(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    augmentations: Sequence[augsub.SubModelAugmentation] = (),
 ) -> None:
     """Run main model and sub-models once without computing (meta tensors), to see whether sizes fit.
+
+    Args:
+        model: a patched model.
+        image_shape: (C, H, W).
+        augmentations: one for each sub-model.
 
     Raises:
         ValueError: with the model's or the augmentation's own reason.
     """
     patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    if any(image_size % side for side in patch_size):
+    size = " x ".join(map(str, image_shape[1:]))
+    if any(side % patch for side, patch in zip(image_shape[1:], patch_size, strict=True)):
         LOGGER.warning(
-            "%d pixels are no multiple of the patch size %s: the rest is padded or not seen", image_size, patch_size
+            "%s pixels are no multiple of the patch size %s: the rest is padded or not seen", size, patch_size
         )
     weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    images = torch.empty(2, in_chans, image_size, image_size, device="meta")
+    images = torch.empty(2, *image_shape, device="meta")
     for augmentation in (None, *augmentations):
         try:
             functional_call(model, weights, (images,), {"augsub": augmentation})
         except (AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-            raise ValueError(f"{image_size} x {image_size} pixels do not fit: {_first_line(error)}") from error
+            raise ValueError(f"{size} pixels do not fit: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,5 +1,5 @@
 """Images: where they come from, in which order, and how they are loaded."""
 
-from engine.data.loaders import DataLoaders, build_loaders
+from engine.data.loaders import DataLoaders, build_loaders, build_source
 
-__all__ = ["DataLoaders", "build_loaders"]
+__all__ = ["DataLoaders", "build_loaders", "build_source"]

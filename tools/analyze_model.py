@@ -1,0 +1,144 @@
+"""Parameters, FLOPs and training cost of a model and its sub-models; which augmentations models offer.
+
+    python tools/analyze_model.py --config configs/digits_swin.yaml
+    python tools/analyze_model.py --model vit_base_patch16_224 --augsub masking --ratio 0.5
+    python tools/analyze_model.py --all-configs          # one line per config, ten models beside the literature
+    python tools/analyze_model.py --list-support 'vit_*'
+
+One FLOP is one multiply-add; all figures are for the forward of one image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+
+import augsub
+from engine.config import Config
+from engine.config_file import load_config
+from engine.data import build_source
+from engine.defaults import build_sub_models, create_configured_model, import_plugins
+from engine.errors import InputError, RunError, input_errors
+from engine.table import text_table
+from models.build import create_model
+from models.complexity import Complexity, analyze
+from models.complexity_tables import comparison_table, literature_table, module_table, summary_rows, uncounted_line
+from models.support import support_of, support_table
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+IMAGENET = (1000, 3)  # classes and channels, where the data is not there to tell
+Analysis = tuple[Complexity, list[augsub.SubModelAugmentation]]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
+    what.add_argument("--model", metavar="NAME", help="any timm model, as timm builds it")
+    what.add_argument("--all-configs", action="store_true", help="every file in configs/, and the literature")
+    what.add_argument("--list-support", metavar="WILDCARD", help="timm models by name, for example 'vit_*'")
+    parser.add_argument("--augsub", default="masking", metavar="NAME", help="sub-model of --model (default masking)")
+    parser.add_argument("--ratio", type=float, default=0.5, help="its ratio (default 0.5)")
+    parser.add_argument("--depth", type=int, default=1, help="levels of the table of modules (default 1)")
+    parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of --config, for example model.name=resnet50"
+    )
+    return parser.parse_intermixed_args()
+
+
+def analyze_named(name: str, augmentation: str, ratio: float) -> Analysis:
+    """A timm model as timm builds it, and one sub-model."""
+    with input_errors("--model"):
+        model = create_model(name)
+    with input_errors(f"--augsub {augmentation} --ratio {ratio} for {name}"):
+        augmentations = [augsub.build(augmentation, ratio=ratio)]
+        return analyze(model, model.pretrained_cfg["input_size"], augmentations), augmentations
+
+
+def analyze_configured(path: str | Path, overrides: Sequence[str] = ()) -> Analysis:
+    """The model and the sub-models of a configuration; no data and no weights are needed."""
+    config = load_config(path, overrides)
+    import_plugins(config.plugins)
+    config.model.pretrained = False
+    num_classes, in_chans = classes_and_channels(config)
+    model = create_configured_model(config, num_classes, in_chans)
+    augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
+    side = config.data.image_size
+    with input_errors(f"augsub.sub_models with model.name = {config.model.name}"):
+        return analyze(model, (in_chans, side, side), augmentations), augmentations
+
+
+def classes_and_channels(config: Config) -> tuple[int, int]:
+    """Those of the data, or ImageNet's if the data is not there."""
+    try:
+        source = build_source(config)
+    except InputError as error:
+        print(f"{error}; counted with {IMAGENET[0]} classes", file=sys.stderr)
+        return IMAGENET
+    return source.num_classes, source.in_chans
+
+
+def print_analysis(title: str, analysis: Analysis, arguments: argparse.Namespace) -> None:
+    """One model: its figures and its modules, or plain numbers."""
+    complexity, augmentations = analysis
+    if arguments.json:
+        print(json.dumps(complexity.as_dict(), indent=2))
+        return
+    print(f"{title}, one image\n{text_table(summary_rows(*analysis))}\n")
+    print(module_table(complexity, augmentations, arguments.depth))
+    print(f"\n{uncounted_line(complexity)}")
+
+
+def print_all_configs(as_json: bool) -> None:
+    """One line per file in configs/, then the literature."""
+    analyses = {path.stem: analyze_configured(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+    if as_json:
+        print(json.dumps({name: complexity.as_dict() for name, (complexity, _) in analyses.items()}, indent=2))
+    else:
+        print(f"{comparison_table(analyses)}\n\n{literature_table()}")
+
+
+def print_support(wildcard: str, as_json: bool) -> None:
+    """Where augmentations act in the timm models of these names."""
+    names = timm.list_models(wildcard)
+    if not names:
+        raise InputError(f"--list-support: timm has no model {wildcard!r}")
+    support = {name: support_of(name) for name in names}
+    print(
+        json.dumps(support, indent=2) if as_json else support_table(["model"], [([n], s) for n, s in support.items()])
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if arguments.overrides and not arguments.config:
+        raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config")
+    if arguments.list_support:
+        print_support(arguments.list_support, arguments.json)
+    elif arguments.all_configs:
+        print_all_configs(arguments.json)
+    elif arguments.config:
+        print_analysis(arguments.config, analyze_configured(arguments.config, arguments.overrides), arguments)
+    else:
+        print_analysis(arguments.model, analyze_named(arguments.model, arguments.augsub, arguments.ratio), arguments)
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error that the user can mend."""
+    try:
+        run(parse_arguments())
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
