@@ -14,7 +14,7 @@ SUB_MODELS = {
     "masking": {"vit": {}, "swin": {"cell": 8}, "resnet": {"cell": 8}},
     "drop_path": {"vit": {}, "swin": {}, "resnet": {}},
     "dropout": {"vit": {}, "swin": {}},
-    "random_crop": {"vit": {}, "swin": {}},
+    "random_crop": {"vit": {}, "swin": {}, "resnet": {}},
 }
 SUPPORTED = [(name, family) for name, families in SUB_MODELS.items() for family in families]
 
@@ -22,6 +22,11 @@ SUPPORTED = [(name, family) for name, families in SUB_MODELS.items() for family 
 def seeded(function, *args, **kwargs):
     torch.manual_seed(7)
     return function(*args, **kwargs)
+
+
+def images_for(family):
+    side = 64 if family == "resnet" else 32  # crops of a ResNet are multiples of its stride, 32
+    return torch.randn(4, 3, side, side)
 
 
 def sub_model(name, family):
@@ -63,7 +68,8 @@ def test_patching_draws_no_global_random_number(family_model):
 
 
 @pytest.mark.parametrize(("name", "family"), SUPPORTED)
-def test_sub_model_differs_and_trains_every_parameter(name, family, make_model, images):
+def test_sub_model_differs_and_trains_every_parameter(name, family, make_model):
+    images = images_for(family)
     model = augsub.patch(make_model(family)).train()
     main = model(images)
     main.sum().backward()
@@ -84,7 +90,9 @@ def test_a_missing_site_is_named_with_what_the_model_offers(make_model, images):
 
 
 @pytest.mark.parametrize(("name", "family"), SUPPORTED)
-def test_state_is_restored_after_the_sub_forward_and_after_an_error_in_it(name, family, make_model, images):
+def test_state_is_restored_after_the_sub_forward_and_after_an_error_in_it(name, family, make_model):
+    images = images_for(family)
+
     class Stop(Exception):
         pass
 
@@ -178,7 +186,8 @@ def test_gradient_checkpointing_runs_blocks_again_in_the_same_state(family, one_
 
 
 @pytest.mark.parametrize(("name", "family"), SUPPORTED)
-def test_compiles_into_two_graphs_without_a_break(name, family, make_model, images):
+def test_compiles_into_two_graphs_without_a_break(name, family, make_model):
+    images = images_for(family)
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -191,6 +200,18 @@ def test_compiles_into_two_graphs_without_a_break(name, family, make_model, imag
     assert counter.frame_count == 2
     torch.testing.assert_close(main, seeded(model, images))
     torch.testing.assert_close(sub, seeded(model, images, augsub=augmentation))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "family"), SUPPORTED)
+def test_compiled_code_computes_what_eager_mode_computes(name, family, make_model):
+    torch._dynamo.reset()
+    model, images, augmentation = augsub.patch(make_model(family)).eval(), images_for(family), sub_model(name, family)
+    with torch._inductor.config.patch(fallback_random=True):  # draws the random numbers of eager mode
+        compiled = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+        sub = seeded(compiled, images, augsub=augmentation)
+    torch.testing.assert_close(sub, seeded(model, images, augsub=augmentation), rtol=1e-4, atol=1e-5)
 
 
 def test_misuse_is_refused(make_model, images):
