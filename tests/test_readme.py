@@ -18,7 +18,7 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", code_blocks("python"), ids=["loop", "compose", "own_augmentation"])
+@pytest.mark.parametrize("code", code_blocks("python"), ids=["loop", "compose", "supports", "own_augmentation"])
 def test_the_python_runs_as_it_stands(code, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -31,7 +31,7 @@ def test_the_loop_is_short():
 
 
 def test_the_plugin_command_trains_with_the_plugin_file(tmp_path):
-    code = code_blocks("python")[2]
+    code = code_blocks("python")[3]
     name = re.match(r"# (\w+)\.py\n", code).group(1)
     (tmp_path / f"{name}.py").write_text(code)
     (command,) = [block for block in code_blocks("bash") if "plugins=" in block]
