@@ -34,7 +34,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(train
 
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(train_net, tmp_path):
     run = ["--config", str(DIGITS), f"output_dir={tmp_path}/run"]
-    process = subprocess.Popen([sys.executable, TRAIN_NET, *run], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, TRAIN_NET, *run],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     while not last.exists() and process.poll() is None:
         time.sleep(0.1)
