@@ -82,7 +82,7 @@ def literature_table() -> str:
 
 
 def _literature_row(reference: Reference) -> list[str]:
-    model = create_model(reference.name)
+    model = create_model(reference.name, num_classes=1000)  # timm's ViT-H/14 has no classifier by default
     complexity = analyze(model, (3, 224, 224), COMPARED)
     flops = complexity.main.flops
     return [
