@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow study zoo lint
+.PHONY: demo test test-slow test-recipes study zoo recipes lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -14,12 +14,18 @@ test: $(INSTALLED)  ## install, then run the tests
 test-slow: $(INSTALLED)  ## full-size ImageNet models, FLOPs of all of timm and torch.compile: about 20 minutes
 	$(BIN)/python -m pytest -q -m slow
 
+test-recipes: $(INSTALLED)  ## every recipe against its published numbers
+	$(BIN)/python -m pytest -q tests/recipes
+
 study: $(INSTALLED)  ## the README's table and picture: baseline against MaskSub, three models, five seeds
 	$(BIN)/python tools/digits_study.py --picture docs/digits_study.png
 
 zoo: $(INSTALLED)  ## follow the installed timm: its list of model classes and docs/model_support.md
 	$(BIN)/python -m models.zoo
 	$(BIN)/python tools/model_support.py
+
+recipes: $(INSTALLED)  ## write docs/recipes.md
+	$(BIN)/python tools/recipes_page.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

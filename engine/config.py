@@ -6,20 +6,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035  (OmegaConf reads these at run time)
+from typing import Any, Dict, List, Optional, Union  # noqa: UP035  (OmegaConf reads these at run time)
 
-# ruff: noqa: UP006, UP045
+# ruff: noqa: UP006, UP007, UP045
 
 
 @dataclass
 class ModelConfig:
     """A timm model. `num_classes` and `in_chans` come from the data."""
 
-    name: str = "vit_base_patch16_224"  # any timm model
-    pretrained: bool = False  # timm's weights for that name
-    checkpoint: Optional[str] = None  # a checkpoint of ours or a timm state dict to start from
+    name: str = "vit_base_patch16_224"  # any timm model, hf-hub:USER/MODEL or local-dir:FOLDER
+    pretrained: Union[bool, str] = False  # timm's weights for that name; if_available: random ones where it is offline
+    checkpoint: Optional[str] = None  # file to start from instead: ours, timm's, MAE's, CLIP's, DeiT's or Swin's
+    pos_embed_antialias: bool = True  # when a position table is resized to another image size
+    restart: List[str] = field(default_factory=list)  # modules that start anew although weights were loaded
+    frozen: List[str] = field(default_factory=list)  # modules or parameters that do not learn
     drop_path_rate: Optional[float] = None  # stochastic depth of the main model; null: timm's default
+    drop_path_shape: str = "linear"  # linear: from 0 in the first block to the rate in the last | uniform
     drop_rate: Optional[float] = None  # dropout before the head; null: timm's default
+    class_token_std: Optional[float] = None  # new class token, truncated normal; null: as timm has it
+    head_std: Optional[float] = None  # new head, truncated normal weights; null: as timm or the checkpoint has it
+    head_bias_bound: float = 0.0  # biases of a new head, uniform up to this bound
     kwargs: Dict[str, Any] = field(default_factory=dict)  # anything else that timm.create_model takes
 
 
@@ -31,7 +38,8 @@ class DataConfig:
     root: Optional[str] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
     train_split: str = "train"  # folder or split name of the training images
     eval_split: str = "validation"  # for a folder also val, eval or test, as in timm
-    image_size: int = 224  # pixels, square
+    image_size: Optional[int] = 224  # pixels, square; null: the model's own
+    repeats: int = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
     workers: int = 4  # loader processes per training process; 0 loads in the training process
     synthetic_samples: int = 512  # images per split of the synthetic dataset
 
@@ -42,14 +50,20 @@ class TransformConfig:
 
     scale: List[float] = field(default_factory=lambda: [0.08, 1.0])  # area of the random resized crop
     ratio: List[float] = field(default_factory=lambda: [0.75, 4 / 3])  # its aspect ratio
-    interpolation: str = "bicubic"  # bicubic | bilinear | random (of both, training only)
+    interpolation: str = "bicubic"  # of training images: bicubic | bilinear | random (of both)
     hflip: float = 0.5  # probability of a horizontal flip
+    vflip: float = 0.0  # probability of a vertical flip
     color_jitter: Optional[float] = None  # strength; without effect where auto_augment is RandAugment
     auto_augment: Optional[str] = None  # timm's spelling: rand-m9-mstd0.5-inc1, 3a, augmix-m5-w4-d2 …
-    random_erase: float = 0.0  # probability of erasing a rectangle (pixel noise)
-    eval_crop: float = 0.875  # share of the resized image's side that the centre crop keeps
-    mean: List[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's
-    std: List[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # ImageNet's
+    random_erase: float = 0.0  # probability of erasing rectangles, after normalisation
+    erase_mode: str = "pixel"  # what erased pixels become: pixel (normal noise) | rand (one colour) | const (0)
+    erase_count: int = 1  # most rectangles in an image
+    erase_area: List[float] = field(default_factory=lambda: [0.02, 1 / 3])  # of the image, all rectangles together
+    erase_aspect: List[float] = field(default_factory=lambda: [0.3, 10 / 3])  # of a rectangle
+    eval_crop: Optional[float] = 0.875  # share of the resized image's side that the centre crop keeps; null: model's
+    eval_interpolation: Optional[str] = "bicubic"  # bicubic | bilinear; null: the model's
+    mean: Optional[List[float]] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's; null: the model's
+    std: Optional[List[float]] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # ImageNet's; null: the model's
 
 
 @dataclass
@@ -75,18 +89,24 @@ class TrainConfig:
     epochs: int = 300  # the schedule runs over these; iterations are derived
     max_iters: Optional[int] = None  # stop earlier, after this many optimiser steps
     global_batch: int = 1024  # images per optimiser step, over all processes and micro-batches
-    accumulation: int = 1  # micro-batches per optimiser step
+    micro_batch: Optional[int] = None  # most images at once in one process: the published batch per GPU
+    accumulation: Optional[int] = None  # micro-batches per optimiser step; null: as few as micro_batch allows
     amp: str = "off"  # off | bf16 | fp16 (with gradient scaling, on GPUs; a CPU runs float32 instead and says so)
+    loss_scale: float = 65536.0  # fp16: the loss scale at the start
+    loss_scale_window: int = 2000  # fp16: steps without overflow after which the loss scale doubles
     clip_norm: Optional[float] = None  # global L2 norm of the gradient
     compile: bool = False  # torch.compile for the main and the sub-model
 
 
 @dataclass
 class OptimizerConfig:
-    """A timm optimiser. Biases, norms and what the model names itself have no weight decay."""
+    """A timm optimiser. Biases, 1-D tensors and what the model names itself have no weight decay."""
 
     name: str = "adamw"  # any name of timm.optim.list_optimizers()
-    lr: float = 1e-3  # peak, absolute (not scaled by the batch)
+    lr: float = 1e-3  # peak
+    lr_reference_batch: Optional[int] = None  # lr is for that global batch and grows with it; null: lr is absolute
+    layer_decay: Optional[float] = None  # lr of each layer in parts of the next one's, counted from the head
+    full_lr: List[str] = field(default_factory=list)  # modules that learn at the head's rate under layer_decay
     weight_decay: float = 0.05  # decoupled or not, as the optimiser has it
     betas: Optional[List[float]] = None  # null: the optimiser's default
     eps: Optional[float] = None  # null: the optimiser's default
@@ -95,13 +115,17 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Linear warmup, then cosine, by timm's scheduler."""
+    """Linear warmup, then half a cosine; `engine/schedule.py` has the formula."""
 
+    unit: str = "iteration"  # iteration | epoch: how often the learning rate changes
     warmup_epochs: float = 5  # linear from warmup_lr
     warmup_lr: float = 1e-6  # learning rate of the first step
-    min_lr: float = 1e-5  # learning rate at the end of the cosine
-    unit: str = "iteration"  # iteration | epoch: how often the learning rate changes
     warmup_prefix: bool = False  # whether the cosine starts after the warmup instead of under it
+    warmup_reaches_peak: bool = False  # whether the last step of the warmup, not the next one, has the peak
+    min_lr: float = 1e-5  # learning rate at the end of the cosine
+    cooldown_epochs: float = 0  # last epochs of the run, all at min_lr
+    lag: int = 0  # iterations or epochs by which the whole curve comes late
+    scale_with_batch: bool = False  # whether warmup_lr and min_lr grow with the batch as optimizer.lr does
 
 
 @dataclass
@@ -115,13 +139,17 @@ class LossConfig:
 
 @dataclass
 class MixupConfig:
-    """timm's Mixup and CutMix, on the batch of each process. Both alphas 0: off."""
+    """timm's Mixup and CutMix, on each micro-batch of a process. Both alphas 0: off."""
 
     mixup_alpha: float = 0.0  # Beta(alpha, alpha) of the mixing weight
     cutmix_alpha: float = 0.0  # Beta(alpha, alpha) of the kept area
     prob: float = 1.0  # probability that a batch is mixed
     switch_prob: float = 0.5  # probability of CutMix where both are on
     mode: str = "batch"  # batch | pair | elem
+    cutmix_minmax: Optional[List[float]] = None  # CutMix with sides between these shares of the image's instead
+    correct_lam: bool = True  # whether the label's weight follows a CutMix box that the border cut
+    integer_pixels: bool = False  # round mixed pixels to whole numbers of 0 to 255, as mixing before normalisation does
+    off_epoch: Optional[int] = None  # from this epoch on images are not mixed
 
 
 @dataclass
@@ -131,6 +159,7 @@ class EmaConfig:
     enabled: bool = False  # costs one copy of the model
     decay: float = 0.9999  # share of the old average that stays per step
     warmup: bool = False  # ramp the decay up from 0, for short runs
+    evaluate: bool = True  # false keeps the average in the checkpoints only
 
 
 @dataclass
@@ -167,6 +196,15 @@ class LogConfig:
 
 
 @dataclass
+class PublishedConfig:
+    """What the paper reports of the recipe, for the documentation and the table at the end of a run."""
+
+    gpus: Optional[int] = None  # they trained on that many
+    baseline: Optional[float] = None  # top-1 in percent without sub-model
+    masksub: Optional[float] = None  # top-1 in percent with MaskSub
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -187,3 +225,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    published: PublishedConfig = field(default_factory=PublishedConfig)

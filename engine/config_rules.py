@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -33,9 +33,9 @@ def probability(value: Any) -> bool:
     return 0 <= value <= 1
 
 
-def one_of(*allowed: str) -> Rule:
+def one_of(*allowed: str | bool) -> Rule:
     """One of a few words."""
-    return lambda value: value in allowed, "one of " + ", ".join(allowed)
+    return lambda value: value in allowed, "one of " + ", ".join(str(word).lower() for word in allowed)
 
 
 def interval(low_bound: float) -> Rule:
@@ -50,32 +50,51 @@ SHARE: Rule = (share, "in [0, 1)")
 PROBABILITY: Rule = (probability, "in [0, 1]")
 
 RULES: dict[str, Rule] = {
+    "model.pretrained": one_of(True, False, "if_available"),
     "model.drop_path_rate": SHARE,
+    "model.drop_path_shape": one_of("linear", "uniform"),
     "model.drop_rate": SHARE,
+    "model.class_token_std": at_least(0),
+    "model.head_std": at_least(0),
+    "model.head_bias_bound": at_least(0),
     "data.image_size": at_least(1),
     "data.workers": at_least(0),
+    "data.repeats": at_least(1),
     "data.synthetic_samples": at_least(1),
     "transform.scale": interval(0),
     "transform.ratio": interval(0),
     "transform.interpolation": one_of("bicubic", "bilinear", "random"),
     "transform.hflip": PROBABILITY,
+    "transform.vflip": PROBABILITY,
     "transform.color_jitter": at_least(0),
     "transform.random_erase": PROBABILITY,
+    "transform.erase_mode": one_of("pixel", "rand", "const"),
+    "transform.erase_count": at_least(1),
+    "transform.erase_area": interval(0),
+    "transform.erase_aspect": interval(0),
+    "transform.eval_interpolation": one_of("bicubic", "bilinear"),
     "transform.eval_crop": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "augsub.main_weight": at_least(0),
     "train.epochs": at_least(1),
     "train.max_iters": at_least(1),
     "train.global_batch": at_least(1),
+    "train.micro_batch": at_least(1),
     "train.accumulation": at_least(1),
+    "train.loss_scale": above(0),
+    "train.loss_scale_window": at_least(1),
     "train.amp": one_of("off", "bf16", "fp16"),
     "train.clip_norm": above(0),
     "optimizer.lr": above(0),
+    "optimizer.lr_reference_batch": at_least(1),
+    "optimizer.layer_decay": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "optimizer.weight_decay": at_least(0),
     "optimizer.betas": (lambda value: len(value) == 2 and all(map(share, value)), "two numbers in [0, 1)"),
     "optimizer.eps": above(0),
     "schedule.warmup_epochs": at_least(0),
     "schedule.warmup_lr": at_least(0),
     "schedule.min_lr": at_least(0),
+    "schedule.cooldown_epochs": at_least(0),
+    "schedule.lag": at_least(0),
     "schedule.unit": one_of("iteration", "epoch"),
     "loss.name": one_of("cross_entropy", "bce"),
     "loss.smoothing": SHARE,
@@ -85,6 +104,8 @@ RULES: dict[str, Rule] = {
     "mixup.prob": PROBABILITY,
     "mixup.switch_prob": PROBABILITY,
     "mixup.mode": one_of("batch", "pair", "elem"),
+    "mixup.cutmix_minmax": interval(0),
+    "mixup.off_epoch": at_least(0),
     "ema.decay": SHARE,
     "evaluation.period": at_least(1),
     "evaluation.batch": at_least(1),
@@ -104,12 +125,23 @@ def check(config: Config) -> None:
         value = reduce(getattr, key.split("."), config)
         if value is not None and not allowed(value):
             raise InputError(f"{key} = {value}: allowed is {meaning}")
+    for problem in _contradictions(config):
+        raise InputError(problem)
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Keys that do not go together."""
+    schedule, optimizer, epochs = config.schedule, config.optimizer, config.train.epochs
     if config.loss.target_threshold is not None and config.loss.name != "bce":
-        raise InputError("loss.target_threshold: only loss.name = bce has a threshold")
-    if config.evaluation.metric == "ema_top1" and not config.ema.enabled:
-        raise InputError("evaluation.metric = ema_top1: needs ema.enabled = true")
-    if config.schedule.warmup_epochs >= config.train.epochs:
-        raise InputError(
-            f"schedule.warmup_epochs = {config.schedule.warmup_epochs}: must be less than "
-            f"train.epochs = {config.train.epochs}"
+        yield "loss.target_threshold: only loss.name = bce has a threshold"
+    if config.evaluation.metric == "ema_top1" and not (config.ema.enabled and config.ema.evaluate):
+        yield "evaluation.metric = ema_top1: needs ema.enabled = true and ema.evaluate = true"
+    if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
+        yield (
+            f"schedule.warmup_epochs = {schedule.warmup_epochs} and schedule.cooldown_epochs = "
+            f"{schedule.cooldown_epochs}: must be less than train.epochs = {epochs} together"
         )
+    if schedule.scale_with_batch and optimizer.lr_reference_batch is None:
+        yield "schedule.scale_with_batch: needs optimizer.lr_reference_batch, the batch that lr is for"
+    if optimizer.full_lr and optimizer.layer_decay is None:
+        yield "optimizer.full_lr: without optimizer.layer_decay all modules have the full learning rate"

@@ -1,33 +1,11 @@
-"""The main model's loss, and Mixup or CutMix, which decides what targets that loss gets."""
+"""The main model's loss, timm's."""
 
 from __future__ import annotations
 
-from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from engine.config import LossConfig, MixupConfig
-from engine.errors import InputError
-
-
-def build_mixup(config: MixupConfig, smoothing: float, num_classes: int, micro_batch: int) -> Mixup | None:
-    """timm's Mixup, or None if it is off. Label smoothing moves into its soft labels."""
-    if config.mixup_alpha == 0 and config.cutmix_alpha == 0:
-        return None
-    if micro_batch % 2:
-        raise InputError(
-            f"mixup: needs an even number of images per process and micro-batch, not {micro_batch} "
-            "(train.global_batch / processes / train.accumulation)"
-        )
-    return Mixup(
-        mixup_alpha=config.mixup_alpha,
-        cutmix_alpha=config.cutmix_alpha,
-        prob=config.prob,
-        switch_prob=config.switch_prob,
-        mode=config.mode,
-        label_smoothing=smoothing,
-        num_classes=num_classes,
-    )
+from engine.config import LossConfig
 
 
 def build_criterion(config: LossConfig, soft_labels: bool) -> nn.Module:

@@ -16,22 +16,28 @@ import augsub
 from engine import checkpoint, hooks
 from engine.config import Config
 from engine.config_file import to_yaml
-from engine.criterion import build_criterion, build_mixup
+from engine.criterion import build_criterion
 from engine.data import DataLoaders, build_loaders
 from engine.distributed import Process, wrap
 from engine.errors import InputError, input_errors
 from engine.evaluation import evaluate
 from engine.log_file import LogFile
-from engine.optim import build_optimizer, build_schedule
+from engine.mixing import build_mixup
+from engine.optim import build_optimizer
 from engine.precision import Precision
 from engine.run_folder import RunFolder
+from engine.schedule import build_schedule
 from engine.seeding import seed_all
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
 from engine.writers import JSONLinesWriter, LogWriter, TensorBoardWriter, Writer
-from models.build import check_image_shape, create_model
+from models.build import check_image_shape, create_model, image_settings
+from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
+from models.param_groups import param_groups
+from models.weights import load_weights
 
 LOGGER = logging.getLogger("engine")
+IF_AVAILABLE = "if_available"  # value of model.pretrained
 
 
 def train(config: Config, process: Process, resume: bool) -> None:
@@ -54,16 +60,18 @@ def train(config: Config, process: Process, resume: bool) -> None:
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     """Evaluate `model.checkpoint`, else the run's last checkpoint, else timm's pretrained weights."""
     import_plugins(config.plugins)
+    fill_in_from_model(config)
     data = build_loaders(config, process)
-    model = build_run_model(config, data)
+    model = augsub.patch(create_configured_model(config, data.num_classes, data.in_chans))
     last = RunFolder(config.output_dir).last
-    if config.model.checkpoint is None:
-        if last.is_file():
-            checkpoint.load_weights(model, checkpoint.load(last)["model"], last)
-        elif not config.model.pretrained:
-            raise InputError(
-                f"nothing to evaluate: {last} does not exist; set model.checkpoint, model.pretrained=true or output_dir"
-            )
+    path = Path(config.model.checkpoint or last)
+    if config.model.checkpoint is not None or last.is_file():
+        weights = checkpoint.load(path)
+        checkpoint.load_weights(model, weights.get("model", weights), path)
+    elif not config.model.pretrained:
+        raise InputError(
+            f"nothing to evaluate: {last} does not exist; set model.checkpoint, model.pretrained=true or output_dir"
+        )
     model.to(process.device)
     return evaluate(model, data.held_out, build_precision(config, process), process)
 
@@ -71,10 +79,11 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
 def build_trainer(config: Config, process: Process, folder: RunFolder) -> Trainer:
     """Data, model, objective, optimiser and hooks of a run, at its first step."""
     import_plugins(config.plugins)
+    fill_in_from_model(config)
     seed_all(config.seed)  # the initial weights are the same in all processes
     data = build_loaders(config, process)
     bare_model = build_run_model(config, data)
-    mixup = build_mixup(config.mixup, config.loss.smoothing, data.num_classes, data.micro_batch)
+    mixup = build_mixup(config, data.num_classes, data.micro_batch)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
@@ -83,7 +92,11 @@ def build_trainer(config: Config, process: Process, folder: RunFolder) -> Traine
         check_image_shape(bare_model, (data.in_chans, *[config.data.image_size] * 2), augmentations)
 
     bare_model.to(process.device)
-    optimizer = build_optimizer(config.optimizer, bare_model)
+    with input_errors("optimizer"):
+        groups = param_groups(
+            bare_model, config.optimizer.weight_decay, config.optimizer.layer_decay, config.optimizer.full_lr
+        )
+    optimizer = build_optimizer(config.optimizer, groups)
     ema = ModelEmaV3(bare_model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.enabled else None
     if config.train.compile:
         bare_model.compile()
@@ -96,7 +109,6 @@ def build_trainer(config: Config, process: Process, folder: RunFolder) -> Traine
         precision=build_precision(config, process),
         process=process,
         mix=mixup,
-        accumulation=config.train.accumulation,
         seed=config.seed,
     )
     trainer.register_hooks(build_hooks(config, trainer, folder, ema))
@@ -105,11 +117,13 @@ def build_trainer(config: Config, process: Process, folder: RunFolder) -> Traine
 
 def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelEmaV3 | None) -> list[HookBase]:
     """Hooks in the order in which they run."""
-    process, data = trainer.process, trainer.data
-    schedule = build_schedule(config.schedule, trainer.optimizer, config.train.epochs, data.iterations_per_epoch)
+    process, data, stop_mixing = trainer.process, trainer.data, config.mixup.off_epoch
+    schedule = build_schedule(
+        config.schedule, config.optimizer, config.train.epochs, data.iterations_per_epoch, config.train.global_batch
+    )
     run_evaluation = partial(_evaluate, trainer)
     evaluations = {"": partial(run_evaluation, trainer.bare_model)}
-    if ema is not None:
+    if ema is not None and config.ema.evaluate:
         evaluations["ema_"] = partial(run_evaluation, ema.module)
     guard = hooks.NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
     evaluation = hooks.Evaluation(
@@ -126,7 +140,8 @@ def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelE
     )
     writing = hooks.WriteRecords(partial(_open_writers, folder, process), config.log.period, config.train.global_batch)
     everywhere = [
-        hooks.LearningRateSchedule(schedule),
+        hooks.LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
+        *([hooks.StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
         *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
         guard,  # before anything looks at weights that may be ruined
         evaluation,
@@ -134,34 +149,65 @@ def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelE
         saving,
     ]
     title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
-    only_main = [hooks.ProgressBar(), hooks.Report(folder, evaluation, title)]
+    only_main = [hooks.ProgressBar(), hooks.Report(folder, evaluation, title, _report_facts(config))]
     return everywhere + (only_main if process.is_main else [])
+
+
+def fill_in_from_model(config: Config) -> None:
+    """What the configuration leaves to the model: image size, normalisation, evaluation crop."""
+    if None not in (config.data.image_size, *vars(config.transform).values()):
+        return
+    with input_errors("model.name"):
+        own = image_settings(config.model.name)
+    config.data.image_size = config.data.image_size or own.image_size
+    for key, value in own.transform.items():
+        if getattr(config.transform, key) is None:
+            setattr(config.transform, key, value)
 
 
 def build_run_model(config: Config, data: DataLoaders) -> nn.Module:
     """The model of the configuration, patched, with the weights it starts from."""
+    settings = config.model
     model = augsub.patch(create_configured_model(config, data.num_classes, data.in_chans))
-    if config.model.checkpoint is not None:
-        path = Path(config.model.checkpoint)
-        weights = checkpoint.load(path)
-        checkpoint.load_weights(model, weights.get("model", weights), path)
+    with input_errors("model"):
+        if settings.checkpoint is not None:
+            content = checkpoint.load(Path(settings.checkpoint))
+            load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
+        restart(model, settings.restart)
+        if settings.head_std is not None:
+            start_head(model, settings.head_std, settings.head_bias_bound)
+        if settings.class_token_std is not None:
+            start_class_token(model, settings.class_token_std)
+        freeze(model, settings.frozen)
     return model
 
 
 def create_configured_model(config: Config, num_classes: int, in_chans: int) -> nn.Module:
     """The timm model of the configuration, before `model.checkpoint` is loaded."""
-    model = config.model
-    optional = {"drop_path_rate": model.drop_path_rate, "drop_rate": model.drop_rate}
+    settings = config.model
+    optional = {"drop_path_rate": settings.drop_path_rate, "drop_rate": settings.drop_rate}
+    create = partial(
+        create_model,
+        settings.name,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        image_size=config.data.image_size,
+        **{name: rate for name, rate in optional.items() if rate is not None},
+        **settings.kwargs,
+    )
+    wants_pretrained = bool(settings.pretrained) and settings.checkpoint is None
     with input_errors("model"):
-        return create_model(
-            model.name,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            image_size=config.data.image_size,
-            pretrained=model.pretrained,
-            **{name: rate for name, rate in optional.items() if rate is not None},
-            **model.kwargs,
-        )
+        try:
+            model = create(pretrained=wants_pretrained)
+        except ValueError as error:
+            if not wants_pretrained or settings.pretrained is True:
+                raise
+            settings.pretrained = False
+            model = create(pretrained=False)  # is refused too if the weights were not the reason
+            LOGGER.warning("WARNING: the model starts at random, model.pretrained is only %s: %s", IF_AVAILABLE, error)
+    if settings.drop_path_shape == "uniform" and settings.drop_path_rate:
+        make_drop_path_uniform(model, settings.drop_path_rate)
+    return model
 
 
 def build_objective(config: Config, criterion: nn.Module) -> augsub.SubModelObjective:
@@ -183,7 +229,8 @@ def build_precision(config: Config, process: Process) -> Precision:
     if amp == "fp16" and process.device.type == "cpu":
         LOGGER.info("train.amp = fp16 is for GPUs: on this CPU the run uses float32")
         amp = "off"
-    return Precision(amp, process.device, config.train.clip_norm)
+    train = config.train
+    return Precision(amp, process.device, train.clip_norm, train.loss_scale, train.loss_scale_window)
 
 
 def import_plugins(modules: Sequence[str]) -> None:
@@ -208,6 +255,15 @@ def _open_writers(folder: RunFolder, process: Process, iteration: int) -> list[W
     if not process.is_main:
         return []
     return [LogWriter(), JSONLinesWriter(folder.metrics, iteration), TensorBoardWriter(folder.path, iteration)]
+
+
+def _report_facts(config: Config) -> list[tuple[str, str]]:
+    """What belongs beside the results: where the weights came from, and what the paper reports."""
+    model, paper = config.model, config.published
+    start = model.checkpoint or ("timm's pretrained weights" if model.pretrained else "random weights")
+    reported = {"MaskSub": paper.masksub, "baseline": paper.baseline}
+    numbers = ", ".join(f"{way} {top1} %" for way, top1 in reported.items() if top1 is not None)
+    return [("started from", start), *([("paper, top-1", numbers)] if numbers else [])]
 
 
 def _log_plan(config: Config, trainer: Trainer) -> None:

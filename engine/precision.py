@@ -18,13 +18,24 @@ class Precision:
         amp: off, bf16 or fp16.
         device: where the model is.
         clip_norm: largest global L2 norm of the unscaled gradient; None does not clip.
+        loss_scale: of fp16, at the start.
+        loss_scale_window: steps without overflow after which it doubles.
     """
 
-    def __init__(self, amp: str, device: torch.device, clip_norm: float | None = None) -> None:
+    def __init__(
+        self,
+        amp: str,
+        device: torch.device,
+        clip_norm: float | None = None,
+        loss_scale: float = 65536.0,
+        loss_scale_window: int = 2000,
+    ) -> None:
         self.amp = amp
         self.device = device
         self.clip_norm = clip_norm
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=loss_scale, growth_interval=loss_scale_window, enabled=amp == "fp16"
+        )
 
     def autocast(self) -> torch.autocast:
         """Context of a forward."""

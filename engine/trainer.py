@@ -31,7 +31,6 @@ class Trainer(TrainerBase):
         precision: mixed precision, scaling, clipping.
         process: this process among all.
         mix: Mixup or CutMix: (images, labels) to (images, soft labels); None leaves them.
-        accumulation: micro-batches per step.
         seed: all randomness of a step follows from it, the rank and the iteration.
     """
 
@@ -46,7 +45,6 @@ class Trainer(TrainerBase):
         precision: Precision,
         process: Process,
         mix: Callable[[Tensor, Tensor], Batch] | None,
-        accumulation: int,
         seed: int,
     ) -> None:
         super().__init__(data.max_iterations)
@@ -58,7 +56,6 @@ class Trainer(TrainerBase):
         self.precision = precision
         self.process = process
         self.mix = mix
-        self.accumulation = accumulation
         self.seed = seed
         self.means = RunningMeans(process)
         self.results: dict[str, float] = {}  # what hooks found out after this step, for the writers
@@ -76,18 +73,19 @@ class Trainer(TrainerBase):
         seed_all(derive_seed(self.seed, self.process.rank, self.iteration))
         self.results = {}
         self.last_loss = torch.zeros((), device=self.process.device)
-        for micro_batch in range(self.accumulation):
+        accumulation = self.data.accumulation
+        for micro_batch in range(accumulation):
             images, targets = self._next_batch()
             with self.precision.autocast():
                 output = self.objective.backward(
                     self.model,
                     images,
                     targets,
-                    backward=lambda loss: self.precision.backward(loss / self.accumulation),
-                    sync=micro_batch == self.accumulation - 1,
+                    backward=lambda loss: self.precision.backward(loss / accumulation),
+                    sync=micro_batch == accumulation - 1,
                 )
             self.means.add(_losses(output))
-            self.last_loss += output.loss / self.accumulation
+            self.last_loss += output.loss / accumulation
         self.precision.step(self.optimizer)
 
     def _next_batch(self) -> Batch:

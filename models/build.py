@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import difflib
 import logging
+import socket
+import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlparse
 
+import huggingface_hub.constants
 import timm
 import torch
+from timm.models import parse_model_name
 from torch import nn
 from torch.func import functional_call
 
@@ -29,7 +35,7 @@ def create_model(
     """A timm model.
 
     Args:
-        name: any timm model name, with or without a pretrained tag.
+        name: any timm model name, with or without a pretrained tag, "hf-hub:USER/MODEL" or "local-dir:FOLDER".
         num_classes: outputs of the head, which is new if the pretrained one differs; None: timm's.
         in_chans: channels of the images.
         image_size: pixels, passed on to models that are built for one size; None: timm's.
@@ -40,19 +46,19 @@ def create_model(
         ValueError: unknown name (the nearest one is named), an argument the model does not take,
             or pretrained weights that cannot be had.
     """
-    if not timm.is_model(name):
-        match = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ValueError(f"timm has no model {name!r}{f', did you mean {match[0]!r}?' if match else ''}")
+    check_name(name)
     given = {"num_classes": num_classes, "img_size": image_size}
-    arguments = {"in_chans": in_chans, "pretrained": pretrained, **kwargs}
+    arguments = {"in_chans": in_chans, **kwargs}
     arguments |= {argument: value for argument, value in given.items() if value is not None}
+    if pretrained:
+        _look_in_the_cache_if_offline()
     try:
-        return _create(name, arguments)
+        return _create(name, pretrained, arguments)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
     del arguments["img_size"]  # a model for images of any size
-    return _create(name, arguments)
+    return _create(name, pretrained, arguments)
 
 
 def build_model(name: str, **arguments: Any) -> nn.Module:
@@ -60,11 +66,65 @@ def build_model(name: str, **arguments: Any) -> nn.Module:
     return augsub.patch(create_model(name, **arguments))
 
 
-def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+@dataclass(frozen=True)
+class ImageSettings:
+    """How timm evaluates a model.
+
+    Attributes:
+        image_size: pixels, square.
+        transform: mean and std per channel, share of the resized image that the centre crop keeps, interpolation;
+            by the names of their keys in a configuration.
+    """
+
+    image_size: int
+    transform: dict[str, Any]
+
+
+def image_settings(name: str) -> ImageSettings:
+    """What timm lists for a model; nothing of its weights is read.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    check_name(name)
+    with torch.device("meta"):
+        own = timm.create_model(name).pretrained_cfg
+    return ImageSettings(
+        image_size=own["input_size"][-1],
+        transform={
+            "mean": list(own["mean"]),
+            "std": list(own["std"]),
+            "eval_crop": own["crop_pct"],
+            "eval_interpolation": own["interpolation"],
+        },
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if timm cannot know the model; the nearest name is said."""
+    source, _ = parse_model_name(name)
+    if source is None and not timm.is_model(name):
+        match = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"timm has no model {name!r}{f', did you mean {match[0]!r}?' if match else ''}")
+
+
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, **arguments)
+        return timm.create_model(name, pretrained=pretrained, **arguments)
     except (AssertionError, RuntimeError, OSError) as error:
-        raise ValueError(f"timm cannot build {name} with {arguments}: {_first_line(error)}") from error
+        what = f"timm cannot build {name} with {arguments}{' and its pretrained weights' if pretrained else ''}"
+        raise ValueError(f"{what}: {_first_line(error)}") from error
+
+
+def _look_in_the_cache_if_offline() -> None:
+    """Without this, the hub's client tries for most of a minute to reach a host that has no address here."""
+    host = urlparse(huggingface_hub.constants.ENDPOINT).hostname
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def check_image_shape(

@@ -107,21 +107,26 @@ def test_the_public_names():
 
 CONFIG_KEYS = {
     "": "output_dir seed plugins model data transform augsub train optimizer schedule loss mixup ema evaluation "
-    "checkpoint distributed log",
-    "model": "name pretrained checkpoint drop_path_rate drop_rate kwargs",
-    "data": "dataset root train_split eval_split image_size workers synthetic_samples",
-    "transform": "scale ratio interpolation hflip color_jitter auto_augment random_erase eval_crop mean std",
+    "checkpoint distributed log published",
+    "model": "name pretrained checkpoint pos_embed_antialias restart frozen drop_path_rate drop_path_shape drop_rate "
+    "class_token_std head_std head_bias_bound kwargs",
+    "data": "dataset root train_split eval_split image_size repeats workers synthetic_samples",
+    "transform": "scale ratio interpolation hflip vflip color_jitter auto_augment random_erase erase_mode erase_count "
+    "erase_area erase_aspect eval_crop eval_interpolation mean std",
     "augsub": "main_weight sub_models",
-    "train": "epochs max_iters global_batch accumulation amp clip_norm compile",
-    "optimizer": "name lr weight_decay betas eps kwargs",
-    "schedule": "warmup_epochs warmup_lr min_lr unit warmup_prefix",
+    "train": "epochs max_iters global_batch micro_batch accumulation amp loss_scale loss_scale_window clip_norm "
+    "compile",
+    "optimizer": "name lr lr_reference_batch layer_decay full_lr weight_decay betas eps kwargs",
+    "schedule": "unit warmup_epochs warmup_lr warmup_prefix warmup_reaches_peak min_lr cooldown_epochs lag "
+    "scale_with_batch",
     "loss": "name smoothing target_threshold",
-    "mixup": "mixup_alpha cutmix_alpha prob switch_prob mode",
-    "ema": "enabled decay warmup",
+    "mixup": "mixup_alpha cutmix_alpha prob switch_prob mode cutmix_minmax correct_lam integer_pixels off_epoch",
+    "ema": "enabled decay warmup evaluate",
     "evaluation": "period batch metric",
     "checkpoint": "period every_minutes keep",
     "distributed": "strategy timeout_minutes",
     "log": "period",
+    "published": "gpus baseline masksub",
 }
 
 

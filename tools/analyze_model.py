@@ -11,18 +11,20 @@ One FLOP is one multiply-add; all figures are for the forward of one image.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import timm
+from tqdm import tqdm
 
 import augsub
 from engine.config import Config
 from engine.config_file import load_config
 from engine.data import build_source
-from engine.defaults import build_sub_models, create_configured_model, import_plugins
+from engine.defaults import build_sub_models, create_configured_model, fill_in_from_model, import_plugins
 from engine.errors import InputError, RunError, input_errors
 from engine.table import text_table
 from models.build import create_model
@@ -66,6 +68,7 @@ def analyze_configured(path: str | Path, overrides: Sequence[str] = ()) -> Analy
     """The model and the sub-models of a configuration; no data and no weights are needed."""
     config = load_config(path, overrides)
     import_plugins(config.plugins)
+    fill_in_from_model(config)
     config.model.pretrained = False
     num_classes, in_chans = classes_and_channels(config)
     model = create_configured_model(config, num_classes, in_chans)
@@ -80,9 +83,15 @@ def classes_and_channels(config: Config) -> tuple[int, int]:
     try:
         source = build_source(config)
     except InputError as error:
-        print(f"{error}; counted with {IMAGENET[0]} classes", file=sys.stderr)
+        note(f"{error}; counted with {IMAGENET[0]} classes")
         return IMAGENET
     return source.num_classes, source.in_chans
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Say something once."""
+    print(text, file=sys.stderr)
 
 
 def print_analysis(title: str, analysis: Analysis, arguments: argparse.Namespace) -> None:
@@ -98,7 +107,8 @@ def print_analysis(title: str, analysis: Analysis, arguments: argparse.Namespace
 
 def print_all_configs(as_json: bool) -> None:
     """One line per file in configs/, then the literature."""
-    analyses = {path.stem: analyze_configured(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+    paths = tqdm(sorted(CONFIGS.glob("*.yaml")), unit="config", disable=None, leave=False)
+    analyses = {path.stem: analyze_configured(path) for path in paths}
     if as_json:
         print(json.dumps({name: complexity.as_dict() for name, (complexity, _) in analyses.items()}, indent=2))
     else:

@@ -21,13 +21,21 @@ class PlantedDropPath(DropPath):
         self.replaces_none = replaces_none
 
 
+def drop_path_places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
+    """Where stochastic depth is or could be: (block, attribute, what is there: a module or None)."""
+    return [
+        (parent, name, occupant)
+        for parent in model.modules()
+        for name, occupant in {**vars(parent), **parent._modules}.items()
+        if DROP_PATH_NAME.fullmatch(name) and (occupant is None or isinstance(occupant, (DropPath, nn.Identity)))
+    ]
+
+
 def plant_drop_paths(model: nn.Module) -> None:
     """Make every stochastic-depth place of the model exist. At rate 0 it computes nothing."""
-    for parent in list(model.modules()):
-        attributes = {**vars(parent), **parent._modules}
-        for name, occupant in attributes.items():
-            if DROP_PATH_NAME.fullmatch(name) and (occupant is None or type(occupant) is nn.Identity):
-                setattr(parent, name, PlantedDropPath(occupant is None).train(parent.training))
+    for parent, name, occupant in drop_path_places(model):
+        if not isinstance(occupant, DropPath):
+            setattr(parent, name, PlantedDropPath(occupant is None).train(parent.training))
 
 
 def uproot_drop_paths(model: nn.Module) -> None:

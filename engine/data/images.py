@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
 from engine.config import DataConfig, TransformConfig
 from engine.data.source import DataSource
-from engine.errors import InputError, input_errors
+from engine.data.transforms import build_eval_transform, build_train_transform
+from engine.errors import InputError
 
 # The names under which timm looks for a split's folder
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "test")}
@@ -34,8 +35,8 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
         if classes != held_out_classes:
             differing = sorted(set(classes) ^ set(held_out_classes))
             raise InputError(f"data.root = {data.root}: classes in one split only: {', '.join(differing[:5])}")
-    train = _open(name, data, data.train_split, _transform(transform, data.image_size, training=True))
-    held_out = _open(name, data, data.eval_split, _transform(transform, data.image_size, training=False))
+    train = _open(name, data, data.train_split, build_train_transform(transform, data.image_size))
+    held_out = _open(name, data, data.eval_split, build_eval_transform(transform, data.image_size))
     return DataSource(train, held_out, num_classes=_num_classes(train, data), in_chans=3)
 
 
@@ -50,32 +51,6 @@ def _open(name: str, data: DataConfig, split: str, transform: Any) -> Dataset:
         raise InputError(f"data.dataset = {data.dataset}: has no length, a map-style data set is needed")
     dataset.transform = transform
     return dataset
-
-
-def _transform(config: TransformConfig, image_size: int, training: bool) -> Any:
-    with input_errors("transform"):
-        if not training:
-            return create_transform(
-                image_size,
-                interpolation="bicubic" if config.interpolation == "random" else config.interpolation,
-                mean=tuple(config.mean),
-                std=tuple(config.std),
-                crop_pct=config.eval_crop,
-            )
-        return create_transform(
-            image_size,
-            is_training=True,
-            scale=tuple(config.scale),
-            ratio=tuple(config.ratio),
-            hflip=config.hflip,
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
-            interpolation=config.interpolation,
-            re_prob=config.random_erase,
-            re_mode="pixel",
-            mean=tuple(config.mean),
-            std=tuple(config.std),
-        )
 
 
 def _num_classes(dataset: Any, data: DataConfig) -> int:

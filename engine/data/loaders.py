@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class DataLoaders:
         train_from: all micro-batches that are left, given the iterations already done.
         held_out: this process's share of the held-out images, each image in one share only.
         micro_batch: training images at once in one process.
+        accumulation: micro-batches per step.
         max_iterations: steps of the whole run.
     """
 
@@ -35,6 +37,7 @@ class DataLoaders:
     num_classes: int
     in_chans: int
     micro_batch: int
+    accumulation: int
     iterations_per_epoch: int
     max_iterations: int
 
@@ -60,16 +63,21 @@ def build_loaders(config: Config, process: Process) -> DataLoaders:
     train, num_samples = config.train, len(source.train)
     if train.global_batch > num_samples:
         raise InputError(f"train.global_batch = {train.global_batch}: more than the {num_samples} training images")
-    micro_batch = _micro_batch(train, process.world_size)
+    accumulation = accumulation_for(train, process.world_size)
+    micro_batch = train.global_batch // (process.world_size * accumulation)
     iterations_per_epoch = num_samples // train.global_batch
     max_iterations = min(train.epochs * iterations_per_epoch, train.max_iters or sys.maxsize)
-    workers = {"num_workers": config.data.workers, "pin_memory": process.device.type == "cuda"}
+    workers = {
+        "num_workers": min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
+        "pin_memory": process.device.type == "cuda",
+    }
 
     def train_from(iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = TrainingOrder(
             num_samples=num_samples,
+            repeats=config.data.repeats,
             micro_batch=micro_batch,
-            accumulation=train.accumulation,
+            accumulation=accumulation,
             rank=process.rank,
             world_size=process.world_size,
             seed=config.seed,
@@ -85,15 +93,35 @@ def build_loaders(config: Config, process: Process) -> DataLoaders:
         num_classes=source.num_classes,
         in_chans=source.in_chans,
         micro_batch=micro_batch,
+        accumulation=accumulation,
         iterations_per_epoch=iterations_per_epoch,
         max_iterations=max_iterations,
     )
 
 
-def _micro_batch(train: TrainConfig, world_size: int) -> int:
-    if train.global_batch % (world_size * train.accumulation):
+def accumulation_for(train: TrainConfig, world_size: int) -> int:
+    """Micro-batches per step: the configured number, or the smallest with at most `train.micro_batch` images each.
+
+    Raises:
+        InputError: the global batch does not divide into them; which numbers it divides into is said.
+    """
+    per_process, rest = divmod(train.global_batch, world_size)
+    if rest:
+        fitting = [count for count in range(1, train.global_batch + 1) if train.global_batch % count == 0]
+        nearest = [max(n for n in fitting if n < world_size), *(n for n in fitting if n > world_size)][:2]
         raise InputError(
-            f"train.global_batch = {train.global_batch}: does not divide into {world_size} processes x "
-            f"train.accumulation = {train.accumulation} micro-batches"
+            f"train.global_batch = {train.global_batch}: does not divide into {world_size} processes, whatever "
+            f"train.accumulation is; use {' or '.join(map(str, nearest))} processes"
         )
-    return train.global_batch // (world_size * train.accumulation)
+    divisors = [count for count in range(1, per_process + 1) if per_process % count == 0]
+    if train.accumulation is None:
+        most = train.micro_batch or per_process
+        return next(count for count in divisors if per_process // count <= most)
+    if train.accumulation not in divisors:
+        nearest = sorted(divisors, key=lambda count: abs(count - train.accumulation))[:3]
+        raise InputError(
+            f"train.accumulation = {train.accumulation}: {world_size} x {per_process} images of "
+            f"train.global_batch = {train.global_batch} do not divide into it; "
+            f"train.accumulation = {' or '.join(map(str, sorted(nearest)))} would do"
+        )
+    return train.accumulation

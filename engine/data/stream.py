@@ -6,6 +6,7 @@ global batch, processes share the same order whatever their number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,13 +28,19 @@ class SampleKey(NamedTuple):
 class TrainingOrder(Sampler[list[SampleKey]]):
     """Micro-batches of one process, from step `first_iteration` to `last_iteration`, over all epochs.
 
-    An epoch is a permutation of all images; what does not fill a global batch is left out.
+    An epoch is a permutation of all images, each one `repeats` times in a row, cut off after as many
+    global batches as the images alone would fill (repeated augmentation, arXiv 1902.05509, as DeiT
+    samples). Neighbours in that sequence go to different micro-batches of their global batch, so that
+    the copies of an image meet neither in mixup nor in BatchNorm; how many of the micro-batches are
+    computed side by side and how many one after the other changes none of them.
 
     Attributes:
+        repeats: copies of an image, each with a random transform of its own.
         micro_batch: images at once in one process; processes * accumulation of them make a global batch.
     """
 
     num_samples: int
+    repeats: int
     micro_batch: int
     accumulation: int
     rank: int
@@ -43,26 +50,36 @@ class TrainingOrder(Sampler[list[SampleKey]]):
     last_iteration: int
 
     @property
-    def global_batch(self) -> int:
-        """Images per step over all processes and micro-batches."""
-        return self.micro_batch * self.accumulation * self.world_size
+    def parts(self) -> int:
+        """Micro-batches in a global batch, over all processes."""
+        return self.accumulation * self.world_size
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Global batches that the images fill."""
+        return self.num_samples // (self.micro_batch * self.parts)
+
+    def epoch_images(self, epoch: int) -> list[int]:
+        """Indices of the images of an epoch, in the order of the global batches."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        length = self.iterations_per_epoch * self.micro_batch * self.parts
+        shuffled = torch.randperm(self.num_samples, generator=generator)[: math.ceil(length / self.repeats)]
+        return shuffled.repeat_interleave(self.repeats)[:length].tolist()
 
     def __len__(self) -> int:
         return (self.last_iteration - self.first_iteration) * self.accumulation
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        iterations_per_epoch = self.num_samples // self.global_batch
-        shuffled_epoch, permutation = -1, []
+        shuffled_epoch, images = -1, []
         for iteration in range(self.first_iteration, self.last_iteration):
-            epoch, step_of_epoch = divmod(iteration, iterations_per_epoch)
+            epoch, step_of_epoch = divmod(iteration, self.iterations_per_epoch)
             if epoch != shuffled_epoch:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-                permutation = torch.randperm(self.num_samples, generator=generator).tolist()
-                shuffled_epoch = epoch
+                shuffled_epoch, images = epoch, self.epoch_images(epoch)
+            first = step_of_epoch * self.micro_batch * self.parts
+            end = first + self.micro_batch * self.parts
             for part in range(self.accumulation):
-                first = step_of_epoch * self.global_batch + (part * self.world_size + self.rank) * self.micro_batch
-                positions = range(first, first + self.micro_batch)
-                yield [SampleKey(permutation[p], derive_seed(self.seed, epoch, p)) for p in positions]
+                positions = range(first + part * self.world_size + self.rank, end, self.parts)
+                yield [SampleKey(images[p], derive_seed(self.seed, epoch, p)) for p in positions]
 
 
 class SeededDataset(Dataset):

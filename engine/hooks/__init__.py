@@ -7,6 +7,7 @@ from engine.hooks.lr_schedule import LearningRateSchedule
 from engine.hooks.nan_guard import NaNGuard
 from engine.hooks.progress import ProgressBar
 from engine.hooks.report import Report
+from engine.hooks.stop_mixing import StopMixing
 from engine.hooks.writers import WriteRecords
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "NaNGuard",
     "ProgressBar",
     "Report",
+    "StopMixing",
     "WriteRecords",
 ]

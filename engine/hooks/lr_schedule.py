@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from timm.scheduler.scheduler import Scheduler
+from collections.abc import Callable
 
 from engine.train_loop import HookBase
 
 
 class LearningRateSchedule(HookBase):
-    """Sets the learning rate as a function of the iteration or the epoch; there is nothing to resume."""
+    """Sets the learning rate as a function of the iteration or the epoch; there is nothing to resume.
 
-    def __init__(self, schedule: Scheduler) -> None:
+    Args:
+        schedule: learning rate of a step.
+        per_epoch: whether a step is an epoch; otherwise it is an iteration.
+    """
+
+    def __init__(self, schedule: Callable[[int], float], per_epoch: bool) -> None:
         self._schedule = schedule
+        self._per_epoch = per_epoch
 
     def before_step(self) -> None:
-        self._schedule.step(int(self.trainer.epoch))
-        self._schedule.step_update(self.trainer.iteration)
+        step = int(self.trainer.epoch) if self._per_epoch else self.trainer.iteration
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self._schedule(step) * group["lr_scale"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from engine.curves import draw_curves
@@ -18,14 +19,21 @@ LOGGER = logging.getLogger("engine")
 
 
 class Report(HookBase):
-    """Writes summary.json and curves.png and prints the table, after the last step."""
+    """Writes summary.json and curves.png and prints the table, after the last step.
+
+    Args:
+        facts: more rows of the table, name and value.
+    """
 
     state_name = "report"
 
-    def __init__(self, folder: RunFolder, evaluation: Evaluation, title: str) -> None:
+    def __init__(
+        self, folder: RunFolder, evaluation: Evaluation, title: str, facts: Sequence[tuple[str, str]] = ()
+    ) -> None:
         self._folder = folder
         self._evaluation = evaluation
         self._title = title
+        self._facts = facts
         self._seconds_before = 0.0
 
     def before_train(self) -> None:
@@ -71,6 +79,7 @@ class Report(HookBase):
         return [
             *rows,
             ("best", f"{summary['best_value']:.2f} % after epoch {summary['best_epoch']:.4g}"),
+            *self._facts,
             ("trained for", f"{summary['epochs']:.4g} epochs, {summary['iterations']} iterations"),
             ("time", f"{summary['seconds']:.0f} s"),
             ("results", str(self._folder.path)),

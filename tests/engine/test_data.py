@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,16 +11,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset
 
-from engine.config import Config, DataConfig, TransformConfig
+from engine.config import Config, DataConfig, TrainConfig, TransformConfig
 from engine.data.digits import build_digits
 from engine.data.images import build_images
-from engine.data.loaders import build_loaders
+from engine.data.loaders import accumulation_for, build_loaders
 from engine.data.stream import SeededDataset, TrainingOrder
 from engine.errors import InputError
 
 
 def order(**changes) -> TrainingOrder:
-    settings = {"num_samples": 20, "micro_batch": 2, "accumulation": 1, "rank": 0, "world_size": 1, "seed": 3}
+    settings = {"num_samples": 20, "repeats": 1, "micro_batch": 2, "accumulation": 1}
+    settings |= {"rank": 0, "world_size": 1, "seed": 3}
     return TrainingOrder(**{**settings, "first_iteration": 0, "last_iteration": 25, **changes})
 
 
@@ -36,19 +38,40 @@ def test_the_order_goes_on_where_it_stopped():
     assert list(order(first_iteration=13)) == list(order())[13:]
 
 
+def micro_batches(world_size: int, accumulation: int, images: int, **changes) -> list[list]:
+    """All processes' micro-batches, as many in a row as make a global batch of that many images."""
+    shape = {
+        "micro_batch": images // world_size // accumulation,
+        "world_size": world_size,
+        "accumulation": accumulation,
+    }
+    processes = [list(order(**shape, **changes, rank=rank)) for rank in range(world_size)]
+    return [batch for side_by_side in zip(*processes, strict=True) for batch in side_by_side]
+
+
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 1)])
-def test_processes_and_micro_batches_divide_the_same_global_batches(world_size, accumulation):
-    whole = list(order(micro_batch=4, num_samples=22))
-    parts = [
-        list(order(micro_batch=4 // world_size // accumulation, num_samples=22, **shape))
-        for rank in range(world_size)
-        for shape in [{"rank": rank, "world_size": world_size, "accumulation": accumulation}]
-    ]
-    for iteration, batch in enumerate(whole):
-        joined = [
-            key for part in range(accumulation) for process in parts for key in process[iteration * accumulation + part]
-        ]
-        assert joined == batch
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_processes_and_micro_batches_divide_the_same_global_batches(world_size, accumulation, repeats):
+    whole = list(order(micro_batch=4, num_samples=22, repeats=repeats))
+    parts = micro_batches(world_size, accumulation, images=4, num_samples=22, repeats=repeats)
+    count = world_size * accumulation
+    joined = [chain(*parts[start : start + count]) for start in range(0, len(parts), count)]
+    assert [sorted(batch) for batch in joined] == [sorted(batch) for batch in whole]
+
+
+def test_the_same_micro_batches_are_computed_side_by_side_or_one_after_the_other():
+    assert micro_batches(8, 1, images=24, num_samples=50) == micro_batches(1, 8, images=24, num_samples=50)
+    assert micro_batches(4, 2, images=24, num_samples=50) == micro_batches(2, 4, images=24, num_samples=50)
+
+
+def test_repeated_images_fill_an_epoch_of_the_same_length_in_different_micro_batches():
+    batches = micro_batches(4, 1, images=12, num_samples=50, repeats=3, last_iteration=4)
+    drawn = [key.index for batch in batches for key in batch]
+    assert len(drawn) == 48 and len(set(drawn)) == 16
+    assert all(drawn.count(index) == 3 for index in drawn)
+    assert all(len({key.index for key in batch}) == len(batch) for batch in batches)
+    assert len({key.seed for batch in batches for key in batch}) == 48  # each copy has its own transform
+    assert micro_batches(1, 1, images=12, num_samples=50, repeats=3, last_iteration=5)[4] != batches[:4]
 
 
 class RandomItems(Dataset):
@@ -142,8 +165,12 @@ def test_an_image_folder_with_faults_is_refused(image_folder, tmp_path):
     ("changes", "world_size", "message"),
     [
         ({"global_batch": 2000}, 1, "train.global_batch = 2000: more than the 1000 training images"),
-        ({"global_batch": 100}, 3, "does not divide into 3 processes"),
-        ({"global_batch": 50, "accumulation": 4}, 1, "does not divide into 1 processes x train.accumulation = 4"),
+        ({"global_batch": 100}, 3, "does not divide into 3 processes, .* use 2 or 4 processes"),
+        (
+            {"global_batch": 96, "accumulation": 5},
+            8,
+            r"= 5: 8 x 12 images .* train.accumulation = 3 or 4 or 6 would do",
+        ),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(changes, world_size, message):
@@ -168,3 +195,19 @@ def test_every_held_out_image_is_in_exactly_one_share():
     assert sorted(map(float, (image.double().sum() for image in seen))) == pytest.approx(
         sorted(map(float, (image.double().sum() for image in whole)))
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "accumulation"),
+    [
+        ({"global_batch": 2048, "micro_batch": 256}, 8, 1),
+        ({"global_batch": 2048, "micro_batch": 256}, 2, 4),
+        ({"global_batch": 1024, "micro_batch": 32}, 8, 4),
+        ({"global_batch": 96, "micro_batch": 10}, 2, 6),  # 48 images a process: 8 at once, not 10
+        ({"global_batch": 6, "micro_batch": 256}, 1, 1),
+        ({"global_batch": 96}, 2, 1),
+        ({"global_batch": 96, "micro_batch": 48, "accumulation": 4}, 1, 4),
+    ],
+)
+def test_accumulation_follows_from_the_batch_and_the_processes(changes, world_size, accumulation):
+    assert accumulation_for(TrainConfig(**changes), world_size) == accumulation

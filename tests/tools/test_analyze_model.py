@@ -89,6 +89,12 @@ def test_the_page_on_model_support_is_what_its_command_writes(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_page_on_recipes_is_what_its_command_writes(tmp_path):
+    assert run("recipes_page.py", "--output", tmp_path / "page.md").returncode == 0
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "recipes.md").read_text()
+
+
+@pytest.mark.slow
 def test_all_configs_and_the_literature():
     printed = analyze("--all-configs")
     for path in (ROOT / "configs").glob("*.yaml"):

@@ -1,0 +1,64 @@
+"""From a decoded image to a normalised tensor, by timm's transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import Compose
+
+from engine.config import TransformConfig
+from engine.errors import input_errors
+
+Transform = Callable[[Any], Tensor]
+
+
+def build_train_transform(config: TransformConfig, image_size: int) -> Transform:
+    """Random crop and flips, colours, normalisation, erasing, in timm's order."""
+    with input_errors("transform"):
+        transform: Compose = create_transform(
+            image_size,
+            is_training=True,
+            scale=tuple(config.scale),
+            ratio=tuple(config.ratio),
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            mean=tuple(config.mean),
+            std=tuple(config.std),
+        )
+    if config.random_erase:
+        transform.transforms.append(random_erasing(config))
+    return transform
+
+
+def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
+    """Resize the shorter side to image_size / eval_crop, crop the centre, normalise."""
+    with input_errors("transform"):
+        return create_transform(
+            image_size,
+            interpolation=config.eval_interpolation,
+            mean=tuple(config.mean),
+            std=tuple(config.std),
+            crop_pct=config.eval_crop,
+        )
+
+
+def random_erasing(config: TransformConfig) -> RandomErasing:
+    """timm's random erasing with all of its ranges (create_transform would leave them at their defaults)."""
+    (min_area, max_area), (min_aspect, max_aspect) = config.erase_area, config.erase_aspect
+    return RandomErasing(
+        config.random_erase,
+        min_area=min_area,
+        max_area=max_area,
+        min_aspect=min_aspect,
+        max_aspect=max_aspect,
+        mode=config.erase_mode,
+        max_count=config.erase_count,
+        device="cpu",
+    )

@@ -1,0 +1,69 @@
+"""Mixup and CutMix, timm's, on the images and labels of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from engine.config import Config
+from engine.errors import InputError
+
+BRIGHTEST = 255.0
+
+
+class IntegerMixup(Mixup):
+    """Mixup after which normalised pixels are whole numbers of 0 to 255 again.
+
+    So they come out of timm's loader, which mixes images before it normalises them.
+
+    Args:
+        mean, std: of the normalisation, one number per channel.
+        kwargs: timm's.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._mean = torch.tensor(mean)[:, None, None]
+        self._std = torch.tensor(std)[:, None, None]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, targets = super().__call__(images, labels)
+        mean, std = self._mean.to(images), self._std.to(images)
+        pixels = ((images * std + mean) * BRIGHTEST).round()
+        return (pixels / BRIGHTEST - mean) / std, targets
+
+
+def build_mixup(config: Config, num_classes: int, micro_batch: int) -> Mixup | None:
+    """What mixes (images (B, C, H, W), labels (B,)) to (images, soft labels (B, K)), or None if it is off.
+
+    Label smoothing moves into the soft labels.
+
+    Raises:
+        InputError: an odd micro-batch, whose images cannot be paired.
+    """
+    mixup = config.mixup
+    if mixup.mixup_alpha == 0 and mixup.cutmix_alpha == 0 and mixup.cutmix_minmax is None:
+        return None
+    if micro_batch % 2:
+        raise InputError(
+            f"mixup: needs an even number of images per process and micro-batch, not {micro_batch} "
+            "(train.global_batch / processes / train.accumulation)"
+        )
+    arguments = {
+        "mixup_alpha": mixup.mixup_alpha,
+        "cutmix_alpha": mixup.cutmix_alpha,
+        "cutmix_minmax": mixup.cutmix_minmax,
+        "prob": mixup.prob,
+        "switch_prob": mixup.switch_prob,
+        "mode": mixup.mode,
+        "correct_lam": mixup.correct_lam,
+        "label_smoothing": config.loss.smoothing,
+        "num_classes": num_classes,
+    }
+    if mixup.integer_pixels:
+        return IntegerMixup(config.transform.mean, config.transform.std, **arguments)
+    return Mixup(**arguments)

@@ -1,0 +1,75 @@
+"""What recipes change in a timm model before training: initial values, stochastic depth, frozen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.layers import DropPath
+from torch import nn
+
+from augsub.families.modules import drop_path_places
+
+
+def make_drop_path_uniform(model: nn.Module, rate: float) -> None:
+    """Give every residual branch the same stochastic-depth rate; timm ramps it up from 0 in the first block."""
+    for parent, name, _ in drop_path_places(model):
+        setattr(parent, name, DropPath(rate).train(parent.training))
+
+
+def restart(model: nn.Module, names: Sequence[str]) -> None:
+    """Give the modules of these names the initial values of their classes: weight 1 and bias 0 for a norm.
+
+    Raises:
+        ValueError: no such module, or one whose class does not know its initial values.
+    """
+    for name in names:
+        for module in _module(model, name, "model.restart").modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise ValueError(f"model.restart: {type(module).__name__} in {name!r} has no initial values of its own")
+
+
+def start_head(model: nn.Module, std: float, bias_bound: float = 0.0) -> None:
+    """Draw the head's weights from a truncated normal of this std, its biases uniformly up to a bound.
+
+    Raises:
+        ValueError: the model's head is no linear layer.
+    """
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"model.head_std: the head of {type(model).__name__} is no linear layer")
+    nn.init.trunc_normal_(head.weight, std=std)  # cut at +-2, not at 2 std, as everywhere in timm
+    if head.bias is not None:
+        nn.init.uniform_(head.bias, -bias_bound, bias_bound)
+
+
+def start_class_token(model: nn.Module, std: float) -> None:
+    """Draw the class token from a truncated normal of this std.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if getattr(model, "cls_token", None) is None:
+        raise ValueError(f"model.class_token_std: {type(model).__name__} has no class token")
+    nn.init.trunc_normal_(model.cls_token, std=std)
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the parameters of these names, or of the modules of these names, not learn.
+
+    Raises:
+        ValueError: no such parameter or module.
+    """
+    parameters = dict(model.named_parameters())
+    for name in names:
+        frozen = [parameters[name]] if name in parameters else _module(model, name, "model.frozen").parameters()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _module(model: nn.Module, name: str, key: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{key}: {type(model).__name__} has no part named {name!r}") from error

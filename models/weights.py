@@ -1,0 +1,174 @@
+"""Weights of a checkpoint in a model: what was loaded, what was resized, what keeps its initial value."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+LOGGER = logging.getLogger("models")
+Weights = dict[str, Tensor]
+
+LEAST_SHARE = 0.5  # of a model's tensors that a checkpoint must fill to count as one of this architecture
+LISTED = 4  # names in a line
+MAE_DECODER = re.compile(r"decoder_.+|mask_token")  # beside the encoder in checkpoints of MAE's pretraining
+CLIP_TOWER = "visual."  # OpenAI's and open_clip's image tower; everything else belongs to the texts
+CLIP_CLASS_TOKEN, CLIP_POSITIONS, CLIP_PROJECTION = (
+    f"{CLIP_TOWER}{name}" for name in ("class_embedding", "positional_embedding", "proj")
+)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint's and a model's tensors.
+
+    Attributes:
+        loaded: names in the model of those taken over, resized ones included.
+        resized: position tables and the like, with their shapes before and after.
+        initial: names in the model of those that keep their initial values.
+        other_classes: those of `initial` that belong to a head for another number of classes.
+        pretraining: names in the checkpoint that a classifier has no use for: decoder, text tower, projection.
+        unexpected: names in the checkpoint that are unknown to the model.
+    """
+
+    loaded: tuple[str, ...]
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    initial: tuple[str, ...]
+    other_classes: tuple[str, ...]
+    pretraining: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def log(self, source: object) -> None:
+        """A few readable lines."""
+        total = len(self.loaded) + len(self.initial)
+        LOGGER.info("%s: %d of the model's %d tensors loaded", source, len(self.loaded), total)
+        for name, (before, after) in list(self.resized.items())[:LISTED]:
+            LOGGER.info("  resized: %s %s -> %s", name, before, after)
+        if len(self.resized) > LISTED:
+            LOGGER.info("  resized: and %d more", len(self.resized) - LISTED)
+        if self.other_classes:
+            LOGGER.warning("  the head is new, the checkpoint's is for other classes: %s", _some(self.other_classes))
+        if rest := sorted(set(self.initial) - set(self.other_classes)):
+            LOGGER.warning("  at their initial values: %s", _some(rest))
+        if self.pretraining:
+            LOGGER.info("  of pretraining only, left out: %s", _some(self.pretraining))
+        if self.unexpected:
+            LOGGER.warning("  unknown to the model, left out: %s", _some(self.unexpected))
+
+
+def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, antialias: bool = True) -> LoadReport:
+    """Load what fits of a checkpoint: ours, timm's, MAE's, CLIP's, DeiT's or Swin's.
+
+    Position tables and window biases are resized to the model's by timm; a head for other classes
+    stays as it is initialised.
+
+    Args:
+        model: a timm model, patched or not.
+        content: what the file holds: a state dict, perhaps inside a mapping as `model` or `state_dict`.
+        source: the file, for messages.
+        antialias: of the resizing of position tables.
+
+    Raises:
+        ValueError: no state dict, or one that fits hardly anything of the model.
+    """
+    original = _unwrapped(content, source)
+    pretraining = _names_of_pretraining(original, model)
+    needed = {name: weight for name, weight in original.items() if name not in pretraining}
+    convert = _timm_filter(model, antialias)
+    weights = convert(dict(needed)) if convert else needed
+
+    own = model.state_dict()
+    misfits = {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
+    fitting = {name: weight for name, weight in weights.items() if name in own and name not in misfits}
+    report = LoadReport(
+        loaded=tuple(fitting),
+        resized=_resized(needed, fitting),
+        initial=tuple(name for name in own if name not in fitting and name != "mask_token"),
+        other_classes=tuple(sorted(misfits & _head_tensors(model))),
+        pretraining=tuple(sorted(pretraining)),
+        unexpected=tuple(sorted(weights.keys() - own.keys())),
+    )
+    if len(fitting) < LEAST_SHARE * len(own):
+        shapes = [f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in misfits]
+        reasons = sorted(shapes) or [f"{name} is unknown to the model" for name in report.unexpected]
+        raise ValueError(
+            f"checkpoint {source} fits hardly anything of the model, {len(fitting)} of {len(own)} tensors: "
+            f"{_some(reasons) or 'it is nearly empty'}"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _unwrapped(content: Mapping[str, Any], source: object) -> Weights:
+    """The state dict in a checkpoint in float precision, without the prefixes of wrappers."""
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not content or not all(isinstance(weight, Tensor) for weight in content.values()):
+        raise ValueError(f"checkpoint {source} holds no state dict, neither by itself nor as 'model' or 'state_dict'")
+    return {
+        name: weight.float() if weight.is_floating_point() else weight
+        for name, weight in clean_state_dict(dict(content)).items()
+    }
+
+
+def _names_of_pretraining(weights: Weights, model: nn.Module) -> set[str]:
+    """Names that a classifier has no use for."""
+    names = set()
+    if any(name.startswith("decoder_") for name in weights):
+        names |= {name for name in weights if MAE_DECODER.fullmatch(name)}
+    if CLIP_CLASS_TOKEN in weights:
+        names |= {name for name in weights if not name.startswith(CLIP_TOWER)} | {CLIP_PROJECTION}
+    own = dict(model.named_parameters())
+    if "fc_norm.weight" in own and "norm.weight" not in own and "fc_norm.weight" not in weights:
+        names |= {"norm.weight", "norm.bias"}  # an encoder normalises its tokens, this model what it pooled
+    return names & weights.keys()
+
+
+def _timm_filter(model: nn.Module, antialias: bool) -> Callable[[Weights], Weights] | None:
+    """timm's conversion of other layouts and sizes for this model's class; None if it has none."""
+    for model_class in type(model).__mro__:
+        if not model_class.__module__.startswith("timm.models."):
+            continue
+        convert = getattr(importlib.import_module(model_class.__module__), "checkpoint_filter_fn", None)
+        if convert is not None:
+            takes = inspect.signature(convert).parameters
+            options = {"antialias": antialias, "adapt_layer_scale": True}  # the latter for DeiT-III's own files
+            return partial(
+                convert,
+                **({"model": model} if "model" in takes else {}),
+                **{option: value for option, value in options.items() if option in takes},
+            )
+    return None
+
+
+def _resized(before: Weights, after: Weights) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Tensors that have another number of values after the conversion, with their shapes."""
+    sources = {name: before.get(name) for name in after} | {
+        "pos_embed": before.get("pos_embed", before.get(CLIP_POSITIONS))
+    }
+    return {
+        name: (tuple(source.shape), tuple(after[name].shape))
+        for name, source in sources.items()
+        if source is not None and name in after and source.numel() != after[name].numel()
+    }
+
+
+def _head_tensors(model: nn.Module) -> set[str]:
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    return {f"{classifier}.{tensor}" for classifier in classifiers for tensor in ("weight", "bias")}
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{', '.join(names[:LISTED])}{more}"

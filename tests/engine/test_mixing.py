@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from timm.data import Mixup
+
+from engine.config import Config, LossConfig, MixupConfig
+from engine.criterion import build_criterion
+from engine.errors import InputError
+from engine.hooks import StopMixing
+from engine.mixing import build_mixup
+
+
+def config(smoothing: float = 0.1, **mixup) -> Config:
+    return Config(mixup=MixupConfig(**mixup), loss=LossConfig(smoothing=smoothing))
+
+
+def test_mixup_gives_soft_labels_that_its_loss_takes():
+    mixup = build_mixup(config(mixup_alpha=0.8, cutmix_alpha=1.0), num_classes=5, micro_batch=4)
+    assert isinstance(mixup, Mixup)
+    _images, targets = mixup(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
+    for name in ("cross_entropy", "bce"):
+        loss = build_criterion(LossConfig(name=name, smoothing=0.1), soft_labels=True)(torch.randn(4, 5), targets)
+        assert loss.ndim == 0 and loss.isfinite()
+
+
+def test_mixup_is_off_without_alphas_and_needs_pairs():
+    assert build_mixup(config(), num_classes=5, micro_batch=3) is None
+    assert build_mixup(config(cutmix_minmax=[0.2, 0.8]), num_classes=5, micro_batch=4).cutmix_minmax == [0.2, 0.8]
+    with pytest.raises(InputError, match="even number of images"):
+        build_mixup(config(mixup_alpha=0.8), num_classes=5, micro_batch=3)
+
+
+def test_integer_pixels_are_those_of_mixing_before_normalisation():
+    settings = config(smoothing=0.0, mixup_alpha=0.8, integer_pixels=True)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.transform.mean, settings.transform.std))
+    pixels = torch.randint(0, 256, (4, 3, 8, 8)).float()
+    np.random.seed(3)
+    mixed, targets = build_mixup(settings, 5, 4)((pixels / 255 - mean) / std, torch.tensor([0, 1, 2, 3]))
+    weight = targets[0, 0]
+    assert 0 < weight < 1
+    expected = (weight * pixels + (1 - weight) * pixels.flip(0)).round()
+    torch.testing.assert_close((mixed * std + mean) * 255, expected, rtol=0, atol=1e-3)
+
+
+def test_mixing_stops_at_an_epoch_and_labels_stay_smoothed():
+    mixup = build_mixup(config(mixup_alpha=0.8), num_classes=5, micro_batch=4)
+    hook = StopMixing(mixup, epoch=2)
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    for epoch, mixes in ((0.0, True), (1.9, True), (2.0, False), (5.5, False)):
+        hook.trainer = SimpleNamespace(epoch=epoch)
+        hook.before_step()
+        mixed, targets = mixup(images.clone(), labels)
+        assert torch.equal(mixed, images) != mixes
+        assert targets[0, 4] == pytest.approx(0.1 / 5)
