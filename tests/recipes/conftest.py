@@ -1,0 +1,101 @@
+"""The published recipes (recipes.yaml) beside the configurations that claim to be them."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import augsub
+from engine.config import Config
+from engine.config_file import load_config
+from engine.defaults import create_configured_model
+from engine.schedule import WarmupCosine, build_schedule
+from models.initialise import freeze
+
+FACTS = Path(__file__).with_name("recipes.yaml")
+CONFIGS = Path(__file__).parents[2] / "configs"
+TRAINING_IMAGES = 1_281_167
+CONFIG_OF = {
+    **{f"deit3_{size}_{epochs}": f"deit3_{size}_{epochs}e" for size in "sblh" for epochs in (400, 800)},
+    **{f"deit3_{size}_finetune": f"deit3_{size}_finetune" for size in "blh"},
+    "mae_b_ft100": "mae_b",
+    "mae_l_ft50": "mae_l",
+    "mae_h_ft50": "mae_h",
+    **{f"swin_{size}_300": f"swin_{size}" for size in "tsb"},
+    **{f"resnet{depth}_rsb_300": f"resnet{depth}" for depth in (50, 101, 152)},
+    "ftclip_b16_224": "clip_b16",
+    "ftclip_l14_224": "clip_l14",
+}
+
+
+@functools.cache
+def published() -> dict[str, dict[str, Any]]:
+    """Every published recipe by its id."""
+    content = yaml.load(FACTS.read_text(), yaml.CSafeLoader)
+    assert sorted(content["recipe_ids"]) == sorted(CONFIG_OF)
+    return {recipe["id"]: recipe for recipe in content["recipes"]}
+
+
+@functools.cache
+def meta_model(config_name: str) -> nn.Module:
+    """The configuration's full-size model, patched, with frozen parts, without memory for weights."""
+    config = load_config(CONFIGS / f"{config_name}.yaml", ["model.pretrained=false"])
+    with torch.device("meta"):
+        model = augsub.patch(create_configured_model(config, num_classes=1000, in_chans=3))
+    freeze(model, config.model.frozen)
+    return model
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe: what is published, and our configuration."""
+
+    id: str
+    facts: dict[str, Any]
+    path: Path
+    config: Config
+
+    @property
+    def family(self) -> str:
+        return self.facts["family"]
+
+    @property
+    def training_images(self) -> int:
+        return TRAINING_IMAGES
+
+    @property
+    def schedule(self) -> WarmupCosine:
+        train = self.config.train
+        iterations = TRAINING_IMAGES // train.global_batch
+        return build_schedule(self.config.schedule, self.config.optimizer, train.epochs, iterations, train.global_batch)
+
+    @property
+    def model(self) -> nn.Module:
+        return meta_model(self.path.stem)
+
+
+@pytest.fixture(params=CONFIG_OF)
+def recipe(request: pytest.FixtureRequest, record_property) -> Recipe:
+    """Each recipe in turn; the tests that take it are counted as quantities at the end."""
+    record_property("recipe_quantity", request.node.originalname.removeprefix("test_").replace("_", " "))
+    path = CONFIGS / f"{CONFIG_OF[request.param]}.yaml"
+    return Recipe(request.param, published()[request.param], path, load_config(path))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    passed = terminalreporter.stats.get("passed", [])
+    properties = [pair for report in passed for pair in report.user_properties]
+    quantities = Counter(value for key, value in properties if key == "recipe_quantity")
+    if quantities:
+        counted = ", ".join(f"{quantity} ({count})" for quantity, count in quantities.items())
+        terminalreporter.write_line(
+            f"recipes checked: {max(quantities.values())} of {len(CONFIG_OF)} x {len(quantities)} quantities: {counted}"
+        )

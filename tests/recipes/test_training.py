@@ -1,0 +1,265 @@
+"""Every configuration against its published recipe: what happens to images, losses and weights in a step."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torchvision import transforms as tv
+from torchvision.transforms import InterpolationMode
+
+import augsub
+from engine.criterion import build_criterion
+from engine.data.transforms import build_eval_transform, build_train_transform
+from engine.defaults import build_objective, build_run_model
+from engine.mixing import IntegerMixup, build_mixup
+from engine.optim import build_optimizer
+from models.param_groups import param_groups
+
+CLASSES = 1000
+
+
+def test_loss(recipe):
+    """Main and sub loss on a mixed batch of constant images, by the published formulas in float64."""
+    facts, config = recipe.facts, recipe.config
+    torch.manual_seed(0), np.random.seed(0)
+    brightness = torch.tensor([-1.5, -0.5, 0.5, 2.0])
+    images, labels = brightness[:, None, None, None].expand(4, 3, 32, 32).clone(), torch.tensor([3, 700, 41, 999])
+    mixup = build_mixup(config, CLASSES, micro_batch=4)
+    assert (mixup is None) == (facts["mix"]["mixup_alpha"] == 0)
+    mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
+    expected_targets = published_targets(facts, mixed, labels, targets, brightness)
+    model = augsub.patch(
+        VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=CLASSES)
+    )
+    nn.init.normal_(model.head.weight, std=0.3)
+    objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
+    objective = augsub.SubModelObjective(objective.criterion, [augsub.SubModel("masking", ratio=0.5)])
+    torch.manual_seed(1)
+    out = objective(model, mixed, targets)
+    torch.manual_seed(1)
+    main = model(mixed).double().detach()
+    sub = model(mixed, augsub="masking", augsub_ratio=0.5).double().detach()
+    binary = facts["loss"]["main"].startswith(("binary", "timm BinaryCrossEntropy"))
+    loss, teaching = (bce, main.sigmoid()) if binary else (cross_entropy, main.softmax(-1))
+    assert out.main_loss.item() == pytest.approx(loss(main, expected_targets).item(), rel=1e-5)
+    assert out.sub_losses[0].item() == pytest.approx(loss(sub, teaching).item(), rel=1e-5)
+    assert out.loss.item() == pytest.approx(0.5 * (out.main_loss + out.sub_losses[0]).item(), rel=1e-6)
+
+
+def published_targets(facts, mixed, labels, targets, brightness) -> torch.Tensor:
+    """Label i with the share of image i that is left in the mixed image, its partner with the rest; smoothed."""
+    smoothing, one_hot = facts["loss"]["label_smoothing"], torch.eye(CLASSES, dtype=torch.float64)
+    off, on = smoothing / CLASSES, 1 - smoothing + smoothing / CLASSES
+    share = torch.ones(())
+    if targets.ndim == 2:
+        partner = brightness.flip(0)
+        seen = (mixed.mean((1, 2, 3)) - partner) / (brightness - partner)
+        share = (targets[torch.arange(4), labels].double() - off) / (on - off)
+        if facts["loss"].get("bce_target_threshold") is None or facts["family"] != "deit3":
+            torch.testing.assert_close(seen.double(), share, rtol=0, atol=5e-3)
+        assert 0 < share[0] < 1
+    soft = share.double().view(-1, 1) * one_hot[labels] + (1 - share.double()).view(-1, 1) * one_hot[labels.flip(0)]
+    if facts["loss"].get("bce_target_threshold") == 0.0:
+        return (soft > 0).double()
+    return soft * (on - off) + off
+
+
+def bce(logits, targets):
+    return -(targets * logits.sigmoid().log() + (1 - targets) * (1 - logits.sigmoid()).log()).mean()
+
+
+def cross_entropy(logits, targets):
+    return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def test_train_transform(recipe):
+    facts, config = recipe.facts["augmentation"], recipe.config
+    ops = build_train_transform(config.transform, config.data.image_size).transforms
+    three, rand, erase = facts["three_augment"], facts["auto_augment"], facts["random_erase"]
+    colours = [AutoAugment, tv.ColorJitter] if three else [RandAugment]
+    erasing = [RandomErasing] if erase["active"] else []
+    expected = [RandomResizedCropAndInterpolation, tv.RandomHorizontalFlip, *colours, MaybeToTensor, tv.Normalize]
+    assert [type(op) for op in ops] == expected + erasing
+    crop, flip = ops[:2]
+    assert (list(crop.scale), list(crop.ratio)) == (facts["crop"]["scale"], pytest.approx(facts["crop"]["ratio"]))
+    assert crop.size == (config.data.image_size,) * 2
+    bicubic_only = facts["train_interpolation"] == "bicubic"
+    both = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+    assert crop.interpolation == (InterpolationMode.BICUBIC if bicubic_only else both)
+    assert flip.p == facts["horizontal_flip"]
+    if three:
+        check_three_augment(ops[2], ops[3], three)
+    else:
+        check_rand_augment(ops[2], rand, config, bicubic_only)
+    normalise = ops[5 if three else 4]
+    assert normalise.mean.tolist() == pytest.approx(facts["normalise"]["mean"])
+    assert normalise.std.tolist() == pytest.approx(facts["normalise"]["std"])
+    if erase["active"]:
+        op = ops[-1]
+        assert (op.probability, op.mode, op.max_count) == (erase["probability"], erase["mode"], erase["count"])
+        assert [op.min_area, op.max_area] == pytest.approx(erase["area"])
+        assert op.log_aspect_ratio == pytest.approx(np.log(erase["aspect"]))
+
+
+def check_three_augment(choice, jitter, facts) -> None:
+    """Exactly one of three ops, each always applied; then colour jitter."""
+    by_name = {policy[0].name: policy[0] for policy in choice.policy}
+    assert sorted(by_name) == ["Desaturate", "GaussianBlurRand", "Solarize"]
+    assert all(len(policy) == 1 for policy in choice.policy)
+    assert all(op.prob == 1 for op in by_name.values())
+    expected = facts["color_jitter"]["factor_range"]
+    assert [list(jitter.brightness), list(jitter.contrast), list(jitter.saturation)] == [pytest.approx(expected)] * 3
+    assert jitter.hue is None
+    image = tv.ToPILImage()(torch.linspace(0, 1, 3 * 16 * 16).view(3, 16, 16))
+    grey, solarised = (np.asarray(by_name[name](image)).astype(int) for name in ("Desaturate", "Solarize"))
+    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
+    pixels = np.asarray(image).astype(int)
+    threshold = facts["solarize_threshold"]
+    assert (solarised == np.where(pixels < threshold, pixels, 255 - pixels)).all()
+
+
+def check_rand_augment(op, facts, config, bicubic_only) -> None:
+    assert (op.num_layers, op.choice_weights) == (facts["ops_per_image"], None)
+    published = [name.removesuffix("Increasing") for name in facts["ops"]]
+    assert [one.name.removesuffix("Increasing") for one in op.ops] == published
+    assert sum("Increasing" in one.name for one in op.ops) == 6 * facts["increasing_severity_set"]
+    for one in op.ops:
+        assert isinstance(one, AugmentOp)
+        assert (one.prob, one.magnitude, one.magnitude_std) == (
+            facts["op_probability"],
+            facts["magnitude"],
+            facts["magnitude_std"],
+        )
+        assert one.magnitude_max is None  # then levels are clipped to [0, 10]
+        assert one.kwargs["fillcolor"] == tuple(round(255 * mean) for mean in config.transform.mean)
+        assert ("resample" in one.kwargs and not isinstance(one.kwargs["resample"], tuple)) == bicubic_only
+
+
+def test_eval_transform(recipe):
+    facts, config = recipe.facts["eval"], recipe.config
+    resize, crop, *_ = build_eval_transform(config.transform, config.data.image_size).transforms
+    assert resize.size == facts["resize"]
+    assert resize.interpolation == InterpolationMode.BICUBIC and facts["interpolation"].startswith("bicubic")
+    assert tuple(crop.size) == (facts["center_crop"],) * 2
+    assert config.transform.eval_crop == facts["crop_ratio"]
+
+
+def test_optimizer_step(recipe):
+    """Two steps on a tensor with decay and one without, against the published update in float64."""
+    settings = recipe.config.optimizer
+    torch.manual_seed(0)
+    values = {"matrix": torch.randn(4, 3).double(), "vector": torch.randn(5).double()}
+    module = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in values.items()})
+    optimizer = build_optimizer(settings, param_groups(module, settings.weight_decay))
+    reference = {name: Published(value.double().numpy(), recipe.facts["optimizer"]) for name, value in values.items()}
+    rate = recipe.facts["lr"]["absolute"]
+    for _ in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        gradients = {name: torch.randn_like(value) for name, value in values.items()}
+        for name, parameter in module.items():
+            parameter.grad = gradients[name].clone()
+        norm = np.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+        optimizer.step()
+        for name, tensor in reference.items():
+            tensor.step(gradients[name].double().numpy(), norm, rate, decays=name == "matrix")
+    for name, tensor in reference.items():
+        moved = module[name].detach().double().numpy() - values[name].double().numpy()
+        assert moved == pytest.approx(tensor.value - values[name].double().numpy(), rel=1e-6), name
+
+
+class Published:
+    """One tensor under LAMB (decay inside the trust ratio, inner clipping) or AdamW (decoupled decay)."""
+
+    def __init__(self, value, facts) -> None:
+        self.value, self.facts = value.copy(), facts
+        self.first, self.second, self.count = np.zeros_like(value), np.zeros_like(value), 0
+
+    def step(self, gradient, norm: float, rate: float, decays: bool) -> None:
+        beta1, beta2 = self.facts["betas"]
+        eps, decay = self.facts["eps"], self.facts["weight_decay"] if decays else 0.0
+        limit = self.facts.get("max_grad_norm_inside_optimizer")
+        gradient = gradient / max(1.0, norm / limit) if limit else gradient
+        self.count += 1
+        self.first = beta1 * self.first + (1 - beta1) * gradient
+        self.second = beta2 * self.second + (1 - beta2) * gradient**2
+        corrected = self.second / (1 - beta2**self.count)
+        update = self.first / (1 - beta1**self.count) / (np.sqrt(corrected) + eps)
+        if limit:
+            update = update + decay * self.value
+            trust = np.linalg.norm(self.value) / np.linalg.norm(update) if decay else 1.0
+            self.value = self.value - rate * trust * update
+        else:
+            self.value = self.value * (1 - rate * decay) - rate * update
+
+
+def test_hyper_parameters(recipe):
+    facts, config = recipe.facts, recipe.config
+    optimizer, mix, ema, amp = facts["optimizer"], facts["mix"], facts["ema"], facts["amp"]
+    assert config.optimizer.betas == optimizer["betas"] and config.optimizer.eps == optimizer["eps"]
+    assert config.optimizer.weight_decay == optimizer["weight_decay"]
+    assert config.optimizer.kwargs.get("max_grad_norm") == optimizer.get("max_grad_norm_inside_optimizer")
+    assert config.train.clip_norm == optimizer.get("clip_grad_norm")
+    ours = (config.mixup.mixup_alpha, config.mixup.cutmix_alpha, config.mixup.prob, config.mixup.switch_prob)
+    assert ours == tuple(
+        mix[key] for key in ("mixup_alpha", "cutmix_alpha", "probability", "switch_to_cutmix_probability")
+    )
+    assert config.mixup.mode == mix["mode"] and config.mixup.cutmix_minmax == mix.get("cutmix_minmax")
+    assert config.mixup.correct_lam == mix.get("correct_lambda_for_clipped_box", True)
+    assert config.mixup.off_epoch is None and mix["off_epoch"] in (None, "0, meaning never switched off")
+    assert config.mixup.integer_pixels == ("uint8" in mix.get("where", ""))
+    assert isinstance(build_mixup(config, CLASSES, 2), IntegerMixup) == config.mixup.integer_pixels
+    assert config.loss.smoothing == facts["loss"]["label_smoothing"]
+    assert config.ema.enabled == ema["kept"]
+    if ema["kept"]:
+        assert (config.ema.decay, config.ema.evaluate) == (ema["decay"], ema["evaluated"])
+    assert config.train.amp == "fp16" and amp["dtype"] == "float16"
+    assert config.train.loss_scale == amp.get("scaler_init", amp.get("initial_scale"))
+    assert config.train.loss_scale_window == amp.get("scaler_growth_interval", amp.get("loss_scale_window"))
+    assert config.seed == int(re.search(r"(\d+) \+ rank", facts["seed"]).group(1))
+    assert config.schedule.cooldown_epochs == facts["schedule"]["cooldown_epochs_run"]
+
+
+def test_initial_values(recipe):
+    """One block of each full-width model, as a run starts it."""
+    config = recipe.config
+    config.model.pretrained, config.model.checkpoint = False, None
+    config.model.kwargs |= {"swin": {"depths": [1, 1, 1, 1]}, "resnet_rsb": {"layers": [1, 1, 1, 1]}}.get(
+        recipe.family, {"depth": 1}
+    )
+    torch.manual_seed(0)
+
+    class Data:
+        num_classes, in_chans = CLASSES, 3
+
+    model = build_run_model(config, Data)
+    head, facts = model.get_classifier(), recipe.facts["model"]["init"]
+    if recipe.family == "resnet_rsb":
+        assert head.weight.std().item() == pytest.approx(0.0128, rel=0.02)
+        assert all((stage[-1].bn3.weight == 0).all() for stage in (model.layer1, model.layer4))
+        return
+    assert head.weight.std().item() == pytest.approx(2e-5 if "2e-5" in facts["head"] else 0.02, rel=0.02)
+    if recipe.family == "ft_clip":
+        bound = 0.001 / recipe.facts["model"]["embed_dim"] ** 0.5
+        assert 0.9 * bound < head.bias.abs().max().item() <= bound * 1.001
+        assert (model.norm.weight == 1).all() and (model.norm.bias == 0).all()
+    else:
+        assert (head.bias == 0).all()
+    if recipe.family == "deit3":
+        assert (model.blocks[0].ls1.gamma == recipe.facts["model"]["layer_scale_init"]).all()
+        assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
+        if recipe.config.model.class_token_std is not None:
+            assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
+        assert (recipe.config.model.class_token_std is None) == ("start_from" in recipe.facts)
+    if recipe.family == "swin":
+        assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.3)
+        table = model.layers[0].blocks[0].attn.relative_position_bias_table
+        assert table.std().item() == pytest.approx(0.02, rel=0.15)
