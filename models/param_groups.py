@@ -25,7 +25,7 @@ def param_groups(
         full_lr: names of modules that learn at 1 too.
 
     Raises:
-        ValueError: if a name in `full_lr` is not in the model.
+        ValueError: if a name in `full_lr` is not in the model, or the model does not tell its layers.
     """
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     scales = layer_scales(model, layer_decay, full_lr)
@@ -53,6 +53,8 @@ def layer_scales(model: nn.Module, layer_decay: float | None, full_lr: Sequence[
     else:
         layers = auto_group_layers(model)
     head = max(layers.values())
+    if head == 0:
+        raise ValueError(f"optimizer.layer_decay: {type(model).__name__} does not tell the order of its layers")
     return {
         name: 1.0 if any(_is_in(name, module) for module in full_lr) else layer_decay ** (head - layers.get(name, head))
         for name in names

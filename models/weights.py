@@ -98,10 +98,10 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
     )
     if len(fitting) < LEAST_SHARE * len(own):
         shapes = [f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in misfits]
-        reasons = sorted(shapes) or [f"{name} is unknown to the model" for name in report.unexpected]
+        unknown = f"unknown to it: {_some(report.unexpected)}" if report.unexpected else "it is nearly empty"
         raise ValueError(
             f"checkpoint {source} fits hardly anything of the model, {len(fitting)} of {len(own)} tensors: "
-            f"{_some(reasons) or 'it is nearly empty'}"
+            f"{_some(sorted(shapes)) or unknown}"
         )
     model.load_state_dict(fitting, strict=False)
     return report

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+
+from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
+def test_uniform_drop_path_reaches_every_block(name):
+    model = timm.create_model(name)
+    assert not any(isinstance(module, DropPath) for module in model.modules())
+    make_drop_path_uniform(model, 0.3)
+    ramped = timm.create_model(name, drop_path_rate=0.3)
+    found = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert set(found) == {0.3}
+    assert len(found) > sum(isinstance(module, DropPath) for module in ramped.modules())  # there the first is missing
+
+
+def test_parts_start_anew():
+    model = timm.create_model("test_vit", num_classes=1000)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    restart(model, ["norm"])
+    start_head(model, std=2e-5, bias_bound=1e-3)
+    start_class_token(model, std=0.02)
+    assert (model.norm.weight == 1).all() and (model.norm.bias == 0).all()
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    assert 0 < model.head.bias.abs().max() <= 1e-3
+    assert 0.01 < model.cls_token.std() < 0.03
+    assert (model.blocks[0].attn.qkv.weight == 7).all()
+
+
+def test_frozen_parts_do_not_learn():
+    model = timm.create_model("test_vit")
+    freeze(model, ["patch_embed", "pos_embed"])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {"pos_embed", "patch_embed.proj.weight"} <= frozen
+    assert all(name.startswith(("pos_embed", "patch_embed.")) for name in frozen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: freeze(model, ["patch_embd"]), "model.frozen: VisionTransformer has no part named 'patch_embd'"),
+        (lambda model: restart(model, ["nrom"]), "model.restart: VisionTransformer has no part named 'nrom'"),
+        (lambda model: start_head(timm.create_model("test_vit", num_classes=0), 0.02), "is no linear layer"),
+        (lambda model: start_class_token(timm.create_model("resnet18"), 0.02), "ResNet has no class token"),
+    ],
+)
+def test_what_the_model_does_not_have_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        change(timm.create_model("test_vit"))

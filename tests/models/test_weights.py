@@ -1,0 +1,285 @@
+"""Checkpoints of other projects: official key layouts against forwards written from those layouts."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import augsub
+from models.build import create_model
+from models.weights import load_weights
+
+WIDTH, HEADS, DEPTH, PATCH, CLASSES = 48, 3, 2, 8, 10
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: value + 1 if "norm" in name and "weight" in name else value for name, value in weights.items()}
+
+
+def attention(x: Tensor, weights: dict[str, Tensor], qkv: str, out: str) -> Tensor:
+    """Multi-head self-attention of (B, N, D) from one stacked projection."""
+    batch, tokens, width = x.shape
+    projected = F.linear(x, weights[f"{qkv}weight"], weights[f"{qkv}bias"])
+    query, key, value = projected.view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    scores = query @ key.transpose(-2, -1) / (width // HEADS) ** 0.5
+    mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, tokens, width)
+    return F.linear(mixed, weights[f"{out}.weight"], weights[f"{out}.bias"])
+
+
+def norm(x: Tensor, weights: dict[str, Tensor], name: str, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+
+def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def mae_checkpoint(grid: int, decoder: bool) -> dict[str, dict[str, Tensor]]:
+    """As the authors publish it: the encoder under `model`, in the full version with the decoder."""
+    shapes = {
+        "cls_token": (1, 1, WIDTH),
+        "pos_embed": (1, 1 + grid**2, WIDTH),
+        "patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": (WIDTH,),
+        "norm.weight": (WIDTH,),
+        "norm.bias": (WIDTH,),
+    }
+    for block in range(DEPTH):
+        for name, (rows, columns) in {
+            "attn.qkv": (3 * WIDTH, WIDTH),
+            "attn.proj": (WIDTH, WIDTH),
+            "mlp.fc1": (4 * WIDTH, WIDTH),
+            "mlp.fc2": (WIDTH, 4 * WIDTH),
+        }.items():
+            shapes |= {f"blocks.{block}.{name}.weight": (rows, columns), f"blocks.{block}.{name}.bias": (rows,)}
+        for name in ("norm1", "norm2"):
+            shapes |= {f"blocks.{block}.{name}.weight": (WIDTH,), f"blocks.{block}.{name}.bias": (WIDTH,)}
+    if decoder:
+        shapes |= {
+            "mask_token": (1, 1, 32),
+            "decoder_pos_embed": (1, 1 + grid**2, 32),
+            "decoder_embed.weight": (32, WIDTH),
+            "decoder_blocks.0.attn.qkv.weight": (96, 32),
+            "decoder_norm.weight": (32,),
+            "decoder_pred.weight": (192, 32),
+        }
+    return {"model": random_weights(shapes)}
+
+
+def mae_forward(images: Tensor, weights: dict[str, Tensor], head: nn.Linear) -> Tensor:
+    """MAE's fine-tuning model: mean of the patch tokens, a new norm, the head."""
+    x = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=PATCH)
+    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+    x = x + weights["pos_embed"]
+    for block in (f"blocks.{index}" for index in range(DEPTH)):
+        x = x + attention(norm(x, weights, f"{block}.norm1", 1e-6), weights, f"{block}.attn.qkv.", f"{block}.attn.proj")
+        hidden = F.gelu(linear(norm(x, weights, f"{block}.norm2", 1e-6), weights, f"{block}.mlp.fc1"))
+        x = x + linear(hidden, weights, f"{block}.mlp.fc2")
+    return head(F.layer_norm(x[:, 1:].mean(1), (WIDTH,), eps=1e-6))
+
+
+def tiny(name: str, size: int = 32, **kwargs) -> nn.Module:
+    shape = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+    torch.manual_seed(0)
+    return augsub.patch(create_model(name, num_classes=CLASSES, image_size=size, **shape, **kwargs)).eval()
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_mae(decoder):
+    checkpoint = mae_checkpoint(grid=4, decoder=decoder)
+    model = tiny("vit_base_patch16_224", global_pool="avg")
+    report = load_weights(model, checkpoint, "mae_pretrain_vit_base.pth")
+    assert report.unexpected == ()
+    assert set(report.initial) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert len(report.pretraining) == 2 + 6 * decoder  # the encoder's last norm, and the decoder
+    images = torch.randn(2, 3, 32, 32)
+    expected = mae_forward(images, checkpoint["model"], model.head)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def clip_checkpoint(grid: int) -> dict[str, Tensor]:
+    """OpenAI's and open_clip's layout: an image tower under `visual.`, a text tower beside it; half precision."""
+    shapes = {
+        "visual.class_embedding": (WIDTH,),
+        "visual.positional_embedding": (1 + grid**2, WIDTH),
+        "visual.proj": (WIDTH, 32),
+        "visual.conv1.weight": (WIDTH, 3, PATCH, PATCH),
+        "positional_embedding": (77, 32),
+        "text_projection": (32, 32),
+        "logit_scale": (),
+        "transformer.resblocks.0.attn.in_proj_weight": (96, 32),
+        "token_embedding.weight": (100, 32),
+        "ln_final.weight": (32,),
+    }
+    for name in ("ln_pre", "ln_post", *(f"transformer.resblocks.{i}.ln_{j}" for i in range(DEPTH) for j in (1, 2))):
+        shapes |= {f"visual.{name}.weight": (WIDTH,), f"visual.{name}.bias": (WIDTH,)}
+    for block in (f"visual.transformer.resblocks.{index}" for index in range(DEPTH)):
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * WIDTH, WIDTH), f"{block}.attn.in_proj_bias": (3 * WIDTH,)}
+        for name, (rows, columns) in {
+            "attn.out_proj": (WIDTH, WIDTH),
+            "mlp.c_fc": (4 * WIDTH, WIDTH),
+            "mlp.c_proj": (WIDTH, 4 * WIDTH),
+        }.items():
+            shapes |= {f"{block}.{name}.weight": (rows, columns), f"{block}.{name}.bias": (rows,)}
+    return {name: weight.half() for name, weight in random_weights(shapes).items()}
+
+
+def clip_forward(images: Tensor, weights: dict[str, Tensor], head: nn.Linear, quick: bool) -> Tensor:
+    """FT-CLIP's model: a new norm on each patch token, their mean, the head; `ln_post` and `proj` are not used."""
+    weights = {name.removeprefix("visual."): value.float() for name, value in weights.items() if "visual." in name}
+    x = F.conv2d(images, weights["conv1.weight"], stride=PATCH).flatten(2).transpose(1, 2)
+    x = torch.cat([weights["class_embedding"].expand(len(x), 1, -1), x], dim=1) + weights["positional_embedding"]
+    x = norm(x, weights, "ln_pre", 1e-5)
+    for block in (f"transformer.resblocks.{index}" for index in range(DEPTH)):
+        normed = norm(x, weights, f"{block}.ln_1", 1e-5)
+        x = x + attention(normed, weights, f"{block}.attn.in_proj_", f"{block}.attn.out_proj")
+        hidden = linear(norm(x, weights, f"{block}.ln_2", 1e-5), weights, f"{block}.mlp.c_fc")
+        hidden = hidden * (1.702 * hidden).sigmoid() if quick else F.gelu(hidden)
+        x = x + linear(hidden, weights, f"{block}.mlp.c_proj")
+    return head(F.layer_norm(x[:, 1:], (WIDTH,), eps=1e-5).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "quick", "wrap"),
+    [
+        ("vit_base_patch16_clip_quickgelu_224", True, lambda weights: weights),
+        ("vit_base_patch16_clip_224", False, lambda weights: weights),
+        ("vit_base_patch16_clip_224", False, lambda weights: {"epoch": 3, "state_dict": prefixed(weights)}),
+    ],
+    ids=["openai", "open_clip", "open_clip_training"],
+)
+def test_clip(name, quick, wrap):
+    checkpoint = clip_checkpoint(grid=4)
+    model = tiny(name, global_pool="avg", fc_norm=False)
+    report = load_weights(model, wrap(checkpoint), "ViT-B-16.pt")
+    assert report.unexpected == ()
+    assert set(report.initial) == {"head.weight", "head.bias"}
+    assert {"visual.proj", "logit_scale", "ln_final.weight"} <= set(report.pretraining)
+    model.norm.reset_parameters()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images), clip_forward(images, checkpoint, model.head, quick), rtol=1e-3, atol=1e-4)
+
+
+def prefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": weight for name, weight in weights.items()}
+
+
+def smooth(*size: int) -> Tensor:
+    """Images (B, 3, H, W) of slow waves; the same picture at every size."""
+    y, x = torch.meshgrid(torch.linspace(0, 3, size[0]), torch.linspace(0, 3, size[1]), indexing="ij")
+    return torch.stack([torch.sin(x + shift) * torch.cos(y - shift) for shift in (0.0, 0.5, 1.0)])[None]
+
+
+def test_deit3_keeps_its_function_from_192_to_224():
+    def build(size: int) -> nn.Module:
+        torch.manual_seed(0)
+        return create_model("deit3_small_patch16_224", image_size=size, num_classes=CLASSES, init_values=0.5, depth=3)
+
+    before, after = build(192).eval(), build(224).eval()
+    with torch.no_grad():
+        grid = smooth(12, 12).expand(-1, 3, -1, -1).flatten(2).transpose(1, 2)  # a table as smooth as a trained one
+        before.pos_embed.copy_(grid.repeat(1, 1, 128))
+        before.head.weight.normal_(std=0.2)
+    report = load_weights(after, {"model": augsub.patch(before).state_dict()}, "last.pt", antialias=False)
+    assert report.resized == {"pos_embed": ((1, 144, 384), (1, 196, 384))}
+    assert report.initial == report.unexpected == ()
+    expected = F.interpolate(
+        before.pos_embed.reshape(1, 12, 12, -1).permute(0, 3, 1, 2), (14, 14), mode="bicubic", align_corners=False
+    )
+    torch.testing.assert_close(after.pos_embed, expected.permute(0, 2, 3, 1).flatten(1, 2))
+    with torch.no_grad():
+        old, new = before(smooth(192, 192)), after(smooth(224, 224))
+    assert F.cosine_similarity(old, new).item() > 0.995
+    assert (old - new).norm() < 0.1 * old.norm()
+
+
+def test_swin_keeps_its_function_from_window_7_to_12():
+    def build(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        return create_model(name, num_classes=CLASSES, depths=(1, 1), num_heads=(2, 4), embed_dim=32)
+
+    before, after = build("swin_base_patch4_window7_224").eval(), build("swin_base_patch4_window12_384").eval()
+    with torch.no_grad():
+        for layer in before.layers:
+            offsets = torch.linspace(-1, 1, 13)
+            slope = torch.exp(-4 * (offsets[:, None] ** 2 + offsets**2)).flatten()  # near tokens matter most
+            layer.blocks[0].attn.relative_position_bias_table.copy_(slope[:, None])
+        before.head.fc.weight.normal_(std=0.2)
+    report = load_weights(after, augsub.patch(before).state_dict(), "last.pt")
+    tables = [name for name in report.resized if name.endswith("relative_position_bias_table")]
+    assert len(tables) == len(report.resized) == 2
+    assert all(report.resized[name] == ((169, heads), (529, heads)) for name, heads in zip(tables, (2, 4), strict=True))
+    with torch.no_grad():
+        old, new = before(smooth(224, 224)), after(smooth(384, 384))
+    assert F.cosine_similarity(old, new).item() > 0.99
+
+
+def test_a_swin_of_ours_brings_its_mask_token(make_model):
+    source = augsub.patch(make_model("swin"))
+    model = augsub.patch(make_model("swin"))
+    report = load_weights(model, {"model": source.state_dict(), "iteration": 3}, "last.pt")
+    assert report.initial == report.unexpected == ()
+    assert torch.equal(model.mask_token, source.mask_token)
+    plain = augsub.patch(make_model("swin"))
+    token = plain.mask_token.detach().clone()
+    assert load_weights(plain, make_model("swin").state_dict(), "timm.pth").initial == ()
+    assert torch.equal(plain.mask_token, token)
+
+
+def test_deit3s_own_names_of_layer_scale():
+    model = timm.create_model("deit3_small_patch16_224", depth=1, init_values=0.3)
+    weights = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): torch.rand_like(value)
+        for name, value in model.state_dict().items()
+    }
+    report = load_weights(model, {"model": weights}, "deit_3_small_224_1k.pth")
+    assert report.initial == report.unexpected == ()
+    assert torch.equal(model.blocks[0].ls1.gamma, weights["blocks.0.gamma_1"])
+
+
+def test_a_head_for_other_classes_stays_new_and_is_named(make_model, caplog):
+    source = timm.create_model("test_vit", num_classes=7)
+    model = augsub.patch(timm.create_model("test_vit", num_classes=5))
+    head = model.head.weight.detach().clone()
+    with caplog.at_level(logging.INFO):
+        report = load_weights(model, source.state_dict(), "other.pth")
+        report.log("other.pth")
+    assert report.other_classes == ("head.bias", "head.weight")
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    assert "the head is new, the checkpoint's is for other classes: head.bias, head.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            lambda model: timm.create_model("resnet18").state_dict(),
+            "0 of 32 tensors: unknown to it: bn1.bias",
+        ),
+        (lambda model: tiny("vit_base_patch16_224", mlp_ratio=2.0).state_dict(), None),
+        (lambda model: {"model": {"epoch": 3}}, r"weights.pth holds no state dict"),
+        (lambda model: {}, r"weights.pth holds no state dict"),
+        (lambda model: dict(list(model.state_dict().items())[:3]), r"3 of 32 tensors: it is nearly empty"),
+    ],
+)
+def test_what_is_no_checkpoint_of_this_model(content, message):
+    model = tiny("vit_base_patch16_224")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = content(model)
+    if message is None:  # most of it fits: loaded, and the rest is named
+        report = load_weights(model, weights, "weights.pth")
+        assert {name for name in report.initial if "blocks.0" in name} == {
+            f"blocks.0.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight")
+        }
+        return
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, weights, "weights.pth")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
