@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,24 @@ def load(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a TorchScript archive, which is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"checkpoint {path} is damaged or holds more than tensors: {reason}") from error
+        raise InputError(f"checkpoint {path} {_refusal(path, error)}") from error
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """Why a file cannot be loaded, and what to do."""
+    if "TorchScript" in str(error):
+        return (
+            "is a TorchScript archive, which holds code; if you trust it, make a state dict of it: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
+        )
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        return "holds more than tensors and plain values, which could run code; save its state_dict() alone"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"is damaged or no checkpoint: {reason}"
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:

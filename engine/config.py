@@ -88,7 +88,7 @@ class TrainConfig:
 
     epochs: int = 300  # the schedule runs over these; iterations are derived
     max_iters: Optional[int] = None  # stop earlier, after this many optimiser steps
-    global_batch: int = 1024  # images per optimiser step, over all processes and micro-batches
+    global_batch: Optional[int] = 1024  # images per optimiser step, over all processes; null: follows from the data
     micro_batch: Optional[int] = None  # most images at once in one process: the published batch per GPU
     accumulation: Optional[int] = None  # micro-batches per optimiser step; null: as few as micro_batch allows
     amp: str = "off"  # off | bf16 | fp16 (with gradient scaling, on GPUs; a CPU runs float32 instead and says so)

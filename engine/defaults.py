@@ -17,7 +17,7 @@ from engine import checkpoint, hooks
 from engine.config import Config
 from engine.config_file import to_yaml
 from engine.criterion import build_criterion
-from engine.data import DataLoaders, build_loaders
+from engine.data import DataSource, build_held_out, build_loaders, build_source
 from engine.distributed import Process, wrap
 from engine.errors import InputError, input_errors
 from engine.evaluation import evaluate
@@ -61,8 +61,8 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     """Evaluate `model.checkpoint`, else the run's last checkpoint, else timm's pretrained weights."""
     import_plugins(config.plugins)
     fill_in_from_model(config)
-    data = build_loaders(config, process)
-    model = augsub.patch(create_configured_model(config, data.num_classes, data.in_chans))
+    source = build_source(config)
+    model = augsub.patch(create_configured_model(config, source.num_classes, source.in_chans))
     last = RunFolder(config.output_dir).last
     path = Path(config.model.checkpoint or last)
     if config.model.checkpoint is not None or last.is_file():
@@ -73,7 +73,7 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
             f"nothing to evaluate: {last} does not exist; set model.checkpoint, model.pretrained=true or output_dir"
         )
     model.to(process.device)
-    return evaluate(model, data.held_out, build_precision(config, process), process)
+    return evaluate(model, build_held_out(config, source, process), build_precision(config, process), process)
 
 
 def build_trainer(config: Config, process: Process, folder: RunFolder) -> Trainer:
@@ -81,15 +81,16 @@ def build_trainer(config: Config, process: Process, folder: RunFolder) -> Traine
     import_plugins(config.plugins)
     fill_in_from_model(config)
     seed_all(config.seed)  # the initial weights are the same in all processes
-    data = build_loaders(config, process)
-    bare_model = build_run_model(config, data)
-    mixup = build_mixup(config, data.num_classes, data.micro_batch)
+    source = build_source(config)
+    data = build_loaders(config, source, process)
+    bare_model = build_run_model(config, source)
+    mixup = build_mixup(config, source.num_classes, data.micro_batch)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
     augmentations = [sub_model.augmentation for sub_model in objective.sub_models]
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(bare_model, (data.in_chans, *[config.data.image_size] * 2), augmentations)
+        check_image_shape(bare_model, (source.in_chans, *[config.data.image_size] * 2), augmentations)
 
     bare_model.to(process.device)
     with input_errors("optimizer"):
@@ -165,10 +166,10 @@ def fill_in_from_model(config: Config) -> None:
             setattr(config.transform, key, value)
 
 
-def build_run_model(config: Config, data: DataLoaders) -> nn.Module:
+def build_run_model(config: Config, source: DataSource) -> nn.Module:
     """The model of the configuration, patched, with the weights it starts from."""
     settings = config.model
-    model = augsub.patch(create_configured_model(config, data.num_classes, data.in_chans))
+    model = augsub.patch(create_configured_model(config, source.num_classes, source.in_chans))
     with input_errors("model"):
         if settings.checkpoint is not None:
             content = checkpoint.load(Path(settings.checkpoint))

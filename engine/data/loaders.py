@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from engine.config import Config, TrainConfig
+from engine.config import Config
+from engine.data.batching import accumulation_for, batch_for
 from engine.data.digits import build_digits
 from engine.data.images import build_images
 from engine.data.source import DataSource
@@ -34,8 +36,6 @@ class DataLoaders:
 
     train_from: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
     held_out: DataLoader
-    num_classes: int
-    in_chans: int
     micro_batch: int
     accumulation: int
     iterations_per_epoch: int
@@ -52,25 +52,21 @@ def build_source(config: Config) -> DataSource:
     return build_images(data, config.transform)
 
 
-def build_loaders(config: Config, process: Process) -> DataLoaders:
-    """Open the data and divide it among processes.
+def build_loaders(config: Config, source: DataSource, process: Process) -> DataLoaders:
+    """Divide the data among processes. A global batch of null becomes one that suits the number of images.
 
     Raises:
-        InputError: data that cannot be opened, or a global batch that does not fit the processes
-            or the data.
+        InputError: a global batch that does not fit the processes or the data.
     """
-    source = build_source(config)
     train, num_samples = config.train, len(source.train)
+    if train.global_batch is None:
+        train.global_batch = batch_for(num_samples)
     if train.global_batch > num_samples:
         raise InputError(f"train.global_batch = {train.global_batch}: more than the {num_samples} training images")
     accumulation = accumulation_for(train, process.world_size)
     micro_batch = train.global_batch // (process.world_size * accumulation)
     iterations_per_epoch = num_samples // train.global_batch
     max_iterations = min(train.epochs * iterations_per_epoch, train.max_iters or sys.maxsize)
-    workers = {
-        "num_workers": min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
-        "pin_memory": process.device.type == "cuda",
-    }
 
     def train_from(iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = TrainingOrder(
@@ -84,14 +80,11 @@ def build_loaders(config: Config, process: Process) -> DataLoaders:
             first_iteration=iteration,
             last_iteration=max_iterations,
         )
-        return iter(DataLoader(SeededDataset(source.train), batch_sampler=order, **workers))
+        return iter(DataLoader(SeededDataset(source.train), batch_sampler=order, **_workers(config, process)))
 
-    share = range(process.rank, len(source.held_out), process.world_size)
     return DataLoaders(
         train_from=train_from,
-        held_out=DataLoader(Subset(source.held_out, share), batch_size=config.evaluation.batch, **workers),
-        num_classes=source.num_classes,
-        in_chans=source.in_chans,
+        held_out=build_held_out(config, source, process),
         micro_batch=micro_batch,
         accumulation=accumulation,
         iterations_per_epoch=iterations_per_epoch,
@@ -99,29 +92,14 @@ def build_loaders(config: Config, process: Process) -> DataLoaders:
     )
 
 
-def accumulation_for(train: TrainConfig, world_size: int) -> int:
-    """Micro-batches per step: the configured number, or the smallest with at most `train.micro_batch` images each.
+def build_held_out(config: Config, source: DataSource, process: Process) -> DataLoader:
+    """This process's share of the held-out images."""
+    share = range(process.rank, len(source.held_out), process.world_size)
+    return DataLoader(Subset(source.held_out, share), batch_size=config.evaluation.batch, **_workers(config, process))
 
-    Raises:
-        InputError: the global batch does not divide into them; which numbers it divides into is said.
-    """
-    per_process, rest = divmod(train.global_batch, world_size)
-    if rest:
-        fitting = [count for count in range(1, train.global_batch + 1) if train.global_batch % count == 0]
-        nearest = [max(n for n in fitting if n < world_size), *(n for n in fitting if n > world_size)][:2]
-        raise InputError(
-            f"train.global_batch = {train.global_batch}: does not divide into {world_size} processes, whatever "
-            f"train.accumulation is; use {' or '.join(map(str, nearest))} processes"
-        )
-    divisors = [count for count in range(1, per_process + 1) if per_process % count == 0]
-    if train.accumulation is None:
-        most = train.micro_batch or per_process
-        return next(count for count in divisors if per_process // count <= most)
-    if train.accumulation not in divisors:
-        nearest = sorted(divisors, key=lambda count: abs(count - train.accumulation))[:3]
-        raise InputError(
-            f"train.accumulation = {train.accumulation}: {world_size} x {per_process} images of "
-            f"train.global_batch = {train.global_batch} do not divide into it; "
-            f"train.accumulation = {' or '.join(map(str, sorted(nearest)))} would do"
-        )
-    return train.accumulation
+
+def _workers(config: Config, process: Process) -> dict[str, Any]:
+    return {
+        "num_workers": min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
+        "pin_memory": process.device.type == "cuda",
+    }

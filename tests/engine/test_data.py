@@ -12,9 +12,10 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import Config, DataConfig, TrainConfig, TransformConfig
+from engine.data.batching import accumulation_for, batch_for
 from engine.data.digits import build_digits
 from engine.data.images import build_images
-from engine.data.loaders import accumulation_for, build_loaders
+from engine.data.loaders import build_held_out, build_loaders, build_source
 from engine.data.stream import SeededDataset, TrainingOrder
 from engine.errors import InputError
 
@@ -179,17 +180,16 @@ def test_a_batch_that_does_not_fit_is_refused(changes, world_size, message):
     vars(config.train).update(changes)
     process = SimpleNamespace(rank=0, world_size=world_size, device=torch.device("cpu"))
     with pytest.raises(InputError, match=message):
-        build_loaders(config, process)
+        build_loaders(config, build_source(config), process)
 
 
 def test_every_held_out_image_is_in_exactly_one_share():
     config = Config()
     config.data.dataset, config.data.image_size, config.data.workers = "digits", 8, 0
-    config.train.global_batch = 30
     seen = []
     for rank in range(3):
         process = SimpleNamespace(rank=rank, world_size=3, device=torch.device("cpu"))
-        seen += [image for images, _ in build_loaders(config, process).held_out for image in images]
+        seen += [image for images, _ in build_held_out(config, build_source(config), process) for image in images]
     whole = build_digits(8).held_out.tensors[0]
     assert len(seen) == 797
     assert sorted(map(float, (image.double().sum() for image in seen))) == pytest.approx(
@@ -211,3 +211,10 @@ def test_every_held_out_image_is_in_exactly_one_share():
 )
 def test_accumulation_follows_from_the_batch_and_the_processes(changes, world_size, accumulation):
     assert accumulation_for(TrainConfig(**changes), world_size) == accumulation
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(1, 1), (5, 4), (9, 8), (72, 8), (300, 16), (1000, 32), (1024, 64), (10**6, 64)]
+)
+def test_a_batch_that_follows_from_the_data(images, batch):
+    assert batch_for(images) == batch

@@ -206,6 +206,12 @@ def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path):
         checkpoint.save({"model": {"weight": torch.zeros(1000)}}, path)
     with pytest.raises(InputError, match="does not exist"):
         checkpoint.load(tmp_path / "none.pt")
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "ViT-B-16.pt")  # as OpenAI ships CLIP
+    with pytest.raises(InputError, match=r"TorchScript archive, which holds code; .*jit\.load\(FILE\)\.state_dict"):
+        checkpoint.load(tmp_path / "ViT-B-16.pt")
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    with pytest.raises(InputError, match="is damaged or no checkpoint"):
+        checkpoint.load(tmp_path / "page.pth")
 
 
 def test_weights_of_another_model_are_refused_with_reasons(make_model, tmp_path):

@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 
 import augsub
 from engine.criterion import build_criterion
+from engine.data import DataSource
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.defaults import build_objective, build_run_model
 from engine.mixing import IntegerMixup, build_mixup
@@ -237,10 +238,7 @@ def test_initial_values(recipe):
     )
     torch.manual_seed(0)
 
-    class Data:
-        num_classes, in_chans = CLASSES, 3
-
-    model = build_run_model(config, Data)
+    model = build_run_model(config, DataSource(train=None, held_out=None, num_classes=CLASSES, in_chans=3))
     head, facts = model.get_classifier(), recipe.facts["model"]["init"]
     if recipe.family == "resnet_rsb":
         assert head.weight.std().item() == pytest.approx(0.0128, rel=0.02)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from engine.errors import InputError
@@ -117,6 +118,27 @@ def test_a_finished_run_is_not_overwritten(train_net, tmp_path):
     code, _, error = train_net(*run)
     assert code == 2 and "holds a run already: continue it with --resume" in error
     assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_weights_that_code_or_an_accident_spoiled_are_refused(train_net, tmp_path):
+    whole = timm.create_model("test_vit")
+    torch.save(whole, tmp_path / "module.pt")  # the pickled model, not its state dict
+    torch.save(whole.state_dict(), tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-1000])
+    run = ["--config", DIGITS, f"output_dir={tmp_path}/r"]
+    for name, message in {"module.pt": "save its state_dict() alone", "cut.pt": "is damaged or no checkpoint"}.items():
+        code, _, error = train_net(*run, f"model.checkpoint={tmp_path}/{name}")
+        assert code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(command, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    finished = command(*launch, TRAIN_NET, "--config", DIGITS, f"output_dir={tmp_path}/run")
+    assert finished.returncode != 0
+    assert "train.global_batch = 50: does not divide into 3 processes" in finished.stderr
+    assert "use 2 or 5 processes" in finished.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(train_net, tmp_path):

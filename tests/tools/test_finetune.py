@@ -1,0 +1,87 @@
+"""configs/finetune_folder.yaml: any timm model on a folder of images, with weights from a file, a folder or nowhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+ROOT = Path(__file__).parents[2]
+TRAIN_NET = ROOT / "tools" / "train_net.py"
+FINETUNE = ROOT / "configs" / "finetune_folder.yaml"
+SHORT = ("train.epochs=3", "schedule.warmup_epochs=1", "data.workers=0")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Weights of timm's hub are not to be had, wherever the tests run."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty_cache"))
+
+
+def test_one_command_ends_with_a_table(command, image_folder, tmp_path):
+    arguments = ("--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run", *SHORT)
+    finished = command(sys.executable, TRAIN_NET, *arguments, "model.name=test_vit")
+    assert finished.returncode == 0, finished.stderr
+    assert "WARNING: the model starts at random, model.pretrained is only if_available" in finished.stdout
+    assert "held-out top-1" in finished.stdout and "of 9 images" in finished.stdout
+    assert "started from     random weights" in finished.stdout
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "image_size: 160" in saved and "pretrained: false" in saved  # the model's own size, and what came of it
+
+
+def test_weights_that_must_be_there_stop_the_run(command, image_folder, tmp_path):
+    finished = command(
+        sys.executable, TRAIN_NET, "--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run",
+        "model.name=test_vit", "model.pretrained=true",
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1].startswith("error: model: timm cannot build test_vit with ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_for_other_classes_gets_a_new_head(train_net, image_folder, tmp_path):
+    torch.manual_seed(1)
+    source = timm.create_model("test_vit", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "seven.pt")
+    code, _, error = train_net(
+        "--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run", "model.name=test_vit",
+        f"model.checkpoint={tmp_path}/seven.pt", "optimizer.lr=1e-9", *SHORT,
+    )  # fmt: skip
+    assert code == 0, error
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "the head is new, the checkpoint's is for other classes: head.bias, head.weight" in log
+    assert f"started from     {tmp_path}/seven.pt" in log
+    trained = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert trained["head.weight"].shape[0] == 3
+    torch.testing.assert_close(trained["blocks.0.attn.qkv.weight"], source.state_dict()["blocks.0.attn.qkv.weight"])
+
+
+def test_a_local_folder_in_the_hubs_layout(train_net, image_folder, tmp_path):
+    source = timm.create_model("test_resnet", num_classes=3)
+    folder = tmp_path / "hub"
+    timm.models.save_for_hf(source, folder, model_config={"num_classes": 3})
+    code, _, error = train_net(
+        "--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run",
+        f"model.name=local-dir:{folder}", "model.pretrained=true", "optimizer.lr=1e-9", *SHORT,
+        "augsub.sub_models=[{augmentations: [{name: masking, ratio: 0.5, cell: 16}]}]",
+    )  # fmt: skip
+    assert code == 0, error
+    trained = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    torch.testing.assert_close(trained["fc.weight"], source.state_dict()["fc.weight"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"] == 9
+
+
+def test_evaluation_takes_exactly_the_weights_it_is_given(train_net, image_folder, tmp_path):
+    """No head of its own: a checkpoint for other classes is refused."""
+    torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "seven.pt")
+    run = ["--config", FINETUNE, f"data.root={image_folder}", "model.name=test_vit", f"output_dir={tmp_path}/run"]
+    code, _, error = train_net(*run, "--eval-only", f"model.checkpoint={tmp_path}/seven.pt")
+    assert code == 2 and "is of another model: head.bias has shape (7,), the model (3,)" in error
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "three.pt")
+    code, output, _ = train_net(*run, "--eval-only", f"model.checkpoint={tmp_path}/three.pt")
+    assert code == 0 and json.loads(output[output.index("{") :])["images"] == 9
