@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritt
 test: $(INSTALLED)  ## install, then run the tests
 	$(BIN)/python -m pytest -q
 
-test-slow: $(INSTALLED)  ## full-size ImageNet models, FLOPs of all of timm and torch.compile: about 20 minutes
+test-slow: $(INSTALLED)  ## a step of every full-size recipe, FLOPs of all of timm, torch.compile: about 40 minutes
 	$(BIN)/python -m pytest -q -m slow
 
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers

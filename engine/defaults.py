@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import augsub
-from engine import checkpoint, hooks
+from engine import checkpoint
 from engine.config import Config
-from engine.config_file import to_yaml
 from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_loaders, build_source
 from engine.distributed import Process, wrap
@@ -26,11 +25,9 @@ from engine.mixing import build_mixup
 from engine.optim import build_optimizer
 from engine.precision import Precision
 from engine.run_folder import RunFolder
-from engine.schedule import build_schedule
+from engine.run_hooks import build_hooks
 from engine.seeding import seed_all
-from engine.train_loop import HookBase
 from engine.trainer import Trainer
-from engine.writers import JSONLinesWriter, LogWriter, TensorBoardWriter, Writer
 from models.build import check_image_shape, create_model, image_settings
 from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
 from models.param_groups import param_groups
@@ -46,14 +43,17 @@ def train(config: Config, process: Process, resume: bool) -> None:
     if process.is_main and not resume:
         folder.refuse_if_taken()
     with LogFile() as log:
-        trainer = build_trainer(config, process, folder)
+        resumes = resume and folder.last.is_file()
+        trainer = build_trainer(config, process, folder, start_weights=not resumes)
         if process.is_main:
             folder.open(config)
             log.open(folder.log)
         process.barrier()
         _log_plan(config, trainer)
-        if resume:
+        if resumes:
             _resume(trainer, folder)
+        elif resume:
+            LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
         trainer.train()
 
 
@@ -62,28 +62,32 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     import_plugins(config.plugins)
     fill_in_from_model(config)
     source = build_source(config)
-    model = augsub.patch(create_configured_model(config, source.num_classes, source.in_chans))
     last = RunFolder(config.output_dir).last
     path = Path(config.model.checkpoint or last)
-    if config.model.checkpoint is not None or last.is_file():
-        weights = checkpoint.load(path)
-        checkpoint.load_weights(model, weights.get("model", weights), path)
-    elif not config.model.pretrained:
+    from_file = config.model.checkpoint is not None or last.is_file()
+    if not from_file and not config.model.pretrained:
         raise InputError(
             f"nothing to evaluate: {last} does not exist; set model.checkpoint, model.pretrained=true or output_dir"
         )
+    model = augsub.patch(create_configured_model(config, source, pretrained=not from_file and config.model.pretrained))
+    if from_file:
+        weights = checkpoint.load(path)
+        checkpoint.load_weights(model, weights.get("model", weights), path)
     model.to(process.device)
     return evaluate(model, build_held_out(config, source, process), build_precision(config, process), process)
 
 
-def build_trainer(config: Config, process: Process, folder: RunFolder) -> Trainer:
-    """Data, model, objective, optimiser and hooks of a run, at its first step."""
+def build_trainer(config: Config, process: Process, folder: RunFolder, start_weights: bool = True) -> Trainer:
+    """Data, model, objective, optimiser and hooks of a run, at its first step.
+
+    Without `start_weights` the model stays random: a resumed run needs neither a hub nor the file it started from.
+    """
     import_plugins(config.plugins)
     fill_in_from_model(config)
     seed_all(config.seed)  # the initial weights are the same in all processes
     source = build_source(config)
     data = build_loaders(config, source, process)
-    bare_model = build_run_model(config, source)
+    bare_model = build_run_model(config, source, start_weights)
     mixup = build_mixup(config, source.num_classes, data.micro_batch)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
@@ -116,44 +120,6 @@ def build_trainer(config: Config, process: Process, folder: RunFolder) -> Traine
     return trainer
 
 
-def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelEmaV3 | None) -> list[HookBase]:
-    """Hooks in the order in which they run."""
-    process, data, stop_mixing = trainer.process, trainer.data, config.mixup.off_epoch
-    schedule = build_schedule(
-        config.schedule, config.optimizer, config.train.epochs, data.iterations_per_epoch, config.train.global_batch
-    )
-    run_evaluation = partial(_evaluate, trainer)
-    evaluations = {"": partial(run_evaluation, trainer.bare_model)}
-    if ema is not None and config.ema.evaluate:
-        evaluations["ema_"] = partial(run_evaluation, ema.module)
-    guard = hooks.NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
-    evaluation = hooks.Evaluation(
-        evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric
-    )
-    saving = hooks.Checkpoint(
-        folder,
-        evaluation,
-        guard,
-        facts={"config": to_yaml(config), "model_name": config.model.name},
-        period=config.checkpoint.period or data.iterations_per_epoch,
-        every_minutes=config.checkpoint.every_minutes,
-        keep=config.checkpoint.keep,
-    )
-    writing = hooks.WriteRecords(partial(_open_writers, folder, process), config.log.period, config.train.global_batch)
-    everywhere = [
-        hooks.LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
-        *([hooks.StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
-        *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
-        guard,  # before anything looks at weights that may be ruined
-        evaluation,
-        writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
-        saving,
-    ]
-    title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
-    only_main = [hooks.ProgressBar(), hooks.Report(folder, evaluation, title, _report_facts(config))]
-    return everywhere + (only_main if process.is_main else [])
-
-
 def fill_in_from_model(config: Config) -> None:
     """What the configuration leaves to the model: image size, normalisation, evaluation crop."""
     if None not in (config.data.image_size, *vars(config.transform).values()):
@@ -166,12 +132,13 @@ def fill_in_from_model(config: Config) -> None:
             setattr(config.transform, key, value)
 
 
-def build_run_model(config: Config, source: DataSource) -> nn.Module:
+def build_run_model(config: Config, source: DataSource, start_weights: bool = True) -> nn.Module:
     """The model of the configuration, patched, with the weights it starts from."""
     settings = config.model
-    model = augsub.patch(create_configured_model(config, source.num_classes, source.in_chans))
+    pretrained = settings.pretrained if start_weights and settings.checkpoint is None else False
+    model = augsub.patch(create_configured_model(config, source, pretrained))
     with input_errors("model"):
-        if settings.checkpoint is not None:
+        if start_weights and settings.checkpoint is not None:
             content = checkpoint.load(Path(settings.checkpoint))
             load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
         restart(model, settings.restart)
@@ -183,25 +150,24 @@ def build_run_model(config: Config, source: DataSource) -> nn.Module:
     return model
 
 
-def create_configured_model(config: Config, num_classes: int, in_chans: int) -> nn.Module:
-    """The timm model of the configuration, before `model.checkpoint` is loaded."""
+def create_configured_model(config: Config, source: DataSource, pretrained: bool | str = False) -> nn.Module:
+    """The timm model of the configuration for this data; `pretrained` as `model.pretrained`."""
     settings = config.model
     optional = {"drop_path_rate": settings.drop_path_rate, "drop_rate": settings.drop_rate}
     create = partial(
         create_model,
         settings.name,
-        num_classes=num_classes,
-        in_chans=in_chans,
+        num_classes=source.num_classes,
+        in_chans=source.in_chans,
         image_size=config.data.image_size,
         **{name: rate for name, rate in optional.items() if rate is not None},
         **settings.kwargs,
     )
-    wants_pretrained = bool(settings.pretrained) and settings.checkpoint is None
     with input_errors("model"):
         try:
-            model = create(pretrained=wants_pretrained)
+            model = create(pretrained=bool(pretrained))
         except ValueError as error:
-            if not wants_pretrained or settings.pretrained is True:
+            if pretrained != IF_AVAILABLE:
                 raise
             settings.pretrained = False
             model = create(pretrained=False)  # is refused too if the weights were not the reason
@@ -246,27 +212,6 @@ def import_plugins(modules: Sequence[str]) -> None:
         sys.path.remove("")
 
 
-def _evaluate(trainer: Trainer, model: nn.Module) -> dict[str, float]:
-    if trainer.process.world_size > 1:
-        distribute_bn(model, trainer.process.world_size, reduce=True)  # each process has seen other images
-    return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process)
-
-
-def _open_writers(folder: RunFolder, process: Process, iteration: int) -> list[Writer]:
-    if not process.is_main:
-        return []
-    return [LogWriter(), JSONLinesWriter(folder.metrics, iteration), TensorBoardWriter(folder.path, iteration)]
-
-
-def _report_facts(config: Config) -> list[tuple[str, str]]:
-    """What belongs beside the results: where the weights came from, and what the paper reports."""
-    model, paper = config.model, config.published
-    start = model.checkpoint or ("timm's pretrained weights" if model.pretrained else "random weights")
-    reported = {"MaskSub": paper.masksub, "baseline": paper.baseline}
-    numbers = ", ".join(f"{way} {top1} %" for way, top1 in reported.items() if top1 is not None)
-    return [("started from", start), *([("paper, top-1", numbers)] if numbers else [])]
-
-
 def _log_plan(config: Config, trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
     processes, device = trainer.process.world_size, trainer.process.device.type
@@ -282,9 +227,6 @@ def _log_plan(config: Config, trainer: Trainer) -> None:
 
 
 def _resume(trainer: Trainer, folder: RunFolder) -> None:
-    if not folder.last.is_file():
-        LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
-        return
     state = checkpoint.load(folder.last)
     checkpoint.load_weights(trainer.bare_model, state["model"], folder.last)
     trainer.load_state_dict(state)

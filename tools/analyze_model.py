@@ -23,7 +23,7 @@ from tqdm import tqdm
 import augsub
 from engine.config import Config
 from engine.config_file import load_config
-from engine.data import build_source
+from engine.data import DataSource, build_source
 from engine.defaults import build_sub_models, create_configured_model, fill_in_from_model, import_plugins
 from engine.errors import InputError, RunError, input_errors
 from engine.table import text_table
@@ -33,7 +33,7 @@ from models.complexity_tables import comparison_table, literature_table, module_
 from models.support import support_of, support_table
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-IMAGENET = (1000, 3)  # classes and channels, where the data is not there to tell
+IMAGENET = DataSource(train=None, held_out=None, num_classes=1000, in_chans=3)
 Analysis = tuple[Complexity, list[augsub.SubModelAugmentation]]
 
 
@@ -69,23 +69,21 @@ def analyze_configured(path: str | Path, overrides: Sequence[str] = ()) -> Analy
     config = load_config(path, overrides)
     import_plugins(config.plugins)
     fill_in_from_model(config)
-    config.model.pretrained = False
-    num_classes, in_chans = classes_and_channels(config)
-    model = create_configured_model(config, num_classes, in_chans)
+    source = data_source(config)
+    model = create_configured_model(config, source)
     augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
     side = config.data.image_size
     with input_errors(f"augsub.sub_models with model.name = {config.model.name}"):
-        return analyze(model, (in_chans, side, side), augmentations), augmentations
+        return analyze(model, (source.in_chans, side, side), augmentations), augmentations
 
 
-def classes_and_channels(config: Config) -> tuple[int, int]:
-    """Those of the data, or ImageNet's if the data is not there."""
+def data_source(config: Config) -> DataSource:
+    """The configuration's data, or images like ImageNet's where it is not there."""
     try:
-        source = build_source(config)
+        return build_source(config)
     except InputError as error:
-        note(f"{error}; counted with {IMAGENET[0]} classes")
+        note(f"{error}; counted with {IMAGENET.num_classes} classes")
         return IMAGENET
-    return source.num_classes, source.in_chans
 
 
 @functools.cache

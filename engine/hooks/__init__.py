@@ -1,4 +1,4 @@
-"""What happens around training steps. The order in which they run stands in `engine/defaults.py`."""
+"""What happens around training steps. The order in which they run stands in `engine/run_hooks.py`."""
 
 from engine.hooks.checkpoint import Checkpoint
 from engine.hooks.ema import ExponentialMovingAverage

@@ -22,7 +22,7 @@ class Report(HookBase):
     """Writes summary.json and curves.png and prints the table, after the last step.
 
     Args:
-        facts: more rows of the table, name and value.
+        facts: more rows of the table, name and value; a resumed run keeps those of its start.
     """
 
     state_name = "report"
@@ -47,10 +47,11 @@ class Report(HookBase):
         LOGGER.info("\n%s\n%s", self._title, text_table(self._rows(summary)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds()}
+        return {"seconds": self._seconds(), "facts": [list(fact) for fact in self._facts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seconds_before = state["seconds"]
+        self._facts = [tuple(fact) for fact in state["facts"]]
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started

@@ -16,6 +16,7 @@ from torch import nn
 import augsub
 from engine.config import Config
 from engine.config_file import load_config
+from engine.data import DataSource
 from engine.defaults import create_configured_model
 from engine.schedule import WarmupCosine, build_schedule
 from models.initialise import freeze
@@ -23,6 +24,7 @@ from models.initialise import freeze
 FACTS = Path(__file__).with_name("recipes.yaml")
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINING_IMAGES = 1_281_167
+IMAGENET = DataSource(train=None, held_out=None, num_classes=1000, in_chans=3)
 CONFIG_OF = {
     **{f"deit3_{size}_{epochs}": f"deit3_{size}_{epochs}e" for size in "sblh" for epochs in (400, 800)},
     **{f"deit3_{size}_finetune": f"deit3_{size}_finetune" for size in "blh"},
@@ -47,9 +49,9 @@ def published() -> dict[str, dict[str, Any]]:
 @functools.cache
 def meta_model(config_name: str) -> nn.Module:
     """The configuration's full-size model, patched, with frozen parts, without memory for weights."""
-    config = load_config(CONFIGS / f"{config_name}.yaml", ["model.pretrained=false"])
+    config = load_config(CONFIGS / f"{config_name}.yaml")
     with torch.device("meta"):
-        model = augsub.patch(create_configured_model(config, num_classes=1000, in_chans=3))
+        model = augsub.patch(create_configured_model(config, IMAGENET))
     freeze(model, config.model.frozen)
     return model
 

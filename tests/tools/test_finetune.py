@@ -61,6 +61,20 @@ def test_a_checkpoint_for_other_classes_gets_a_new_head(train_net, image_folder,
     torch.testing.assert_close(trained["blocks.0.attn.qkv.weight"], source.state_dict()["blocks.0.attn.qkv.weight"])
 
 
+def test_a_resumed_run_does_not_need_the_file_it_started_from(train_net, image_folder, tmp_path):
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "start.pt")
+    run = [
+        "--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run", "model.name=test_vit",
+        f"model.checkpoint={tmp_path}/start.pt", *SHORT,
+    ]  # fmt: skip
+    assert train_net(*run, "train.max_iters=3")[0] == 0
+    (tmp_path / "start.pt").unlink()
+    code, _, error = train_net(*run, "train.max_iters=6", "--resume")
+    assert code == 0, error
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "resumed" in log and log.count(f"started from     {tmp_path}/start.pt") == 2
+
+
 def test_a_local_folder_in_the_hubs_layout(train_net, image_folder, tmp_path):
     source = timm.create_model("test_resnet", num_classes=3)
     folder = tmp_path / "hub"

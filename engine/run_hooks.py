@@ -1,0 +1,79 @@
+"""What happens around the steps of a run: its hooks, in their order, from a configuration."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+
+from engine import hooks
+from engine.config import Config
+from engine.config_file import to_yaml
+from engine.distributed import Process
+from engine.evaluation import evaluate
+from engine.run_folder import RunFolder
+from engine.schedule import build_schedule
+from engine.train_loop import HookBase
+from engine.trainer import Trainer
+from engine.writers import JSONLinesWriter, LogWriter, TensorBoardWriter, Writer
+
+
+def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelEmaV3 | None) -> list[HookBase]:
+    """Hooks in the order in which they run."""
+    process, data, stop_mixing = trainer.process, trainer.data, config.mixup.off_epoch
+    schedule = build_schedule(
+        config.schedule, config.optimizer, config.train.epochs, data.iterations_per_epoch, config.train.global_batch
+    )
+    run_evaluation = partial(_evaluate, trainer)
+    evaluations = {"": partial(run_evaluation, trainer.bare_model)}
+    if ema is not None and config.ema.evaluate:
+        evaluations["ema_"] = partial(run_evaluation, ema.module)
+    guard = hooks.NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
+    evaluation = hooks.Evaluation(
+        evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric
+    )
+    saving = hooks.Checkpoint(
+        folder,
+        evaluation,
+        guard,
+        facts={"config": to_yaml(config), "model_name": config.model.name},
+        period=config.checkpoint.period or data.iterations_per_epoch,
+        every_minutes=config.checkpoint.every_minutes,
+        keep=config.checkpoint.keep,
+    )
+    writing = hooks.WriteRecords(partial(_open_writers, folder, process), config.log.period, config.train.global_batch)
+    everywhere = [
+        hooks.LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
+        *([hooks.StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
+        *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
+        guard,  # before anything looks at weights that may be ruined
+        evaluation,
+        writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
+        saving,
+    ]
+    title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
+    only_main = [hooks.ProgressBar(), hooks.Report(folder, evaluation, title, _report_facts(config))]
+    return everywhere + (only_main if process.is_main else [])
+
+
+def _evaluate(trainer: Trainer, model: nn.Module) -> dict[str, float]:
+    if trainer.process.world_size > 1:
+        distribute_bn(model, trainer.process.world_size, reduce=True)  # each process has seen other images
+    return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process)
+
+
+def _open_writers(folder: RunFolder, process: Process, iteration: int) -> list[Writer]:
+    if not process.is_main:
+        return []
+    return [LogWriter(), JSONLinesWriter(folder.metrics, iteration), TensorBoardWriter(folder.path, iteration)]
+
+
+def _report_facts(config: Config) -> list[tuple[str, str]]:
+    """What belongs beside the results: where the weights came from, and what the paper reports."""
+    model, paper = config.model, config.published
+    start = model.checkpoint or ("timm's pretrained weights" if model.pretrained else "random weights")
+    reported = {"MaskSub": paper.masksub, "baseline": paper.baseline}
+    numbers = ", ".join(f"{way} {top1} %" for way, top1 in reported.items() if top1 is not None)
+    return [("started from", start), *([("paper, top-1", numbers)] if numbers else [])]
