@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import augsub
 from models.build import create_model
 from models.weights import load_weights
+from models.zoo import load_rows
 
 WIDTH, HEADS, DEPTH, PATCH, CLASSES = 48, 3, 2, 8, 10
 
@@ -283,3 +284,14 @@ def test_what_is_no_checkpoint_of_this_model(content, message):
     with pytest.raises(ValueError, match=message):
         load_weights(model, weights, "weights.pth")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in load_rows() if row.params < 120e6], ids=lambda row: row.smallest)
+def test_every_class_of_timm_takes_its_own_weights_back(row):
+    """timm's conversions of other layouts must leave checkpoints of ours as they are."""
+    source, model = (augsub.patch(timm.create_model(row.smallest)) for _ in range(2))
+    report = load_weights(model, {"model": source.state_dict()}, "last.pt")
+    assert report.initial == report.unexpected == () and not report.resized
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in source.state_dict().items())
