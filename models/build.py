@@ -84,11 +84,11 @@ def image_settings(name: str) -> ImageSettings:
     """What timm lists for a model; nothing of its weights is read.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or one of a hub that cannot be reached.
     """
     check_name(name)
     with torch.device("meta"):
-        own = timm.create_model(name).pretrained_cfg
+        own = _create(name, False, {}).pretrained_cfg
     return ImageSettings(
         image_size=own["input_size"][-1],
         transform={
@@ -103,6 +103,8 @@ def image_settings(name: str) -> ImageSettings:
 def check_name(name: str) -> None:
     """Raise ValueError if timm cannot know the model; the nearest name is said."""
     source, _ = parse_model_name(name)
+    if source == "hf-hub":
+        _look_in_the_cache_if_offline()
     if source is None and not timm.is_model(name):
         match = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ValueError(f"timm has no model {name!r}{f', did you mean {match[0]!r}?' if match else ''}")

@@ -34,6 +34,15 @@ def test_one_command_ends_with_a_table(command, image_folder, tmp_path):
     assert "image_size: 160" in saved and "pretrained: false" in saved  # the model's own size, and what came of it
 
 
+def test_a_model_of_a_hub_that_cannot_be_reached_is_refused(train_net, image_folder, tmp_path):
+    run = ["--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run"]
+    code, _, error = train_net(*run, "model.name=hf-hub:nobody/nothing")
+    assert code == 2 and error.startswith("error: model.name: timm cannot build hf-hub:nobody/nothing")
+    assert error.count("\n") == 1
+    code, _, error = train_net(*run, "model.name=nobody/nothing")
+    assert code == 2 and "Use 'hf-hub:nobody/nothing'" in error
+
+
 def test_weights_that_must_be_there_stop_the_run(command, image_folder, tmp_path):
     finished = command(
         sys.executable, TRAIN_NET, "--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run",
