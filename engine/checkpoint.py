@@ -60,9 +60,12 @@ def load(path: Path) -> dict[str, Any]:
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a TorchScript archive, which is refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(f"checkpoint {path} {_refusal(path, error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path} holds a {type(content).__name__}, no tensors by name")
+    return content
 
 
 def _refusal(path: Path, error: Exception) -> str:

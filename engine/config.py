@@ -18,9 +18,9 @@ class ModelConfig:
     name: str = "vit_base_patch16_224"  # any timm model, hf-hub:USER/MODEL or local-dir:FOLDER
     pretrained: Union[bool, str] = False  # timm's weights for that name; if_available: random ones where it is offline
     checkpoint: Optional[str] = None  # file to start from instead: ours, timm's, MAE's, CLIP's, DeiT's or Swin's
-    pos_embed_antialias: bool = True  # when a position table is resized to another image size
+    pos_embed_antialias: bool = True  # when a position table of model.checkpoint is resized to another image size
     restart: List[str] = field(default_factory=list)  # modules that start anew although weights were loaded
-    frozen: List[str] = field(default_factory=list)  # modules or parameters that do not learn
+    frozen: List[str] = field(default_factory=list)  # parameters, or modules whose parameters, do not learn
     drop_path_rate: Optional[float] = None  # stochastic depth of the main model; null: timm's default
     drop_path_shape: str = "linear"  # linear: from 0 in the first block to the rate in the last | uniform
     drop_rate: Optional[float] = None  # dropout before the head; null: timm's default
@@ -61,6 +61,7 @@ class TransformConfig:
     erase_area: List[float] = field(default_factory=lambda: [0.02, 1 / 3])  # of the image, all rectangles together
     erase_aspect: List[float] = field(default_factory=lambda: [0.3, 10 / 3])  # of a rectangle
     eval_crop: Optional[float] = 0.875  # share of the resized image's side that the centre crop keeps; null: model's
+    eval_crop_mode: Optional[str] = "center"  # center | squash (both sides alike) | border (pad); null: the model's
     eval_interpolation: Optional[str] = "bicubic"  # bicubic | bilinear; null: the model's
     mean: Optional[List[float]] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's; null: the model's
     std: Optional[List[float]] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # ImageNet's; null: the model's
@@ -168,6 +169,7 @@ class EvaluationConfig:
 
     period: int = 1  # epochs between evaluations; the last epoch is always evaluated
     batch: int = 256  # images at once per process
+    checkpoint: Optional[str] = None  # what --eval-only evaluates; null: the run's last one, else where it starts
     metric: str = "top1"  # what makes a checkpoint the best one: top1 | ema_top1
 
 

@@ -49,7 +49,14 @@ def interval(low_bound: float) -> Rule:
 SHARE: Rule = (share, "in [0, 1)")
 PROBABILITY: Rule = (probability, "in [0, 1]")
 
+
+def three(low: float, meaning: str) -> Rule:
+    """One number for each of three channels, all above `low`."""
+    return lambda value: len(value) == 3 and all(low < number < math.inf for number in value), f"three {meaning}"
+
+
 RULES: dict[str, Rule] = {
+    "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
     "model.pretrained": one_of(True, False, "if_available"),
     "model.drop_path_rate": SHARE,
     "model.drop_path_shape": one_of("linear", "uniform"),
@@ -70,7 +77,13 @@ RULES: dict[str, Rule] = {
     "transform.random_erase": PROBABILITY,
     "transform.erase_mode": one_of("pixel", "rand", "const"),
     "transform.erase_count": at_least(1),
-    "transform.erase_area": interval(0),
+    "transform.erase_area": (
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+        "two increasing numbers in (0, 1]",
+    ),
+    "transform.mean": three(-math.inf, "numbers"),
+    "transform.std": three(0, "numbers above 0"),
+    "transform.eval_crop_mode": one_of("center", "squash", "border"),
     "transform.erase_aspect": interval(0),
     "transform.eval_interpolation": one_of("bicubic", "bilinear"),
     "transform.eval_crop": (lambda value: 0 < value <= 1, "in (0, 1]"),
@@ -80,7 +93,7 @@ RULES: dict[str, Rule] = {
     "train.global_batch": at_least(1),
     "train.micro_batch": at_least(1),
     "train.accumulation": at_least(1),
-    "train.loss_scale": above(0),
+    "train.loss_scale": at_least(1),
     "train.loss_scale_window": at_least(1),
     "train.amp": one_of("off", "bf16", "fp16"),
     "train.clip_norm": above(0),
@@ -134,6 +147,12 @@ def _contradictions(config: Config) -> Iterator[str]:
     schedule, optimizer, epochs = config.schedule, config.optimizer, config.train.epochs
     if config.loss.target_threshold is not None and config.loss.name != "bce":
         yield "loss.target_threshold: only loss.name = bce has a threshold"
+    if config.loss.target_threshold is not None and config.loss.smoothing:
+        yield "loss.target_threshold: goes with loss.smoothing = 0 only; smoothed targets of all classes pass it"
+    if config.model.drop_path_shape == "uniform" and config.model.drop_path_rate is None:
+        yield "model.drop_path_shape = uniform: needs model.drop_path_rate"
+    if config.mixup.integer_pixels and config.data.dataset in ("digits", "synthetic"):
+        yield f"mixup.integer_pixels: data.dataset = {config.data.dataset} has no pixels of 0 to 255"
     if config.evaluation.metric == "ema_top1" and not (config.ema.enabled and config.ema.evaluate):
         yield "evaluation.metric = ema_top1: needs ema.enabled = true and ema.evaluate = true"
     if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -35,6 +36,7 @@ from models.weights import load_weights
 
 LOGGER = logging.getLogger("engine")
 IF_AVAILABLE = "if_available"  # value of model.pretrained
+MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")  # null: the model's own
 
 
 def train(config: Config, process: Process, resume: bool) -> None:
@@ -43,51 +45,80 @@ def train(config: Config, process: Process, resume: bool) -> None:
     if process.is_main and not resume:
         folder.refuse_if_taken()
     with LogFile() as log:
-        resumes = resume and folder.last.is_file()
-        trainer = build_trainer(config, process, folder, start_weights=not resumes)
+        resumes = resume and process.agree(folder.last.is_file(), f"--resume: {folder.last} exists")
+        state = checkpoint.load(folder.last) if resumes else None
+        trainer = build_trainer(config, process, folder, state)
         if process.is_main:
             folder.open(config)
             log.open(folder.log)
         process.barrier()
         _log_plan(config, trainer)
-        if resumes:
-            _resume(trainer, folder)
+        if state is not None:
+            trainer.load_state_dict(state)
+            LOGGER.info("resumed %s after %d of %d iterations", folder.last, trainer.iteration, trainer.max_iterations)
         elif resume:
             LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
         trainer.train()
 
 
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
-    """Evaluate `model.checkpoint`, else the run's last checkpoint, else timm's pretrained weights."""
+    """Evaluate `evaluation.checkpoint`, else the run's last checkpoint, else what the run would start from.
+
+    Weights of a file must be complete. An average of the weights in the file is evaluated too.
+    """
     import_plugins(config.plugins)
     fill_in_from_model(config)
     source = build_source(config)
     last = RunFolder(config.output_dir).last
-    path = Path(config.model.checkpoint or last)
-    from_file = config.model.checkpoint is not None or last.is_file()
-    if not from_file and not config.model.pretrained:
+    file = config.evaluation.checkpoint or (last if last.is_file() else config.model.checkpoint)
+    if file is None and not config.model.pretrained:
         raise InputError(
-            f"nothing to evaluate: {last} does not exist; set model.checkpoint, model.pretrained=true or output_dir"
+            f"nothing to evaluate: {last} does not exist; set evaluation.checkpoint, model.pretrained=true "
+            "or output_dir"
         )
-    model = augsub.patch(create_configured_model(config, source, pretrained=not from_file and config.model.pretrained))
-    if from_file:
-        weights = checkpoint.load(path)
-        checkpoint.load_weights(model, weights.get("model", weights), path)
+    model = augsub.patch(create_configured_model(config, source, pretrained=file is None and config.model.pretrained))
     model.to(process.device)
-    return evaluate(model, build_held_out(config, source, process), build_precision(config, process), process)
+    held_out, precision = build_held_out(config, source, process), build_precision(config, process)
+    if file is None:
+        return evaluate(model, held_out, precision, process)
+    LOGGER.info("evaluating %s", file)
+    content, results = checkpoint.load(Path(file)), {}
+    averaged = content.get("hooks", {}).get("ema")
+    for prefix, weights in (("", content), ("ema_", averaged)):
+        if weights is not None:
+            load_all_weights(model, weights, file)
+            found = evaluate(model, held_out, precision, process)
+            results |= {prefix + name: value for name, value in found.items()}
+    return results
 
 
-def build_trainer(config: Config, process: Process, folder: RunFolder, start_weights: bool = True) -> Trainer:
+def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | Path) -> None:
+    """Load a checkpoint that must leave nothing of the model at its initial value."""
+    with input_errors("evaluation"):
+        report = load_weights(model, content, file)
+    if report.initial:
+        raise InputError(
+            f"evaluation: checkpoint {file} leaves {len(report.initial)} tensors of the model as they are initialised, "
+            f"{report.initial[0]} among them"
+        )
+
+
+def build_trainer(
+    config: Config, process: Process, folder: RunFolder, resumed: Mapping[str, Any] | None = None
+) -> Trainer:
     """Data, model, objective, optimiser and hooks of a run, at its first step.
 
-    Without `start_weights` the model stays random: a resumed run needs neither a hub nor the file it started from.
+    With the weights of `resumed`, a checkpoint of the run: neither a hub nor the file it started from is needed.
     """
     import_plugins(config.plugins)
     fill_in_from_model(config)
     seed_all(config.seed)  # the initial weights are the same in all processes
     source = build_source(config)
     data = build_loaders(config, source, process)
-    bare_model = build_run_model(config, source, start_weights)
+    if resumed is None:
+        bare_model = build_run_model(config, source)
+    else:
+        bare_model = build_resumed_model(config, source, resumed, folder)
     mixup = build_mixup(config, source.num_classes, data.micro_batch)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
@@ -122,23 +153,24 @@ def build_trainer(config: Config, process: Process, folder: RunFolder, start_wei
 
 def fill_in_from_model(config: Config) -> None:
     """What the configuration leaves to the model: image size, normalisation, evaluation crop."""
-    if None not in (config.data.image_size, *vars(config.transform).values()):
+    transform = config.transform
+    left_open = [key for key in MODELS_TRANSFORM if getattr(transform, key) is None]
+    if config.data.image_size is not None and not left_open:
         return
     with input_errors("model.name"):
         own = image_settings(config.model.name)
     config.data.image_size = config.data.image_size or own.image_size
-    for key, value in own.transform.items():
-        if getattr(config.transform, key) is None:
-            setattr(config.transform, key, value)
+    for key in left_open:
+        setattr(transform, key, own.transform[key])
 
 
-def build_run_model(config: Config, source: DataSource, start_weights: bool = True) -> nn.Module:
+def build_run_model(config: Config, source: DataSource) -> nn.Module:
     """The model of the configuration, patched, with the weights it starts from."""
     settings = config.model
-    pretrained = settings.pretrained if start_weights and settings.checkpoint is None else False
+    pretrained = settings.pretrained if settings.checkpoint is None else False
     model = augsub.patch(create_configured_model(config, source, pretrained))
     with input_errors("model"):
-        if start_weights and settings.checkpoint is not None:
+        if settings.checkpoint is not None:
             content = checkpoint.load(Path(settings.checkpoint))
             load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
         restart(model, settings.restart)
@@ -150,19 +182,29 @@ def build_run_model(config: Config, source: DataSource, start_weights: bool = Tr
     return model
 
 
+def build_resumed_model(config: Config, source: DataSource, state: Mapping[str, Any], folder: RunFolder) -> nn.Module:
+    """The model of the configuration, patched, with the weights of a checkpoint of this run."""
+    model = augsub.patch(create_configured_model(config, source))
+    checkpoint.load_weights(model, state["model"], folder.last)
+    with input_errors("model"):
+        freeze(model, config.model.frozen)
+    return model
+
+
 def create_configured_model(config: Config, source: DataSource, pretrained: bool | str = False) -> nn.Module:
     """The timm model of the configuration for this data; `pretrained` as `model.pretrained`."""
     settings = config.model
     optional = {"drop_path_rate": settings.drop_path_rate, "drop_rate": settings.drop_rate}
-    create = partial(
-        create_model,
-        settings.name,
-        num_classes=source.num_classes,
-        in_chans=source.in_chans,
-        image_size=config.data.image_size,
+    arguments = {
+        "num_classes": source.num_classes,
+        "in_chans": source.in_chans,
+        "image_size": config.data.image_size,
         **{name: rate for name, rate in optional.items() if rate is not None},
-        **settings.kwargs,
-    )
+    }
+    for name in ("pretrained", "img_size", *arguments):
+        if name in settings.kwargs:
+            raise InputError(f"model.kwargs.{name}: comes from other keys of the configuration or from the data")
+    create = partial(create_model, settings.name, **arguments, **settings.kwargs)
     with input_errors("model"):
         try:
             model = create(pretrained=bool(pretrained))
@@ -224,10 +266,9 @@ def _log_plan(config: Config, trainer: Trainer) -> None:
         config.train.global_batch,
         trainer.data.iterations_per_epoch,
     )
-
-
-def _resume(trainer: Trainer, folder: RunFolder) -> None:
-    state = checkpoint.load(folder.last)
-    checkpoint.load_weights(trainer.bare_model, state["model"], folder.last)
-    trainer.load_state_dict(state)
-    LOGGER.info("resumed %s after %d of %d iterations", folder.last, trainer.iteration, trainer.max_iterations)
+    if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
+        LOGGER.warning(
+            "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",
+            trainer.data.micro_batch,
+            config.train.micro_batch,
+        )

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.errors import InputError
+
 
 @dataclass(frozen=True)
 class Process:
@@ -32,6 +34,13 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def agree(self, answer: bool, question: str) -> bool:
+        """The answer that all processes give; InputError if they differ."""
+        yes = int(self.sum(torch.tensor(int(answer), device=self.device)))
+        if 0 < yes < self.world_size:
+            raise InputError(f"{question} for {yes} of {self.world_size} processes only: all must share output_dir")
+        return yes > 0
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -20,8 +20,8 @@ class NonFiniteLossError(RunError):
 
 @contextmanager
 def input_errors(place: str) -> Iterator[None]:
-    """Report a refusal of other code (ValueError, TypeError) as an InputError at `place`."""
+    """Report a refusal of other code as an InputError at `place`."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{place}: {error}") from error
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"{place}: {error or type(error).__name__}") from error

@@ -76,4 +76,4 @@ def _report_facts(config: Config) -> list[tuple[str, str]]:
     start = model.checkpoint or ("timm's pretrained weights" if model.pretrained else "random weights")
     reported = {"MaskSub": paper.masksub, "baseline": paper.baseline}
     numbers = ", ".join(f"{way} {top1} %" for way, top1 in reported.items() if top1 is not None)
-    return [("started from", start), *([("paper, top-1", numbers)] if numbers else [])]
+    return [("started from", start), *([("published, top-1", numbers)] if numbers else [])]

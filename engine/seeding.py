@@ -11,7 +11,7 @@ import torch
 
 
 def derive_seed(*key: int) -> int:
-    """A 32-bit seed from non-negative integers; different keys give unrelated seeds."""
+    """A 32-bit seed from non-negative integers; different keys of one length give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 import huggingface_hub.constants
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import parse_model_name
 from torch import nn
 from torch.func import functional_call
@@ -95,6 +96,7 @@ def image_settings(name: str) -> ImageSettings:
             "mean": list(own["mean"]),
             "std": list(own["std"]),
             "eval_crop": own["crop_pct"],
+            "eval_crop_mode": own["crop_mode"],
             "eval_interpolation": own["interpolation"],
         },
     )
@@ -113,7 +115,7 @@ def check_name(name: str) -> None:
 def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
-    except (AssertionError, RuntimeError, OSError) as error:
+    except (AssertionError, RuntimeError, OSError, SafetensorError) as error:
         what = f"timm cannot build {name} with {arguments}{' and its pretrained weights' if pretrained else ''}"
         raise ValueError(f"{what}: {_first_line(error)}") from error
 

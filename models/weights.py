@@ -17,7 +17,7 @@ from torch import Tensor, nn
 LOGGER = logging.getLogger("models")
 Weights = dict[str, Tensor]
 
-LEAST_SHARE = 0.5  # of a model's tensors that a checkpoint must fill to count as one of this architecture
+MOST_MISSING = 0.1  # share of a model's tensors beside its head that a checkpoint of its architecture may lack
 LISTED = 4  # names in a line
 MAE_DECODER = re.compile(r"decoder_.+|mask_token")  # beside the encoder in checkpoints of MAE's pretraining
 CLIP_TOWER = "visual."  # OpenAI's and open_clip's image tower; everything else belongs to the texts
@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
         antialias: of the resizing of position tables.
 
     Raises:
-        ValueError: no state dict, or one that fits hardly anything of the model.
+        ValueError: no state dict, or one of another architecture.
     """
     original = _unwrapped(content, source)
     pretraining = _names_of_pretraining(original, model)
@@ -85,23 +85,25 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
     convert = _timm_filter(model, antialias)
     weights = convert(dict(needed)) if convert else needed
 
-    own = model.state_dict()
+    own, head = model.state_dict(), _head_tensors(model)
     misfits = {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
     fitting = {name: weight for name, weight in weights.items() if name in own and name not in misfits}
     report = LoadReport(
         loaded=tuple(fitting),
         resized=_resized(needed, fitting),
         initial=tuple(name for name in own if name not in fitting and name != "mask_token"),
-        other_classes=tuple(sorted(misfits & _head_tensors(model))),
+        other_classes=tuple(sorted(misfits & head)),
         pretraining=tuple(sorted(pretraining)),
         unexpected=tuple(sorted(weights.keys() - own.keys())),
     )
-    if len(fitting) < LEAST_SHARE * len(own):
-        shapes = [f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in misfits]
-        unknown = f"unknown to it: {_some(report.unexpected)}" if report.unexpected else "it is nearly empty"
+    missing = [name for name in report.initial if name not in head and not name.endswith("num_batches_tracked")]
+    if max(len(missing) / len(own), len(report.unexpected) / len(weights)) > MOST_MISSING:
+        shapes = sorted(
+            f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in misfits
+        )
         raise ValueError(
-            f"checkpoint {source} fits hardly anything of the model, {len(fitting)} of {len(own)} tensors: "
-            f"{_some(sorted(shapes)) or unknown}"
+            f"checkpoint {source} is of another model: it fills {len(fitting)} of {len(own)} tensors and has "
+            f"{len(report.unexpected)} unknown ones ({_some(shapes or report.unexpected or missing)})"
         )
     model.load_state_dict(fitting, strict=False)
     return report

@@ -112,7 +112,7 @@ CONFIG_KEYS = {
     "class_token_std head_std head_bias_bound kwargs",
     "data": "dataset root train_split eval_split image_size repeats workers synthetic_samples",
     "transform": "scale ratio interpolation hflip vflip color_jitter auto_augment random_erase erase_mode erase_count "
-    "erase_area erase_aspect eval_crop eval_interpolation mean std",
+    "erase_area erase_aspect eval_crop eval_crop_mode eval_interpolation mean std",
     "augsub": "main_weight sub_models",
     "train": "epochs max_iters global_batch micro_batch accumulation amp loss_scale loss_scale_window clip_norm "
     "compile",
@@ -122,7 +122,7 @@ CONFIG_KEYS = {
     "loss": "name smoothing target_threshold",
     "mixup": "mixup_alpha cutmix_alpha prob switch_prob mode cutmix_minmax correct_lam integer_pixels off_epoch",
     "ema": "enabled decay warmup evaluate",
-    "evaluation": "period batch metric",
+    "evaluation": "period batch checkpoint metric",
     "checkpoint": "period every_minutes keep",
     "distributed": "strategy timeout_minutes",
     "log": "period",

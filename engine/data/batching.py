@@ -6,13 +6,14 @@ from engine.config import TrainConfig
 from engine.errors import InputError
 
 STEPS_PER_EPOCH = 16  # that small data should have at least
-SMALLEST, LARGEST = 8, 64  # BatchNorm and mixing need a few images; a first guess at what fits into memory
+SMALLEST, LARGEST = 8, 64  # images per process: enough for BatchNorm, and a first guess at what fits into memory
 
 
-def batch_for(num_samples: int) -> int:
-    """A power of two that gives small data enough steps per epoch."""
-    wanted = min(LARGEST, max(SMALLEST, num_samples // STEPS_PER_EPOCH))
-    return 1 << (min(wanted, num_samples).bit_length() - 1)
+def batch_for(num_samples: int, world_size: int) -> int:
+    """A global batch that gives small data enough steps per epoch: a power of two for each process."""
+    share = num_samples // world_size
+    wanted = min(LARGEST, max(SMALLEST, share // STEPS_PER_EPOCH))
+    return world_size << (max(1, min(wanted, share)).bit_length() - 1)
 
 
 def accumulation_for(train: TrainConfig, world_size: int) -> int:

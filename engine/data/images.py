@@ -37,6 +37,11 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
             raise InputError(f"data.root = {data.root}: classes in one split only: {', '.join(differing[:5])}")
     train = _open(name, data, data.train_split, build_train_transform(transform, data.image_size))
     held_out = _open(name, data, data.eval_split, build_eval_transform(transform, data.image_size))
+    if _class_to_idx(train) != _class_to_idx(held_out):
+        raise InputError(
+            f"data.root = {data.root}: the splits number their classes differently; images must lie directly in "
+            "the class folders, or in the same folders below them in both splits"
+        )
     return DataSource(train, held_out, num_classes=_num_classes(train, data), in_chans=3)
 
 
@@ -54,10 +59,14 @@ def _open(name: str, data: DataConfig, split: str, transform: Any) -> Dataset:
 
 
 def _num_classes(dataset: Any, data: DataConfig) -> int:
-    class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    class_to_idx = _class_to_idx(dataset)
     if not class_to_idx:
         raise InputError(f"data.dataset = {data.dataset}: does not tell its classes")
     return max(class_to_idx.values()) + 1
+
+
+def _class_to_idx(dataset: Any) -> dict[str, int] | None:
+    return getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
 
 
 def _split_folder(root: Path, split: str) -> Path:

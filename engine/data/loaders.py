@@ -60,7 +60,7 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
     """
     train, num_samples = config.train, len(source.train)
     if train.global_batch is None:
-        train.global_batch = batch_for(num_samples)
+        train.global_batch = batch_for(num_samples, process.world_size)
     if train.global_batch > num_samples:
         raise InputError(f"train.global_batch = {train.global_batch}: more than the {num_samples} training images")
     accumulation = accumulation_for(train, process.world_size)

@@ -30,9 +30,9 @@ class TrainingOrder(Sampler[list[SampleKey]]):
 
     An epoch is a permutation of all images, each one `repeats` times in a row, cut off after as many
     global batches as the images alone would fill (repeated augmentation, arXiv 1902.05509, as DeiT
-    samples). Neighbours in that sequence go to different micro-batches of their global batch, so that
-    the copies of an image meet neither in mixup nor in BatchNorm; how many of the micro-batches are
-    computed side by side and how many one after the other changes none of them.
+    samples). Neighbours in that sequence go to different micro-batches of their global batch; if there
+    are as many of those as copies, the copies of an image meet neither in mixup nor in BatchNorm. How
+    many of the micro-batches are computed side by side and how many one after the other changes none.
 
     Attributes:
         repeats: copies of an image, each with a random transform of its own.

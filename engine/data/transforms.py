@@ -46,6 +46,7 @@ def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
             mean=tuple(config.mean),
             std=tuple(config.std),
             crop_pct=config.eval_crop,
+            crop_mode=config.eval_crop_mode,
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from engine.errors import NonFiniteLossError
 from engine.train_loop import HookBase
 
-SMALLEST_SCALE = 1.0  # a loss scale starts at 65536: 17 overflows in a row bring it below
+SMALLEST_SCALE = 1.0  # each overflow halves the scale; 17 in a row bring the usual 65536 below
 NEVER = torch.iinfo(torch.int64).max
 
 

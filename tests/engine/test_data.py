@@ -159,6 +159,12 @@ def test_an_image_folder_with_faults_is_refused(image_folder, tmp_path):
     refused("fox: the class folder holds no image")
     Image.new("RGB", (8, 8)).save(image_folder / "train" / "fox" / "0.png")
     refused("classes in one split only: fox")
+    for split, folder in (("train", "cat/x3"), ("train", "dog/x2"), ("train", "fox/x1"), ("val", "fox")):
+        (image_folder / split / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(image_folder / split / folder / "0.png")
+    for stray in [*(image_folder / "train").glob("*/*.*")]:
+        stray.unlink()  # only images two levels deep are left: timm takes x1, x2, x3 for the classes
+    refused("the splits number their classes differently")
     refused("data.dataset = hfds/nothing", dataset="hfds/nothing", root=None)
 
 
@@ -214,7 +220,11 @@ def test_accumulation_follows_from_the_batch_and_the_processes(changes, world_si
 
 
 @pytest.mark.parametrize(
-    ("images", "batch"), [(1, 1), (5, 4), (9, 8), (72, 8), (300, 16), (1000, 32), (1024, 64), (10**6, 64)]
-)
-def test_a_batch_that_follows_from_the_data(images, batch):
-    assert batch_for(images) == batch
+    ("images", "processes", "batch"),
+    [
+        (1, 1, 1), (5, 1, 4), (9, 1, 8), (72, 1, 8), (300, 1, 16), (1000, 1, 32), (1024, 1, 64), (10**6, 1, 64),
+        (100, 3, 24), (100, 16, 64), (10**6, 8, 512),
+    ],
+)  # fmt: skip
+def test_a_batch_that_follows_from_the_data(images, processes, batch):
+    assert batch_for(images, processes) == batch

@@ -56,5 +56,5 @@ def test_step_at_full_size(recipe, jpeg_folder, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["iterations"] == 1 and summary["images"] == 3
     assert 0 < summary["main_loss"] < 10 and 0 < summary["sub_loss"] < 10
-    published = f"paper, top-1     MaskSub {recipe.config.published.masksub} %, baseline"
+    published = f"published, top-1   MaskSub {recipe.config.published.masksub} %, baseline"
     assert published in finished.stdout or recipe.config.published.masksub is None

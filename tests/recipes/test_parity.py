@@ -144,8 +144,10 @@ def test_samples_of_an_epoch(recipe):
     assert train.epochs == facts["epochs"]
     assert order.iterations_per_epoch * train.epochs == facts["total_updates"]
     assert len(images) == facts["sampler"]["samples_drawn_per_epoch"]
-    distinct = facts["sampler"]["distinct_images_per_epoch"] if recipe.config.data.repeats > 1 else len(images)
-    assert len(set(images)) == distinct
+    if facts["sampler"]["repeated_augmentation"]:
+        assert len(set(images)) == facts["sampler"]["distinct_images_per_epoch"]
+    else:
+        assert len(set(images)) == facts["sampler"]["samples_drawn_per_epoch"]
     assert recipe.config.data.repeats == facts["sampler"]["repeats"]
 
 

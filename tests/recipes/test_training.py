@@ -116,6 +116,11 @@ def check_three_augment(choice, jitter, facts) -> None:
     assert sorted(by_name) == ["Desaturate", "GaussianBlurRand", "Solarize"]
     assert all(len(policy) == 1 for policy in choice.policy)
     assert all(op.prob == 1 for op in by_name.values())
+    ranges: list[tuple[float, float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timm.data.auto_augment.random.uniform", lambda low, high: ranges.append((low, high)) or high)
+        by_name["GaussianBlurRand"](tv.ToPILImage()(torch.zeros(3, 8, 8)))
+    assert ranges == [tuple(facts["gaussian_blur"]["radius_uniform"])]
     expected = facts["color_jitter"]["factor_range"]
     assert [list(jitter.brightness), list(jitter.contrast), list(jitter.saturation)] == [pytest.approx(expected)] * 3
     assert jitter.hue is None

@@ -84,6 +84,8 @@ BAD_INPUT = {
         "cell = 32 px is larger than the image",
     ),
     "batch": (["train.global_batch=1001"], "more than the 1000 training images"),
+    "argument that is a key of its own": (["model.kwargs={num_classes: 3}"], "model.kwargs.num_classes: comes from"),
+    "no mapping": (["model.checkpoint=LIST"], "holds a list, no tensors by name"),
     "optimiser": (["optimizer.name=admw"], "did you mean adamw"),
     "optimiser argument": (["optimizer.kwargs={momentun: 0.9}"], "momentun"),
     "plugin": (["plugins=[no_such_module]"], "plugins: no_such_module cannot be imported"),
@@ -94,6 +96,8 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_clear_line(train_net, tmp_path, case):
     overrides, message = BAD_INPUT[case]
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    overrides = [override.replace("LIST", str(tmp_path / "list.pt")) for override in overrides]
     code, _, error = train_net("--config", DIGITS, f"output_dir={tmp_path}/run", *overrides)
     assert code == 2
     assert error.startswith("error: ") and error.count("\n") == 1, error
@@ -152,5 +156,5 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(train_net, tmp_path):
     code, _, error = train_net(
         "--config", ROOT / "configs" / "digits_resnet.yaml", f"model.checkpoint={last}", f"output_dir={tmp_path}/other"
     )
-    assert code == 2 and "fits hardly anything of the model" in error and error.count("\n") == 1
+    assert code == 2 and "is of another model: it fills 0 of" in error and error.count("\n") == 1
     assert last.read_bytes() == before

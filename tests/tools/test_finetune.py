@@ -80,6 +80,9 @@ def test_a_resumed_run_does_not_need_the_file_it_started_from(train_net, image_f
     (tmp_path / "start.pt").unlink()
     code, _, error = train_net(*run, "train.max_iters=6", "--resume")
     assert code == 0, error
+    code, output, _ = train_net(*run, "--eval-only")  # the run itself, not what it started from
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert json.loads(output[output.index("{") :])["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "resumed" in log and log.count(f"started from     {tmp_path}/start.pt") == 2
 
@@ -103,8 +106,8 @@ def test_evaluation_takes_exactly_the_weights_it_is_given(train_net, image_folde
     """No head of its own: a checkpoint for other classes is refused."""
     torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "seven.pt")
     run = ["--config", FINETUNE, f"data.root={image_folder}", "model.name=test_vit", f"output_dir={tmp_path}/run"]
-    code, _, error = train_net(*run, "--eval-only", f"model.checkpoint={tmp_path}/seven.pt")
-    assert code == 2 and "is of another model: head.bias has shape (7,), the model (3,)" in error
+    code, _, error = train_net(*run, "--eval-only", f"evaluation.checkpoint={tmp_path}/seven.pt")
+    assert code == 2 and "leaves 2 tensors of the model as they are initialised, head.weight among them" in error
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "three.pt")
-    code, output, _ = train_net(*run, "--eval-only", f"model.checkpoint={tmp_path}/three.pt")
+    code, output, _ = train_net(*run, "--eval-only", f"evaluation.checkpoint={tmp_path}/three.pt")
     assert code == 0 and json.loads(output[output.index("{") :])["images"] == 9

@@ -102,8 +102,32 @@ def test_evaluation_alone_gives_the_result_of_the_run(train_net, tmp_path):
         name: expected[name] for name in ("top1", "top5", "images")
     }
     last = tmp_path / "run" / "checkpoints" / "last.pt"
-    _, again, _ = train_net("--config", DIGITS, "--eval-only", f"model.checkpoint={last}", f"output_dir={tmp_path}/no")
-    assert json.loads(again[again.index("{") :]) == results
+    for key in ("evaluation.checkpoint", "model.checkpoint"):
+        _, again, _ = train_net("--config", DIGITS, "--eval-only", f"{key}={last}", f"output_dir={tmp_path}/no")
+        assert json.loads(again[again.index("{") :]) == results
+
+
+def test_the_average_of_the_weights_is_evaluated_too_and_starts_with_a_resumed_run(train_net, tmp_path):
+    run = ["--config", DIGITS, f"output_dir={tmp_path}/run"]
+    assert train_net(*run, "train.max_iters=60")[0] == 0
+    averaging = ["ema.enabled=true", "ema.decay=0.9"]
+    assert train_net(*run, "--resume", "train.max_iters=61", *averaging)[0] == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ema_top1"] == pytest.approx(summary["top1"], abs=5)  # an average of trained weights from the start
+    _, output, _ = train_net(*run, "--eval-only", *averaging)
+    results = json.loads(output[output.index("{") :])
+    assert results["ema_top1"] == summary["ema_top1"] and results["top1"] == summary["top1"]
+
+
+def test_processes_that_do_not_share_the_run_folder_do_not_resume(command, torchrun, train_net, tmp_path):
+    assert train_net("--config", DIGITS, f"output_dir={tmp_path}/rank0", "train.max_iters=5")[0] == 0
+    script = tmp_path / "node.sh"  # each process has a folder of its own, as nodes without a shared disk
+    train = f"{sys.executable} {TRAIN_NET} --config {DIGITS} --resume train.max_iters=10"
+    script.write_text(f"exec {train} output_dir={tmp_path}/rank$RANK")
+    finished = command(*torchrun, "--no-python", "bash", script)
+    assert finished.returncode != 0
+    assert "last.pt exists for 1 of 2 processes only: all must share output_dir" in finished.stderr
+    assert not (tmp_path / "rank1").exists()
 
 
 @pytest.mark.parametrize("model", ["vit", "swin"])
