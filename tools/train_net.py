@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate model.checkpoint or the run's last one")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate evaluation.checkpoint or the run's last one")
     parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=10")
