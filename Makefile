@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritt
 test: $(INSTALLED)  ## install, then run the tests
 	$(BIN)/python -m pytest -q
 
-test-slow: $(INSTALLED)  ## a step of every full-size recipe, FLOPs of all of timm, torch.compile: about 40 minutes
+test-slow: $(INSTALLED)  ## a step of every full-size recipe, FLOPs of all of timm, torch.compile: an hour on two cores
 	$(BIN)/python -m pytest -q -m slow
 
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers
