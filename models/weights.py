@@ -82,8 +82,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
     original = _unwrapped(content, source)
     pretraining = _names_of_pretraining(original, model)
     needed = {name: weight for name, weight in original.items() if name not in pretraining}
-    convert = _timm_filter(model, antialias)
-    weights = convert(dict(needed)) if convert else needed
+    weights = _in_timms_layout(needed, model, antialias, source)
 
     own, head = model.state_dict(), _head_tensors(model)
     misfits = {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
@@ -97,7 +96,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
         unexpected=tuple(sorted(weights.keys() - own.keys())),
     )
     missing = [name for name in report.initial if name not in head and not name.endswith("num_batches_tracked")]
-    if max(len(missing) / len(own), len(report.unexpected) / len(weights)) > MOST_MISSING:
+    if max(len(missing) / len(own), len(report.unexpected) / max(1, len(weights))) > MOST_MISSING:
         shapes = sorted(
             f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in misfits
         )
@@ -133,6 +132,15 @@ def _names_of_pretraining(weights: Weights, model: nn.Module) -> set[str]:
     if "fc_norm.weight" in own and "norm.weight" not in own and "fc_norm.weight" not in weights:
         names |= {"norm.weight", "norm.bias"}  # an encoder normalises its tokens, this model what it pooled
     return names & weights.keys()
+
+
+def _in_timms_layout(weights: Weights, model: nn.Module, antialias: bool, source: object) -> Weights:
+    convert = _timm_filter(model, antialias)
+    try:
+        return weights if convert is None else convert(dict(weights))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"checkpoint {source} is of another model: timm cannot convert it ({reason})") from error
 
 
 def _timm_filter(model: nn.Module, antialias: bool) -> Callable[[Weights], Weights] | None:

@@ -75,6 +75,15 @@ def test_what_is_no_checkpoint_of_this_model(content, message):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["levit_128s", "coat_tiny", "swin_tiny_patch4_window7_224", "hiera_tiny_224"])
+@pytest.mark.parametrize("alien", ["test_resnet", "test_convnext", "beit_base_patch16_224"])
+def test_weights_of_another_class_are_refused(name, alien):
+    with torch.device("meta"):
+        model, other = timm.create_model(name), timm.create_model(alien)
+    with pytest.raises(ValueError, match=r"checkpoint alien.pth is of another model: "):
+        load_weights(model, other.state_dict(), "alien.pth")
+
+
 @pytest.mark.parametrize(("source", "target"), [(18, 34), (34, 18)])
 def test_a_relative_of_another_depth_is_refused(source, target):
     with torch.device("meta"):
