@@ -58,6 +58,7 @@ def train(config: Config, process: Process, resume: bool) -> None:
             LOGGER.info("resumed %s after %d of %d iterations", folder.last, trainer.iteration, trainer.max_iterations)
         elif resume:
             LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
+        del state  # as large as the checkpoint: not to be kept for the whole run
         trainer.train()
 
 
