@@ -97,6 +97,7 @@ class TrainConfig:
     loss_scale_window: int = 2000  # fp16: steps without overflow after which the loss scale doubles
     clip_norm: Optional[float] = None  # global L2 norm of the gradient
     compile: bool = False  # torch.compile for the main and the sub-model
+    grad_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more computation
 
 
 @dataclass
@@ -175,18 +176,21 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the state of the run is saved. `last` and `best` always exist beside the numbered ones."""
+    """When the state of the run is saved. `last`, `previous` and `best` exist beside the numbered ones."""
 
     period: Optional[int] = None  # iterations; null: one epoch
     every_minutes: Optional[float] = None  # also after that much time
     keep: int = 2  # numbered checkpoints that stay
+    background: bool = True  # write while training goes on, from a copy in the CPU's memory; fsdp2 always waits
 
 
 @dataclass
 class DistributedConfig:
     """Several processes, started by torchrun."""
 
-    strategy: str = "ddp"  # ddp
+    strategy: str = "ddp"  # ddp: every process has the whole model | fsdp2: parameters and states are divided
+    reshard_after_forward: bool = True  # fsdp2: gather parameters again in backward: less memory, more traffic
+    sync_batchnorm: bool = False  # BatchNorm over the images of all processes, on GPUs
     timeout_minutes: float = 10.0  # after which a hung collective ends the run
 
 

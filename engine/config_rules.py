@@ -126,7 +126,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.period": at_least(1),
     "checkpoint.every_minutes": above(0),
     "checkpoint.keep": at_least(0),
-    "distributed.strategy": one_of("ddp"),
+    "distributed.strategy": one_of("ddp", "fsdp2"),
     "distributed.timeout_minutes": above(0),
     "log.period": at_least(1),
 }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,28 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import augsub
-from engine import checkpoint
+from engine.checkpoint.reading import load, load_facts
+from engine.checkpoint.store import CheckpointStore
 from engine.config import Config
+from engine.config_file import to_yaml
 from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_loaders, build_source
-from engine.distributed import Process, wrap
+from engine.distributed import Process
 from engine.errors import InputError, input_errors
 from engine.evaluation import evaluate
 from engine.log_file import LogFile
 from engine.mixing import build_mixup
 from engine.optim import build_optimizer
+from engine.parallel import is_sharded, replicate, shard, shards_of, synchronise_batchnorm
+from engine.plan import log_plan
+from engine.plugins import import_plugins
 from engine.precision import Precision
+from engine.resume_rules import continue_from
 from engine.run_folder import RunFolder
 from engine.run_hooks import build_hooks
 from engine.seeding import seed_all
 from engine.trainer import Trainer
+from models.blocks import checkpoint_gradients, innermost_blocks
 from models.build import check_image_shape, create_model, image_settings
 from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
 from models.param_groups import param_groups
@@ -40,25 +46,29 @@ MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpol
 
 
 def train(config: Config, process: Process, resume: bool) -> None:
-    """Train a run to its end; `resume` continues the one in its folder."""
+    """Train a run to its end; `resume` continues the one in its folder from its newest intact checkpoint."""
     folder = RunFolder(config.output_dir)
     if process.is_main and not resume:
         folder.refuse_if_taken()
-    with LogFile() as log:
-        resumes = resume and process.agree(folder.last.is_file(), f"--resume: {folder.last} exists")
-        state = checkpoint.load(folder.last) if resumes else None
-        trainer = build_trainer(config, process, folder, state)
+    store = CheckpointStore(
+        folder, process, config.checkpoint.keep, is_sharded(config.distributed, process), config.checkpoint.background
+    )
+    with LogFile() as log, ExitStack() as until_the_end:
+        newest = store.newest() if resume else None
+        changes = continue_from(config, load_facts(newest)["config"]) if newest is not None else []
+        trainer = build_trainer(config, process, store, is_resumed=newest is not None)
         if process.is_main:
-            folder.open(config)
+            until_the_end.enter_context(folder.opened(to_yaml(config), is_resumed=resume))
             log.open(folder.log)
         process.barrier()
-        _log_plan(config, trainer)
-        if state is not None:
-            trainer.load_state_dict(state)
-            LOGGER.info("resumed %s after %d of %d iterations", folder.last, trainer.iteration, trainer.max_iterations)
+        log_plan(config, trainer)
+        if newest is not None:
+            trainer.load_state_dict(load(newest, shards_of(trainer.state_dict(), trainer.optimizer)), newest)
+            LOGGER.info("resumed %s after %d of %d iterations", newest, trainer.iteration, trainer.max_iterations)
+            for change in changes:
+                LOGGER.info("changed: %s", change)
         elif resume:
             LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
-        del state  # as large as the checkpoint: not to be kept for the whole run
         trainer.train()
 
 
@@ -83,7 +93,7 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     if file is None:
         return evaluate(model, held_out, precision, process)
     LOGGER.info("evaluating %s", file)
-    content, results = checkpoint.load(Path(file)), {}
+    content, results = load(Path(file)), {}
     averaged = content.get("hooks", {}).get("ema")
     for prefix, weights in (("", content), ("ema_", averaged)):
         if weights is not None:
@@ -104,22 +114,17 @@ def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | P
         )
 
 
-def build_trainer(
-    config: Config, process: Process, folder: RunFolder, resumed: Mapping[str, Any] | None = None
-) -> Trainer:
+def build_trainer(config: Config, process: Process, store: CheckpointStore, is_resumed: bool = False) -> Trainer:
     """Data, model, objective, optimiser and hooks of a run, at its first step.
 
-    With the weights of `resumed`, a checkpoint of the run: neither a hub nor the file it started from is needed.
+    A resumed run needs neither a hub nor the file it started from.
     """
     import_plugins(config.plugins)
     fill_in_from_model(config)
     seed_all(config.seed)  # the initial weights are the same in all processes
     source = build_source(config)
     data = build_loaders(config, source, process)
-    if resumed is None:
-        bare_model = build_run_model(config, source)
-    else:
-        bare_model = build_resumed_model(config, source, resumed, folder)
+    bare_model = build_run_model(config, source, process, is_resumed)
     mixup = build_mixup(config, source.num_classes, data.micro_batch)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
@@ -129,27 +134,36 @@ def build_trainer(
         check_image_shape(bare_model, (source.in_chans, *[config.data.image_size] * 2), augmentations)
 
     bare_model.to(process.device)
+    ema = ModelEmaV3(bare_model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.enabled else None
+    if config.train.compile:
+        bare_model.compile()
+    model = parallelise(config, process, bare_model, ema)
     with input_errors("optimizer"):
         groups = param_groups(
             bare_model, config.optimizer.weight_decay, config.optimizer.layer_decay, config.optimizer.full_lr
         )
-    optimizer = build_optimizer(config.optimizer, groups)
-    ema = ModelEmaV3(bare_model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.enabled else None
-    if config.train.compile:
-        bare_model.compile()
     trainer = Trainer(
-        model=wrap(bare_model, process),
+        model=model,
         bare_model=bare_model,
         objective=objective,
-        optimizer=optimizer,
+        optimizer=build_optimizer(config.optimizer, groups),
         data=data,
         precision=build_precision(config, process),
         process=process,
         mix=mixup,
         seed=config.seed,
     )
-    trainer.register_hooks(build_hooks(config, trainer, folder, ema))
+    trainer.register_hooks(build_hooks(config, trainer, store, ema))
     return trainer
+
+
+def parallelise(config: Config, process: Process, bare_model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:
+    """The model as `distributed.strategy` runs it; sharding changes the model itself, and its average alike."""
+    if not is_sharded(config.distributed, process):
+        return replicate(bare_model, process)
+    for model in (bare_model, *([ema.module] if ema is not None else [])):
+        shard(model, innermost_blocks(model), process, config.distributed.reshard_after_forward)
+    return bare_model
 
 
 def fill_in_from_model(config: Config) -> None:
@@ -165,31 +179,35 @@ def fill_in_from_model(config: Config) -> None:
         setattr(transform, key, own.transform[key])
 
 
-def build_run_model(config: Config, source: DataSource) -> nn.Module:
-    """The model of the configuration, patched, with the weights it starts from."""
+def build_run_model(config: Config, source: DataSource, process: Process, is_resumed: bool = False) -> nn.Module:
+    """The model of the configuration, patched, with the weights it starts from unless a checkpoint brings all."""
     settings = config.model
-    pretrained = settings.pretrained if settings.checkpoint is None else False
-    model = augsub.patch(create_configured_model(config, source, pretrained))
+    pretrained = settings.pretrained if settings.checkpoint is None and not is_resumed else False
+    model = create_configured_model(config, source, pretrained)
+    if config.distributed.sync_batchnorm:
+        model = synchronise_batchnorm(model, process)
+    augsub.patch(model)
     with input_errors("model"):
-        if settings.checkpoint is not None:
-            content = checkpoint.load(Path(settings.checkpoint))
-            load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
-        restart(model, settings.restart)
-        if settings.head_std is not None:
-            start_head(model, settings.head_std, settings.head_bias_bound)
-        if settings.class_token_std is not None:
-            start_class_token(model, settings.class_token_std)
+        if not is_resumed:
+            start_weights(config, model)
         freeze(model, settings.frozen)
+    if config.train.grad_checkpointing:
+        with input_errors(f"train.grad_checkpointing with model.name = {settings.name}"):
+            checkpoint_gradients(model)
     return model
 
 
-def build_resumed_model(config: Config, source: DataSource, state: Mapping[str, Any], folder: RunFolder) -> nn.Module:
-    """The model of the configuration, patched, with the weights of a checkpoint of this run."""
-    model = augsub.patch(create_configured_model(config, source))
-    checkpoint.load_weights(model, state["model"], folder.last)
-    with input_errors("model"):
-        freeze(model, config.model.frozen)
-    return model
+def start_weights(config: Config, model: nn.Module) -> None:
+    """Load `model.checkpoint`, and initialise anew what is to start anew."""
+    settings = config.model
+    if settings.checkpoint is not None:
+        content = load(Path(settings.checkpoint))
+        load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
+    restart(model, settings.restart)
+    if settings.head_std is not None:
+        start_head(model, settings.head_std, settings.head_bias_bound)
+    if settings.class_token_std is not None:
+        start_class_token(model, settings.class_token_std)
 
 
 def create_configured_model(config: Config, source: DataSource, pretrained: bool | str = False) -> nn.Module:
@@ -241,35 +259,3 @@ def build_precision(config: Config, process: Process) -> Precision:
         amp = "off"
     train = config.train
     return Precision(amp, process.device, train.clip_norm, train.loss_scale, train.loss_scale_window)
-
-
-def import_plugins(modules: Sequence[str]) -> None:
-    """Import the user's modules, which register augmentations; the working folder is searched too."""
-    sys.path.append("")
-    try:
-        for module in modules:
-            importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"plugins: {module} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove("")
-
-
-def _log_plan(config: Config, trainer: Trainer) -> None:
-    parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
-    processes, device = trainer.process.world_size, trainer.process.device.type
-    LOGGER.info("%s: %.1f M parameters, %d x %s", config.model.name, parameters / 1e6, processes, device)
-    for sub_model in trainer.objective.sub_models or ["no sub-model: plain training"]:
-        LOGGER.info("%s", sub_model)
-    LOGGER.info(
-        "%d iterations of %d images, %d per epoch",
-        trainer.max_iterations,
-        config.train.global_batch,
-        trainer.data.iterations_per_epoch,
-    )
-    if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
-        LOGGER.warning(
-            "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",
-            trainer.data.micro_batch,
-            config.train.micro_batch,
-        )

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from engine.errors import InputError
+from engine.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # of the CPUs, for questions that must not wait for a GPU
 
     @property
     def is_main(self) -> bool:
@@ -34,6 +35,27 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def min(self, values: Tensor) -> Tensor:
+        """Smallest of `values` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        values = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of the main process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
 
     def agree(self, answer: bool, question: str) -> bool:
         """The answer that all processes give; InputError if they differ."""
@@ -48,6 +70,35 @@ class Process:
             dist.barrier()
 
 
+class Agreement:
+    """Whether any process wants something: all of them learn it at the same step, and none waits for another.
+
+    The answer comes one step late, when the question has long been answered.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._asked: tuple[Tensor, dist.Work] | None = None
+
+    def ask(self, wanted: bool) -> bool:
+        """Whether any process wanted it at the call before this one; in a single process, at this one."""
+        if self._process.world_size == 1:
+            return wanted
+        before = self._asked
+        votes = torch.tensor(int(wanted))
+        self._asked = votes, dist.all_reduce(votes, group=self._process.control, async_op=True)
+        if before is None:
+            return False
+        answer, work = before
+        work.wait()
+        return bool(answer)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def launched_rank() -> int:
     """Rank given by the launcher, 0 without one."""
     return int(os.environ.get("RANK", 0))
@@ -55,7 +106,11 @@ def launched_rank() -> int:
 
 @contextmanager
 def process_group(timeout_minutes: float) -> Iterator[Process]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs) and leave them at the end."""
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs) and leave them at the end.
+
+    Raises:
+        RunError: another process died, or did not take part in something for `timeout_minutes`.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -65,17 +120,31 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
     try:
-        yield Process(dist.get_rank(), world_size, device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        yield Process(dist.get_rank(), world_size, device, dist.new_group(backend="gloo", timeout=timeout))
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        raise RunError(_lost_contact(error, timeout_minutes)) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, process: Process) -> nn.Module:
-    """The model under DistributedDataParallel, or itself in a single process."""
-    if process.world_size == 1:
-        return model
-    device_ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether the transport failed. Gloo raises plain RuntimeErrors that name its source files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _lost_contact(error: RuntimeError, timeout_minutes: float) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if "timed out" in reason.lower() or "timeout" in reason.lower():
+        what = (
+            f"another process did not take part for {timeout_minutes:g} minutes (distributed.timeout_minutes): "
+            "it hangs, or it is that much slower"
+        )
+    else:
+        what = "another process has ended; its own message, above or in its own log, says why"
+    return f"lost contact: {what}. All processes must start again: --resume goes on from the last checkpoint ({reason})"

@@ -18,6 +18,10 @@ class NonFiniteLossError(RunError):
     """The loss is NaN or infinite, or the fp16 loss scale has collapsed."""
 
 
+class Preempted(Exception):
+    """The run was asked to stop, and saved its state first."""
+
+
 @contextmanager
 def input_errors(place: str) -> Iterator[None]:
     """Report a refusal of other code as an InputError at `place`."""

@@ -19,7 +19,7 @@ class LogFile(MemoryHandler):
 
     def open(self, path: Path) -> None:
         """Write to `path` from now on."""
-        file = logging.FileHandler(path)
+        file = _File(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.setTarget(file)
         self.capacity = 1
@@ -34,3 +34,11 @@ class LogFile(MemoryHandler):
         if self.target is not None:
             self.target.close()
         self.close()
+
+
+class _File(logging.FileHandler):
+    """A file that is given up, with one line, when it cannot be written: a full disk must not fill the terminal too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.emit = lambda record: None
+        print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}; the log goes on here only", file=sys.stderr)

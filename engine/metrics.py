@@ -34,8 +34,14 @@ class RunningMeans:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self._sums), "count": self._count}
+        """The sums of every process, by rank. All processes must call it together."""
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        return {"names": list(self._sums), "sums_by_rank": self._process.gather(values), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums = {name: value.to(self._process.device) for name, value in state["sums"].items()}
+        """Take up this process's sums; with another number of processes, everybody their average."""
+        by_rank = torch.tensor(state["sums_by_rank"], dtype=torch.float64)
+        is_same = len(by_rank) == self._process.world_size
+        sums = (by_rank[self._process.rank] if is_same else by_rank.mean(dim=0)).to(self._process.device)
+        self._sums = dict(zip(state["names"], sums, strict=True))
         self._count = state["count"]

@@ -60,4 +60,5 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scaler.load_state_dict(state)
+        if state:  # empty from a run in another precision
+            self.scaler.load_state_dict(state)

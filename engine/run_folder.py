@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from engine.config import Config
-from engine.config_file import to_yaml
+from engine import atomic
 from engine.errors import InputError
+
+LOGGER = logging.getLogger("engine")
 
 
 class RunFolder:
@@ -21,6 +28,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.pt"
+        self.previous = self.checkpoints / "previous.pt"  # what `last` was before
         self.best = self.checkpoints / "best.pt"
 
     def numbered(self, iteration: int) -> Path:
@@ -29,7 +37,16 @@ class RunFolder:
 
     def list_numbered(self) -> list[Path]:
         """Numbered checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("iter_*.pt"), key=lambda path: int(path.stem.removeprefix("iter_")))
+        numbered = [path for path in self.checkpoints.glob("iter_*.pt") if path.stem.removeprefix("iter_").isdecimal()]
+        return sorted(numbered, key=lambda path: int(path.stem.removeprefix("iter_")))
+
+    def shards(self, iteration: int) -> Path:
+        """Where a sharded checkpoint really lies; the names of the others are links to it."""
+        return self.checkpoints / ".sharded" / str(iteration)
+
+    def all_shards(self) -> list[Path]:
+        """Complete sharded checkpoints, named or not."""
+        return [path for path in self.checkpoints.glob(".sharded/*") if not path.name.startswith(".")]
 
     def refuse_if_taken(self) -> None:
         """Raise InputError if the folder holds a run's results, which a new run would overwrite."""
@@ -38,10 +55,41 @@ class RunFolder:
                 f"output_dir = {self.path} holds a run already: continue it with --resume, or choose another output_dir"
             )
 
-    def open(self, config: Config) -> None:
-        """Create the folder and save the complete configuration in it; InputError if that is impossible."""
+    @contextmanager
+    def opened(self, config_yaml: str, is_resumed: bool) -> Iterator[None]:
+        """Create the folder, keep others from writing into it, and save the complete configuration in it.
+
+        Raises:
+            InputError: another run is writing into the folder, or nobody can.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(to_yaml(config))
+            lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until the end of the run)
         except OSError as error:
             raise InputError(f"output_dir = {self.path}: cannot be written: {error.strerror}") from error
+        with lock:
+            self._lock(lock)
+            if not is_resumed:
+                self.refuse_if_taken()  # again: another run may have come and gone since
+            try:
+                atomic.write_text(self.config, config_yaml)
+            except OSError as error:
+                raise InputError(f"output_dir = {self.path}: cannot be written: {error.strerror}") from error
+            yield
+
+    def _lock(self, lock) -> None:
+        try:
+            # of this process alone: loading workers that outlive a killed one for seconds do not inherit it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            raise InputError(
+                f"output_dir = {self.path}: another run is writing into it ({lock.read().strip() or 'unknown'}); "
+                "stop that one, or choose another output_dir"
+            ) from error
+        except OSError as error:
+            LOGGER.warning("%s cannot be locked (%s): see to it that no other run writes there", self.path, error)
+            return
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()

@@ -9,10 +9,12 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
 from engine import hooks
+from engine.checkpoint.store import CheckpointStore
 from engine.config import Config
 from engine.config_file import to_yaml
 from engine.distributed import Process
 from engine.evaluation import evaluate
+from engine.parallel import is_sharded
 from engine.run_folder import RunFolder
 from engine.schedule import build_schedule
 from engine.train_loop import HookBase
@@ -20,9 +22,10 @@ from engine.trainer import Trainer
 from engine.writers import JSONLinesWriter, LogWriter, TensorBoardWriter, Writer
 
 
-def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelEmaV3 | None) -> list[HookBase]:
+def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: ModelEmaV3 | None) -> list[HookBase]:
     """Hooks in the order in which they run."""
     process, data, stop_mixing = trainer.process, trainer.data, config.mixup.off_epoch
+    folder = RunFolder(config.output_dir)
     schedule = build_schedule(
         config.schedule, config.optimizer, config.train.epochs, data.iterations_per_epoch, config.train.global_batch
     )
@@ -35,16 +38,17 @@ def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelE
         evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric
     )
     saving = hooks.Checkpoint(
-        folder,
+        store,
         evaluation,
         guard,
         facts={"config": to_yaml(config), "model_name": config.model.name},
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,
-        keep=config.checkpoint.keep,
     )
     writing = hooks.WriteRecords(partial(_open_writers, folder, process), config.log.period, config.train.global_batch)
+    sharded = is_sharded(config.distributed, process)
     everywhere = [
+        *([hooks.SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
         hooks.LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
         *([hooks.StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
         *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
@@ -52,6 +56,7 @@ def build_hooks(config: Config, trainer: Trainer, folder: RunFolder, ema: ModelE
         evaluation,
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
         saving,
+        hooks.Preemption(saving),
     ]
     title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
     only_main = [hooks.ProgressBar(), hooks.Report(folder, evaluation, title, _report_facts(config))]

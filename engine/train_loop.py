@@ -37,6 +37,9 @@ class HookBase:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
 
+    def start_late(self) -> None:
+        """Instead of that, in a resumed run that did not have this hook before."""
+
 
 class TrainerBase:
     """Runs `run_step` until `max_iterations` steps are done."""

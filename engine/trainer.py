@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.checkpoint.reading import load_strictly
 from engine.data import DataLoaders
 from engine.distributed import Process
+from engine.errors import InputError
 from engine.metrics import RunningMeans
 from engine.precision import Precision
 from engine.seeding import derive_seed, seed_all
@@ -31,7 +34,7 @@ class Trainer(TrainerBase):
         precision: mixed precision, scaling, clipping.
         process: this process among all.
         mix: Mixup or CutMix: (images, labels) to (images, soft labels); None leaves them.
-        seed: all randomness of a step follows from it, the rank and the iteration.
+        seed: all randomness of a step follows from it, the iteration and the micro-batch's number.
     """
 
     def __init__(
@@ -70,11 +73,11 @@ class Trainer(TrainerBase):
         super().train()
 
     def run_step(self) -> None:
-        seed_all(derive_seed(self.seed, self.process.rank, self.iteration))
         self.results = {}
         self.last_loss = torch.zeros((), device=self.process.device)
         accumulation = self.data.accumulation
         for micro_batch in range(accumulation):
+            self._seed(micro_batch)
             images, targets = self._next_batch()
             with self.precision.autocast():
                 output = self.objective.backward(
@@ -88,12 +91,18 @@ class Trainer(TrainerBase):
             self.last_loss += output.loss / accumulation
         self.precision.step(self.optimizer)
 
+    def _seed(self, micro_batch: int) -> None:
+        """Mixing, masks and dropped paths follow from the micro-batch's number in its global batch alone:
+        side by side in several processes or one after the other, the same ones come out."""
+        number = micro_batch * self.process.world_size + self.process.rank
+        seed_all(derive_seed(self.seed, number, self.iteration))
+
     def _next_batch(self) -> Batch:
         images, targets = (tensor.to(self.process.device, non_blocking=True) for tensor in next(self.batches))
         return (images, targets) if self.mix is None else self.mix(images, targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain values."""
+        """Everything a resumed run needs, as tensors and plain values. All processes must call it together."""
         return {
             "iteration": self.iteration,
             "model": self.bare_model.state_dict(),
@@ -103,15 +112,25 @@ class Trainer(TrainerBase):
             "hooks": {hook.state_name: hook.state_dict() for hook in self.hooks if hook.state_name},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.iteration = state["iteration"]
-        self.bare_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.load_state_dict(state["scaler"])
-        self.means.load_state_dict(state["means"])
-        for hook in self.hooks:
-            if hook.state_name in state["hooks"]:
-                hook.load_state_dict(state["hooks"][hook.state_name])
+    def load_state_dict(self, state: dict[str, Any], source: Path) -> None:
+        """Take up the state of a run.
+
+        Raises:
+            InputError: the checkpoint `source` is of another model.
+        """
+        load_strictly(self.bare_model, state.get("model", {}), source)
+        try:
+            self.iteration = state["iteration"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.precision.load_state_dict(state["scaler"])
+            self.means.load_state_dict(state["means"])
+            for hook in self.hooks:
+                if hook.state_name in state["hooks"]:
+                    hook.load_state_dict(state["hooks"][hook.state_name])
+                else:
+                    hook.start_late()
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"checkpoint {source} does not fit this run: {type(error).__name__}: {error}") from error
 
 
 def _losses(output: Any) -> dict[str, Tensor]:

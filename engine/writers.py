@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+from engine.errors import RunError
 
 LOGGER = logging.getLogger("engine")
 Record = dict[str, float]
@@ -42,19 +47,36 @@ class LogWriter:
 
 
 class JSONLinesWriter:
-    """One JSON object per line. Lines after `iteration` are cut off first: a resumed run writes them again."""
+    """One JSON object per line, on the disk before the next step.
+
+    Lines after `iteration` are cut off first: a resumed run writes them again. So is what an interrupted
+    write left of a line.
+    """
 
     def __init__(self, path: Path, iteration: int) -> None:
-        kept = [line for line in read_lines(path) if line["iteration"] <= iteration]
-        self._file = open(path, "w", buffering=1)  # noqa: SIM115  (closed in close)
-        for record in kept:
-            self.write(record)
+        self._path = path
+        with self._reported():
+            self._file = open(path, "ab")  # noqa: SIM115  (closed in close)
+            self._file.truncate(_size_up_to(path, iteration))
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        with self._reported():
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a checkpoint must not survive a power failure that its records do not
 
     def close(self) -> None:
         self._file.close()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self._path} cannot be written: {error.strerror}; the last checkpoint is still there. "
+                "Make room or give write access, then continue with --resume"
+            ) from error
 
 
 class TensorBoardWriter:
@@ -77,9 +99,23 @@ class TensorBoardWriter:
 def read_lines(path: Path) -> list[Record]:
     """Records of a metrics.jsonl; a half-written last line is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return records
+
+
+def _size_up_to(path: Path, iteration: int) -> int:
+    """Bytes of the whole lines of records up to `iteration`."""
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            is_wanted = line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError):
+            break
+        if not is_wanted:
+            break
+        size += len(line)
+    return size

@@ -115,7 +115,7 @@ CONFIG_KEYS = {
     "erase_area erase_aspect eval_crop eval_crop_mode eval_interpolation mean std",
     "augsub": "main_weight sub_models",
     "train": "epochs max_iters global_batch micro_batch accumulation amp loss_scale loss_scale_window clip_norm "
-    "compile",
+    "compile grad_checkpointing",
     "optimizer": "name lr lr_reference_batch layer_decay full_lr weight_decay betas eps kwargs",
     "schedule": "unit warmup_epochs warmup_lr warmup_prefix warmup_reaches_peak min_lr cooldown_epochs lag "
     "scale_with_batch",
@@ -123,8 +123,8 @@ CONFIG_KEYS = {
     "mixup": "mixup_alpha cutmix_alpha prob switch_prob mode cutmix_minmax correct_lam integer_pixels off_epoch",
     "ema": "enabled decay warmup evaluate",
     "evaluation": "period batch checkpoint metric",
-    "checkpoint": "period every_minutes keep",
-    "distributed": "strategy timeout_minutes",
+    "checkpoint": "period every_minutes keep background",
+    "distributed": "strategy reshard_after_forward sync_batchnorm timeout_minutes",
     "log": "period",
     "published": "gpus baseline masksub",
 }

@@ -24,8 +24,9 @@ import augsub
 from engine.config import Config
 from engine.config_file import load_config
 from engine.data import DataSource, build_source
-from engine.defaults import build_sub_models, create_configured_model, fill_in_from_model, import_plugins
+from engine.defaults import build_sub_models, create_configured_model, fill_in_from_model
 from engine.errors import InputError, RunError, input_errors
+from engine.plugins import import_plugins
 from engine.table import text_table
 from models.build import create_model
 from models.complexity import Complexity, analyze

@@ -1,10 +1,12 @@
 """What happens around training steps. The order in which they run stands in `engine/run_hooks.py`."""
 
+from engine.hooks.batchnorm import SameBatchNormStatistics
 from engine.hooks.checkpoint import Checkpoint
 from engine.hooks.ema import ExponentialMovingAverage
 from engine.hooks.evaluation import Evaluation
 from engine.hooks.lr_schedule import LearningRateSchedule
 from engine.hooks.nan_guard import NaNGuard
+from engine.hooks.preemption import Preemption
 from engine.hooks.progress import ProgressBar
 from engine.hooks.report import Report
 from engine.hooks.stop_mixing import StopMixing
@@ -16,8 +18,10 @@ __all__ = [
     "ExponentialMovingAverage",
     "LearningRateSchedule",
     "NaNGuard",
+    "Preemption",
     "ProgressBar",
     "Report",
+    "SameBatchNormStatistics",
     "StopMixing",
     "WriteRecords",
 ]

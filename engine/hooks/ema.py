@@ -25,3 +25,6 @@ class ExponentialMovingAverage(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._ema.module.load_state_dict(state["model"])
+
+    def start_late(self) -> None:
+        self._ema.set(self.trainer.bare_model)  # not from random weights

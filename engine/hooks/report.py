@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from engine import atomic
 from engine.curves import draw_curves
 from engine.hooks.evaluation import Evaluation
 from engine.run_folder import RunFolder
@@ -35,6 +36,7 @@ class Report(HookBase):
         self._title = title
         self._facts = facts
         self._seconds_before = 0.0
+        self._started = time.monotonic()
 
     def before_train(self) -> None:
         self._started = time.monotonic()
@@ -42,7 +44,7 @@ class Report(HookBase):
     def after_train(self) -> None:
         records = read_lines(self._folder.metrics)
         summary = self._summary(records[-1] if records else {})
-        self._folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        atomic.write_text(self._folder.summary, json.dumps(summary, indent=2) + "\n")
         draw_curves(records, self._title, self._folder.curves)
         LOGGER.info("\n%s\n%s", self._title, text_table(self._rows(summary)))
 

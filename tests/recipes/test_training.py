@@ -20,6 +20,7 @@ from engine.criterion import build_criterion
 from engine.data import DataSource
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.defaults import build_objective, build_run_model
+from engine.distributed import Process
 from engine.mixing import IntegerMixup, build_mixup
 from engine.optim import build_optimizer
 from models.param_groups import param_groups
@@ -243,7 +244,8 @@ def test_initial_values(recipe):
     )
     torch.manual_seed(0)
 
-    model = build_run_model(config, DataSource(train=None, held_out=None, num_classes=CLASSES, in_chans=3))
+    source = DataSource(train=None, held_out=None, num_classes=CLASSES, in_chans=3)
+    model = build_run_model(config, source, Process(rank=0, world_size=1, device=torch.device("cpu")))
     head, facts = model.get_classifier(), recipe.facts["model"]["init"]
     if recipe.family == "resnet_rsb":
         assert head.weight.std().item() == pytest.approx(0.0128, rel=0.02)

@@ -49,7 +49,9 @@ def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path)
     assert metrics(folder)[-1]["top1"] == summary["top1"]
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
     assert "cls_token" in state["model"] and state["iteration"] == 40
-    assert {"last.pt", "best.pt", "iter_40.pt"} == {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"last.pt", "previous.pt", "best.pt", "iter_40.pt"} == {
+        path.name for path in (folder / "checkpoints").iterdir()
+    }
 
 
 def test_the_baseline_has_no_sub_model(train_net, tmp_path):

@@ -1,0 +1,96 @@
+"""A checkpoint in one file: written atomically, verified and read without running code."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from engine import atomic
+from engine.errors import InputError, RunError
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write `state` so that `path` holds either the old content or the whole new one, never a part.
+
+    Raises:
+        RunError: the disk refuses; what was there before stays.
+    """
+    try:
+        with atomic.new_content(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        raise RunError(cannot_write(path, error)) from error
+
+
+def load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU; files that would run code are refused.
+
+    Args:
+        mmap: read tensors when they are used, for who wants the plain values only; nothing is verified.
+
+    Raises:
+        InputError: missing, damaged, or holding more than tensors and plain values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if not mmap:
+            verify(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a TorchScript archive, which is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler raise whatever there is
+        raise InputError(f"checkpoint {path} {_refusal(path, error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path} holds a {type(content).__name__}, no tensors by name")
+    return content
+
+
+def verify(path: Path) -> None:
+    """Compare the file with the checksums (CRC-32 of each tensor) that torch.save put into it.
+
+    Files older than torch 1.6 have none.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} does not fit")
+    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"checkpoint {path} is damaged or no checkpoint: {error}") from error
+
+
+def cannot_write(path: Path, error: Exception) -> str:
+    """What to tell the user when a save fails."""
+    reason = " ".join(str(error).split())
+    return (
+        f"checkpoint {path} cannot be written: {reason}; the one before it is still there. "
+        "Make room or give write access, then continue with --resume"
+    )
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """Why a file cannot be loaded, and what to do."""
+    if "TorchScript" in str(error):
+        return (
+            "is a TorchScript archive, which holds code; if you trust it, make a state dict of it: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
+        )
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        return "holds more than tensors and plain values, which could run code; save its state_dict() alone"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"is damaged or no checkpoint: {reason}"

@@ -1,0 +1,83 @@
+"""What may differ between a run and the command that resumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from engine.config import Config
+from engine.errors import InputError
+
+# Where things are, how fast they go, what is reported: the run stays the same run, most of them to the bit.
+MAY_CHANGE = (
+    "output_dir",
+    "plugins",
+    "model.pretrained",  # where the run started matters no more
+    "model.checkpoint",
+    "data.root",
+    "data.workers",
+    "data.bad_files",
+    "train.max_iters",
+    "train.micro_batch",  # another number or size of GPUs
+    "train.accumulation",
+    "train.compile",
+    "train.grad_checkpointing",
+    "ema.*",
+    "evaluation.period",
+    "evaluation.batch",
+    "evaluation.checkpoint",
+    "checkpoint.*",
+    "distributed.*",
+    "log.*",
+    "published.*",
+    # remedies for a loss that is not finite
+    "train.amp",
+    "train.clip_norm",
+    "optimizer.lr",
+)
+# What a configuration may leave to the model or the data; a resumed run takes what was found at its start.
+FILLED_IN = ("data.image_size", "train.global_batch", "transform.*")
+
+
+def continue_from(config: Config, saved_yaml: str) -> list[str]:
+    """Compare `config` with the configuration of the checkpoint, and fill in what it leaves open.
+
+    Returns:
+        Changes that are allowed, as text, for the log.
+
+    Raises:
+        InputError: something else changed.
+    """
+    saved = dict(_leaves(OmegaConf.to_container(OmegaConf.create(saved_yaml))))
+    current = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config))))
+    for key, value in saved.items():
+        if current.get(key, value) is None and value is not None and _is_among(key, FILLED_IN):
+            section, name = key.rsplit(".", 1)
+            setattr(getattr(config, section), name, value)
+            current[key] = value
+    changed = [key for key in current if key in saved and current[key] != saved[key]]
+    refused = [key for key in changed if not _is_among(key, MAY_CHANGE)]
+    if refused:
+        listed = "; ".join(f"{key} = {current[key]}, the run has {saved[key]}" for key in refused[:3])
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise InputError(
+            f"--resume: {listed}{more}. Only {', '.join(MAY_CHANGE)} may change; "
+            "for anything else start another run from these weights: model.checkpoint = FILE"
+        )
+    return [f"{key}: {saved[key]} -> {current[key]}" for key in changed if key != "output_dir"]
+
+
+def _is_among(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(key, pattern) for pattern in patterns)
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and values; the free mappings (`kwargs`) are values as a whole."""
+    for key, value in content.items():
+        if isinstance(value, dict) and key != "kwargs":
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
