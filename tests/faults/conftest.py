@@ -1,0 +1,171 @@
+"""Real runs in processes of their own, what they leave behind, and the table of what they survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.checkpoint.reading import load
+from engine.checkpoint.tree import split
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "digits_vit.yaml"
+# Every kind of state that a resumed run must find again, in a run of seconds: 10 iterations are an epoch
+EVERYTHING_ON = (
+    "model.kwargs.depth=2", "model.drop_path_rate=0.2", "train.max_iters=34", "train.global_batch=100",
+    "train.accumulation=2", "train.clip_norm=1.0", "mixup.mixup_alpha=0.8", "ema.enabled=true", "ema.decay=0.9",
+    "evaluation.period=1", "checkpoint.period=4", "log.period=7",
+)  # fmt: skip
+
+
+@dataclass
+class Ended:
+    """What a process of a run ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Running:
+    """A process of a run."""
+
+    pid: int
+    out: Path
+    err: Path
+
+
+class RunServer:
+    """Starts runs, see run_server.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("run_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, *arguments: Any, environment: dict[str, str] | None = None, kill: dict | None = None) -> Running:
+        """Start tools/train_net.py."""
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{stream}" for stream in ("out", "err"))
+        pid = self._ask(
+            arguments=[*map(str, arguments)],
+            environment=environment or {},
+            kill=kill,
+            out=str(out),
+            err=str(err),
+            folder=str(self._folder),
+        )
+        return Running(pid, out, err)
+
+    def wait(self, run: Running, timeout: float = 120) -> Ended:
+        """How it ended; a run that does not end fails the test."""
+        deadline = time.monotonic() + timeout
+        while (code := self._ask(wait=run.pid)) is None:
+            if time.monotonic() > deadline:
+                os.kill(run.pid, signal.SIGKILL)
+                pytest.fail(f"hangs after {timeout} s: {run.out.read_text()[-1000:]} {run.err.read_text()[-1000:]}")
+            time.sleep(0.02)
+        return Ended(code, run.out.read_text(), run.err.read_text())
+
+    def run(self, *arguments: Any, **settings: Any) -> Ended:
+        """Start and wait."""
+        return self.wait(self.start(*arguments, **settings))
+
+    def run_processes(self, count: int, *arguments: Any, kill: dict | None = None, victim: int = 0) -> list[Ended]:
+        """The processes of one run, as a launcher starts them; `kill` goes to one of them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        processes = [
+            self.start(
+                *arguments,
+                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                kill=kill if rank == victim else None,
+            )
+            for rank in range(count)
+        ]
+        return [self.wait(process) for process in processes]
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+
+    def _ask(self, **order: Any) -> Any:
+        self._server.stdin.write(json.dumps(order) + "\n")
+        return json.loads(self._server.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> RunServer:
+    """Starts runs of tools/train_net.py in milliseconds."""
+    server = RunServer(tmp_path_factory.mktemp("runs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def digits() -> tuple[Any, ...]:
+    """Arguments of the short digits run with everything on."""
+    return ("--config", DIGITS, *EVERYTHING_ON)
+
+
+def outcome(folder: Path) -> tuple[dict, dict, list[dict], dict]:
+    """All that a run ends with, without what clocks and names say."""
+    state = load(folder / "checkpoints" / "last.pt")
+    del state["config"], state["hooks"]["report"]
+    tensors, plain = split(state)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["images_per_second"]
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["seconds"]
+    return tensors, plain, records, summary
+
+
+@pytest.fixture
+def assert_same_end():
+    """Compares two finished runs bit by bit: weights, averages, optimiser, schedule, metrics, summary."""
+
+    def compare(one: Path, other: Path) -> None:
+        (tensors, *rest), (other_tensors, *other_rest) = outcome(one), outcome(other)
+        assert tensors.keys() == other_tensors.keys()
+        differing = [path for path in tensors if not torch.equal(tensors[path], other_tensors[path])]
+        assert not differing, differing[:3]
+        assert rest == other_rest
+
+    return compare
+
+
+@pytest.fixture
+def survived(request):
+    """Counts the runs of a test that met the fault and came out as promised, for the table."""
+    request.node.user_properties.append(("survived", 0))
+    index = len(request.node.user_properties) - 1
+
+    def count(met: bool = True, runs: int = 1) -> None:
+        name, before = request.node.user_properties[index]
+        request.node.user_properties[index] = (name, before + runs * met)
+
+    return count

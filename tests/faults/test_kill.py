@@ -1,0 +1,69 @@
+"""SIGKILL anywhere: the resumed run ends as the one that was never killed, bit by bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+
+import pytest
+
+# Where the process is when it is killed, how often that place is entered in a run, and for how long (seconds)
+PLACES = {
+    "Trainer.run_step": (34, 0.02),
+    "evaluate": (8, 0.05),
+    "CheckpointStore._write": (9, 0.01),
+    "save": (9, 0.02),
+    "CheckpointStore._put": (9, 0.002),
+    "train": (1, 3.0),
+}
+KILLS = 20
+PROMISE = "the resumed run ends bit-identical to one that was never killed: weights, averages, optimiser, metrics"
+
+
+def kills(seed: int, sharded: bool = False) -> list[dict]:
+    """Twenty random points, all places in turn."""
+    rng = random.Random(seed)
+    places = [place for place in PLACES if not (sharded and place == "CheckpointStore._write")]
+    return [
+        {
+            "function": (place := places[index % len(places)]),
+            "entry": rng.randint(1, PLACES[place][0]),
+            "delay": rng.uniform(0, PLACES[place][1]),
+        }
+        for index in range(KILLS)
+    ]
+
+
+@pytest.mark.faults(fault="SIGKILL at a random point, one process", promise=PROMISE)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run(server, digits, tmp_path, assert_same_end, survived, workers):
+    run = [*digits, f"data.workers={workers}"]
+    assert server.run(*run, f"output_dir={tmp_path}/whole").code == 0
+    for kill in kills(seed=workers):
+        name = f"output_dir={tmp_path}/killed"
+        ended = server.run(*run, name, kill=kill)
+        assert ended.code in (-signal.SIGKILL, 0), ended.err
+        resumed = server.run(*run, name, "--resume", "auto")
+        assert resumed.code == 0, (kill, resumed.err)
+        assert_same_end(tmp_path / "whole", tmp_path / "killed")
+        survived(ended.code != 0)
+        shutil.rmtree(tmp_path / "killed")
+
+
+@pytest.mark.faults(fault="SIGKILL of one of two processes", promise=PROMISE + "; the other process ends by itself")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_killed_process_of_two(server, digits, tmp_path, assert_same_end, survived, strategy):
+    run = [*digits, f"distributed.strategy={strategy}"]
+    assert [end.code for end in server.run_processes(2, *run, f"output_dir={tmp_path}/whole")] == [0, 0]
+    for index, kill in enumerate(kills(seed=7, sharded=strategy == "fsdp2")):
+        name = f"output_dir={tmp_path}/killed"
+        ended = server.run_processes(2, *run, name, kill=kill, victim=index % 2)
+        if any(end.code for end in ended):
+            assert sorted(end.code for end in ended) == [-signal.SIGKILL, 2], [end.err for end in ended]
+            assert "lost contact: another process has ended" in ended[1 - index % 2].err
+        resumed = server.run_processes(2, *run, name, "--resume", "auto")
+        assert [end.code for end in resumed] == [0, 0], (kill, [end.err for end in resumed])
+        assert_same_end(tmp_path / "whole", tmp_path / "killed")
+        survived(any(end.code for end in ended))
+        shutil.rmtree(tmp_path / "killed")
