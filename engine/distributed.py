@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,14 @@ class Process:
         if 0 < yes < self.world_size:
             raise InputError(f"{question} for {yes} of {self.world_size} processes only: all must share output_dir")
         return yes > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; they must be picklable."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -1,5 +1,6 @@
 """What happens around training steps. The order in which they run stands in `engine/run_hooks.py`."""
 
+from engine.hooks.bad_files import UniteBadFiles
 from engine.hooks.checkpoint import Checkpoint
 from engine.hooks.ema import ExponentialMovingAverage
 from engine.hooks.evaluation import Evaluation
@@ -19,5 +20,6 @@ __all__ = [
     "ProgressBar",
     "Report",
     "StopMixing",
+    "UniteBadFiles",
     "WriteRecords",
 ]
