@@ -41,6 +41,7 @@ class DataConfig:
     image_size: Optional[int] = 224  # pixels, square; null: the model's own
     repeats: int = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
     workers: int = 4  # loader processes per training process; 0 loads in the training process
+    bad_files: int = 0  # unreadable image files that a run may skip; one more stops it
     synthetic_samples: int = 512  # images per split of the synthetic dataset
 
 

@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
     "model.head_bias_bound": at_least(0),
     "data.image_size": at_least(1),
     "data.workers": at_least(0),
+    "data.bad_files": at_least(0),
     "data.repeats": at_least(1),
     "data.synthetic_samples": at_least(1),
     "transform.scale": interval(0),

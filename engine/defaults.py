@@ -91,7 +91,9 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     model.to(process.device)
     held_out, precision = build_held_out(config, source, process), build_precision(config, process)
     if file is None:
-        return evaluate(model, held_out, precision, process)
+        results = evaluate(model, held_out, precision, process)
+        held_out.bad_files.unite(process)
+        return results
     LOGGER.info("evaluating %s", file)
     content, results = load(Path(file)), {}
     averaged = content.get("hooks", {}).get("ema")
@@ -100,6 +102,7 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
             load_all_weights(model, weights, file)
             found = evaluate(model, held_out, precision, process)
             results |= {prefix + name: value for name, value in found.items()}
+    held_out.bad_files.unite(process)
     return results
 
 

@@ -43,7 +43,7 @@ class Process:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
+        """The values of all processes, by rank; they must be picklable."""
         values = [value]
         if self.world_size > 1:
             values *= self.world_size

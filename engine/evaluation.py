@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.data import IGNORED
 from engine.distributed import Process
+from engine.errors import InputError
 from engine.precision import Precision
 
 
@@ -20,7 +22,10 @@ def evaluate(
 
     Args:
         model: without distributed wrapper; its training mode is restored.
-        loader: this process's share of the images.
+        loader: this process's share of the images; those labelled IGNORED are not counted.
+
+    Raises:
+        InputError: no image is left to count.
     """
     was_training = model.training
     model.eval()
@@ -31,10 +36,13 @@ def evaluate(
             logits = model(images)
         logits = logits.float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([torch.tensor(len(labels), device=loss.device), ranked[:, 0].sum(), ranked.sum(), loss])
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        counted = (labels != IGNORED).sum()  # no class has that number, so it is in no ranking either
+        totals += torch.stack([counted, ranked[:, 0].sum(), ranked.sum(), loss])
     model.train(was_training)
     images_seen, top1, top5, loss = process.sum(totals).tolist()
+    if not images_seen:
+        raise InputError("evaluation: none of the held-out images can be read")
     return {
         "top1": 100 * top1 / images_seen,
         "top5": 100 * top5 / images_seen,

@@ -54,12 +54,14 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
         guard,  # before anything looks at weights that may be ruined
         evaluation,
+        hooks.UniteBadFiles(data.bad_files, data.iterations_per_epoch),  # the evaluation finds some too
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
         saving,
         hooks.Preemption(saving),
     ]
     title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
-    only_main = [hooks.ProgressBar(), hooks.Report(folder, evaluation, title, _report_facts(config))]
+    report = hooks.Report(folder, evaluation, title, _report_facts(config), data.bad_files)
+    only_main = [hooks.ProgressBar(), report]
     return everywhere + (only_main if process.is_main else [])
 
 

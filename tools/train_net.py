@@ -14,6 +14,7 @@ import sys
 from itertools import pairwise
 
 from engine.config_file import load_config, to_yaml
+from engine.data import worker_deaths
 from engine.defaults import evaluate_only, train
 from engine.distributed import launched_rank, process_group
 from engine.errors import Preempted, RunError
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
-    with process_group(config.distributed.timeout_minutes) as process:
+    timeout = config.distributed.timeout_minutes
+    with process_group(timeout) as process, worker_deaths(config.data.workers):
         if process.is_main:
             logging.basicConfig(format="%(message)s", stream=sys.stdout)
             logging.getLogger().setLevel(logging.INFO)

@@ -11,6 +11,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
 from engine.config import DataConfig, TransformConfig
+from engine.data.files import naming_bad_files
 from engine.data.source import DataSource
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
@@ -42,7 +43,12 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
             f"data.root = {data.root}: the splits number their classes differently; images must lie directly in "
             "the class folders, or in the same folders below them in both splits"
         )
-    return DataSource(train, held_out, num_classes=_num_classes(train, data), in_chans=3)
+    return DataSource(
+        train=naming_bad_files(train, "training"),
+        held_out=naming_bad_files(held_out, "held-out"),
+        num_classes=_num_classes(train, data),
+        in_chans=3,
+    )
 
 
 def _open(name: str, data: DataConfig, split: str, transform: Any) -> Dataset:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from engine.config import Config
+from engine.data.bad_files import BadFiles
+from engine.data.batches import Batches, Loader, collate
 from engine.data.batching import accumulation_for, batch_for
 from engine.data.digits import build_digits
+from engine.data.held_out import HeldOutShare
 from engine.data.images import build_images
 from engine.data.source import DataSource
 from engine.data.stream import SeededDataset, TrainingOrder
@@ -29,13 +33,15 @@ class DataLoaders:
     Attributes:
         train_from: all micro-batches that are left, given the iterations already done.
         held_out: this process's share of the held-out images, each image in one share only.
+        bad_files: files that could not be read so far, held-out ones included.
         micro_batch: training images at once in one process.
         accumulation: micro-batches per step.
         max_iterations: steps of the whole run.
     """
 
     train_from: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-    held_out: DataLoader
+    held_out: Loader
+    bad_files: BadFiles
     micro_batch: int
     accumulation: int
     iterations_per_epoch: int
@@ -68,6 +74,8 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
     iterations_per_epoch = num_samples // train.global_batch
     max_iterations = min(train.epochs * iterations_per_epoch, train.max_iters or sys.maxsize)
 
+    bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
+
     def train_from(iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = TrainingOrder(
             num_samples=num_samples,
@@ -80,11 +88,13 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
             first_iteration=iteration,
             last_iteration=max_iterations,
         )
-        return iter(DataLoader(SeededDataset(source.train), batch_sampler=order, **_workers(config, process)))
+        dataset = SeededDataset(source.train, attempts=config.data.bad_files + 1)
+        return Batches(DataLoader(dataset, batch_sampler=order, **_loading(config, process)), bad_files)
 
     return DataLoaders(
         train_from=train_from,
-        held_out=build_held_out(config, source, process),
+        held_out=build_held_out(config, source, process, bad_files),
+        bad_files=bad_files,
         micro_batch=micro_batch,
         accumulation=accumulation,
         iterations_per_epoch=iterations_per_epoch,
@@ -92,14 +102,29 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
     )
 
 
-def build_held_out(config: Config, source: DataSource, process: Process) -> DataLoader:
-    """This process's share of the held-out images."""
-    share = range(process.rank, len(source.held_out), process.world_size)
-    return DataLoader(Subset(source.held_out, share), batch_size=config.evaluation.batch, **_workers(config, process))
+def build_held_out(config: Config, source: DataSource, process: Process, bad_files: BadFiles | None = None) -> Loader:
+    """This process's share of the held-out images; what is no image has the label IGNORED.
+
+    Args:
+        bad_files: where unreadable files are counted; None counts those of this loader alone.
+    """
+    if bad_files is None:
+        bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
+    shape = (source.in_chans, config.data.image_size, config.data.image_size)
+    share = HeldOutShare(source.held_out, process.rank, process.world_size, shape)
+    return Loader(DataLoader(share, batch_size=config.evaluation.batch, **_loading(config, process)), bad_files)
 
 
-def _workers(config: Config, process: Process) -> dict[str, Any]:
+def _loading(config: Config, process: Process) -> dict[str, Any]:
     return {
         "num_workers": min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
+        "collate_fn": collate,
+        "worker_init_fn": _leave_signals_to_the_trainer,
         "pin_memory": process.device.type == "cuda",
     }
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A scheduler may signal every process of a job: the trainer finishes its step, and needs its workers for that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

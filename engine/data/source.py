@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 @dataclass
 class DataSource:
-    """Data sets of (image (C, H, W), label) and the shape of the task."""
+    """Data sets of (image (C, H, W), label), which may raise UnreadableImage, and the shape of the task."""
 
     train: Dataset
     held_out: Dataset

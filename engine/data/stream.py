@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from engine.data.bad_files import BadFile, UnreadableImage
 from engine.seeding import derive_seed, preserved_generators, seed_cpu
 
 
@@ -83,15 +84,29 @@ class TrainingOrder(Sampler[list[SampleKey]]):
 
 
 class SeededDataset(Dataset):
-    """Looks up samples by :class:`SampleKey`, with all random transforms seeded by the key."""
+    """Looks up samples by :class:`SampleKey`, with all random transforms seeded by the key.
 
-    def __init__(self, dataset: Dataset) -> None:
+    An image that cannot be read is replaced by the next one that can, under the same seed.
+
+    Args:
+        attempts: images that are tried for one sample; at 1 nothing is replaced.
+    """
+
+    def __init__(self, dataset: Dataset, attempts: int = 1) -> None:
         self._dataset = dataset
+        self._attempts = attempts
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Any]:
+        """A sample for each key, None where all attempts failed, and after them the bad files met."""
+        bad_files: list[BadFile] = []
         with preserved_generators():  # with 0 workers these are also the training process's generators
-            return [self._seeded_item(key) for key in keys]
+            return [self._readable_item(key, bad_files) for key in keys] + bad_files
 
-    def _seeded_item(self, key: SampleKey) -> Any:
-        seed_cpu(key.seed)
-        return self._dataset[key.index]
+    def _readable_item(self, key: SampleKey, bad_files: list[BadFile]) -> Any:
+        for attempt in range(min(self._attempts, len(self._dataset))):
+            seed_cpu(key.seed)
+            try:
+                return self._dataset[(key.index + attempt) % len(self._dataset)]
+            except UnreadableImage as error:
+                bad_files.append(error.bad_file)
+        return None

@@ -1,5 +1,6 @@
 """What happens around training steps. The order in which they run stands in `engine/run_hooks.py`."""
 
+from engine.hooks.bad_files import UniteBadFiles
 from engine.hooks.batchnorm import SameBatchNormStatistics
 from engine.hooks.checkpoint import Checkpoint
 from engine.hooks.ema import ExponentialMovingAverage
@@ -23,5 +24,6 @@ __all__ = [
     "Report",
     "SameBatchNormStatistics",
     "StopMixing",
+    "UniteBadFiles",
     "WriteRecords",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from engine import atomic
@@ -24,17 +24,24 @@ class Report(HookBase):
 
     Args:
         facts: more rows of the table, name and value; a resumed run keeps those of its start.
+        bad_files: as many as were skipped.
     """
 
     state_name = "report"
 
     def __init__(
-        self, folder: RunFolder, evaluation: Evaluation, title: str, facts: Sequence[tuple[str, str]] = ()
+        self,
+        folder: RunFolder,
+        evaluation: Evaluation,
+        title: str,
+        facts: Sequence[tuple[str, str]] = (),
+        bad_files: Sized = (),
     ) -> None:
         self._folder = folder
         self._evaluation = evaluation
         self._title = title
         self._facts = facts
+        self._bad_files = bad_files
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -68,6 +75,7 @@ class Report(HookBase):
             "iterations": self.trainer.iteration,
             "epochs": self.trainer.epoch,
             "seconds": self._seconds(),
+            "bad_files": len(self._bad_files),
         }
 
     def _rows(self, summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -79,10 +87,12 @@ class Report(HookBase):
         ]
         if "ema_top1" in summary:
             rows.append(("held-out top-1, EMA", f"{summary['ema_top1']:.2f} %"))
+        skipped = [("bad files skipped", f"{summary['bad_files']} (named in {self._folder.log.name})")]
         return [
             *rows,
             ("best", f"{summary['best_value']:.2f} % after epoch {summary['best_epoch']:.4g}"),
             *self._facts,
+            *(skipped if summary["bad_files"] else []),
             ("trained for", f"{summary['epochs']:.4g} epochs, {summary['iterations']} iterations"),
             ("time", f"{summary['seconds']:.0f} s"),
             ("results", str(self._folder.path)),

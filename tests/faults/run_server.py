@@ -81,8 +81,6 @@ def start(tool, order: dict) -> int:
 def main() -> None:
     """Serve until standard input ends."""
     tool = train_net()
-    import matplotlib.pyplot
-    import torch.utils.tensorboard
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:

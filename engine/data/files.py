@@ -1,0 +1,63 @@
+"""Data sets that say which image cannot be read, instead of giving another one or an error of their own."""
+
+from __future__ import annotations
+
+import tarfile
+from typing import Any
+
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import Dataset
+
+from engine.data.bad_files import UnreadableImage
+from engine.data.decoding import DecodingError, decode, reason_of
+
+
+def naming_bad_files(dataset: Dataset, split: str) -> Dataset:
+    """The data set of (image, label), from which an image that cannot be read is an UnreadableImage.
+
+    Args:
+        dataset: any map-style data set, its transform set.
+        split: what images without a name are called by, beside their index.
+    """
+    return ImageFiles(dataset, split) if isinstance(dataset, ImageDataset) else OtherImages(dataset, split)
+
+
+class ImageFiles(Dataset):
+    """The files of timm's ImageDataset, which itself would replace a bad file by its neighbour in silence."""
+
+    def __init__(self, dataset: ImageDataset, split: str) -> None:
+        self._reader, self._transform = dataset.reader, dataset.transform
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            file, label = self._reader[index]
+            with file:
+                image = decode(file)
+        except (OSError, tarfile.TarError, DecodingError) as error:
+            raise UnreadableImage(self._name(index), reason_of(error)) from error
+        return self._transform(image), label  # outside: an error of a transform is none of the file
+
+    def _name(self, index: int) -> str:
+        return self._reader.filename(index, absolute=True) or f"{self._split} image {index}"
+
+
+class OtherImages(Dataset):
+    """Data sets that open their images themselves; names are unknown."""
+
+    def __init__(self, dataset: Dataset, split: str) -> None:
+        self._dataset = dataset
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except (OSError, Image.DecompressionBombError) as error:  # Pillow's UnidentifiedImageError is an OSError
+            raise UnreadableImage(f"{self._split} image {index}", reason_of(error)) from error
