@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -106,3 +110,17 @@ def _forget_test_augmentations():
     classes, aliases = dict(registry._obj_map), dict(registry._aliases)
     yield
     registry._obj_map, registry._aliases = classes, aliases
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """A tiny folder of real JPEG files in three classes."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "images"
+    for split, count in (("train", 8), ("val", 3)):
+        for brightness, name in enumerate(("cat", "dog", "fox"), start=1):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 85 * brightness, (60, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
+    return root

@@ -15,8 +15,11 @@ from engine import atomic
 from engine.errors import InputError, RunError
 
 
-def save(state: dict[str, Any], path: Path) -> None:
+def save(state: dict[str, Any], path: Path, known_as: Path | None = None) -> None:
     """Write `state` so that `path` holds either the old content or the whole new one, never a part.
+
+    Args:
+        known_as: the name that a message says instead of `path`.
 
     Raises:
         RunError: the disk refuses; what was there before stays.
@@ -25,7 +28,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         with atomic.new_content(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        raise RunError(cannot_write(path, error)) from error
+        raise RunError(cannot_write(known_as or path, error)) from error
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -74,9 +77,12 @@ def verify(path: Path) -> None:
         raise InputError(f"checkpoint {path} is damaged or no checkpoint: {error}") from error
 
 
-def cannot_write(path: Path, error: Exception) -> str:
+def cannot_write(path: Path, error: BaseException) -> str:
     """What to tell the user when a save fails."""
-    reason = " ".join(str(error).split())
+    system_error = error
+    while system_error is not None and not isinstance(system_error, OSError):
+        system_error = system_error.__context__  # torch hides it behind an error of its own
+    reason = " ".join(str(error).split()) if system_error is None else system_error.strerror
     return (
         f"checkpoint {path} cannot be written: {reason}; the one before it is still there. "
         "Make room or give write access, then continue with --resume"

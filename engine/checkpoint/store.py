@@ -104,7 +104,7 @@ class CheckpointStore:
     def _write(self, state: dict[str, Any], names: list[Path]) -> None:
         """Write one file, and give it its names."""
         staged = self._folder.checkpoints / ".new.pt"
-        file.save(state, staged)
+        file.save(state, staged, known_as=self._folder.last)
         self._put(staged, names)
         staged.unlink()
 

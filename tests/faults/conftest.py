@@ -21,9 +21,9 @@ from engine.checkpoint.tree import split
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
-# Every kind of state that a resumed run must find again, in a run of seconds: 10 iterations are an epoch
+# Every kind of state that a resumed run must find again, in a run of seconds: 12 iterations are an epoch
 EVERYTHING_ON = (
-    "model.kwargs.depth=2", "model.drop_path_rate=0.2", "train.max_iters=34", "train.global_batch=100",
+    "model.kwargs.depth=2", "model.drop_path_rate=0.2", "train.max_iters=34", "train.global_batch=80",
     "train.accumulation=2", "train.clip_norm=1.0", "mixup.mixup_alpha=0.8", "ema.enabled=true", "ema.decay=0.9",
     "evaluation.period=1", "checkpoint.period=4", "log.period=7",
 )  # fmt: skip
@@ -51,7 +51,7 @@ class RunServer:
     """Starts runs, see run_server.py."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._count = 0
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("run_server.py")],
@@ -66,14 +66,14 @@ class RunServer:
     def start(self, *arguments: Any, environment: dict[str, str] | None = None, kill: dict | None = None) -> Running:
         """Start tools/train_net.py."""
         self._count += 1
-        out, err = (self._folder / f"{self._count}.{stream}" for stream in ("out", "err"))
+        out, err = (self.folder / f"{self._count}.{stream}" for stream in ("out", "err"))
         pid = self._ask(
             arguments=[*map(str, arguments)],
             environment=environment or {},
             kill=kill,
             out=str(out),
             err=str(err),
-            folder=str(self._folder),
+            folder=str(self.folder),
         )
         return Running(pid, out, err)
 
@@ -91,21 +91,31 @@ class RunServer:
         """Start and wait."""
         return self.wait(self.start(*arguments, **settings))
 
-    def run_processes(self, count: int, *arguments: Any, kill: dict | None = None, victim: int = 0) -> list[Ended]:
+    def start_processes(
+        self,
+        count: int,
+        *arguments: Any,
+        environment: dict[str, str] | None = None,
+        kill: dict | None = None,
+        victim: int = 0,
+    ) -> list[Running]:
         """The processes of one run, as a launcher starts them; `kill` goes to one of them."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        processes = [
+        return [
             self.start(
                 *arguments,
-                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment={**shared, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 kill=kill if rank == victim else None,
             )
             for rank in range(count)
         ]
-        return [self.wait(process) for process in processes]
+
+    def run_processes(self, count: int, *arguments: Any, **settings: Any) -> list[Ended]:
+        """Start them and wait for all."""
+        return [self.wait(process) for process in self.start_processes(count, *arguments, **settings)]
 
     def close(self) -> None:
         """End the server."""

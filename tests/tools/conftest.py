@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
@@ -48,17 +46,3 @@ def command():
 def torchrun():
     """The launcher of two processes on this machine."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-@pytest.fixture
-def image_folder(tmp_path) -> Path:
-    """A tiny folder of real JPEG files in three classes."""
-    rng = np.random.default_rng(0)
-    root = tmp_path / "images"
-    for split, count in (("train", 8), ("val", 3)):
-        for brightness, name in enumerate(("cat", "dog", "fox"), start=1):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 85 * brightness, (60, 80, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
-    return root

@@ -1,0 +1,180 @@
+"""Losses that are not finite, folders that vanish, commands that changed, clocks that go backwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.checkpoint.reading import load, load_facts
+from engine.checkpoint.tree import split
+
+PLUGIN = '''
+import os
+import torch
+import augsub
+
+
+@augsub.register("poison")
+class Poison(augsub.SubModelAugmentation):
+    """From the n-th forward on, tokens that are not finite."""
+
+    sites = ("tokens",)
+    forwards = 0
+
+    def tokens(self, tokens):
+        Poison.forwards += 1
+        if Poison.forwards >= int(os.environ["POISON_AT"]) and os.environ.get("RANK", "0") == os.environ["POISON_RANK"]:
+            tokens.values = tokens.values * float(os.environ["POISON"])
+        return tokens
+'''
+POISONED = ("plugins=[poison]", "augsub.sub_models=[{augmentations: [{name: poison, ratio: 0.1}]}]")
+
+
+@pytest.fixture
+def poison(server):
+    """A plugin in the folder where the runs are started."""
+    (server.folder / "poison.py").write_text(PLUGIN)
+    return lambda at, rank=0, value="nan": {"POISON_AT": str(at), "POISON_RANK": str(rank), "POISON": value}
+
+
+@pytest.mark.faults(
+    fault="a loss is NaN or infinite at iteration k",
+    promise="one line that names the iteration, exit code 2; nothing of it is saved, the last checkpoint goes on",
+)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite(server, digits, tmp_path, poison, survived, value):
+    run = [*digits, *POISONED, "checkpoint.period=1", f"output_dir={tmp_path}/run"]
+    for iteration in (1, 6, 12):  # at the first step, between two, and where an epoch ends; two forwards make a step
+        ended = server.run(*run, environment=poison(2 * iteration, value=value))
+        assert ended.code == 2 and ended.err.count("\n") == 1, ended.err
+        assert f"error: the loss is not finite at iteration {iteration};" in ended.err
+        last = tmp_path / "run" / "checkpoints" / "last.pt"
+        assert last.exists() == (iteration > 1)
+        if last.exists():
+            assert load_facts(last)["iteration"] == iteration - 1
+            assert all(tensor.isfinite().all() for tensor in split(load(last))[0].values())
+            assert server.run(*run, "--resume", environment=poison(10_000)).code == 0
+        survived()
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.faults(
+    fault="a loss is NaN in one of two processes",
+    promise="no process saves the ruined weights, though its own loss was finite",
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_loss_that_is_not_finite_elsewhere(server, digits, tmp_path, poison, survived, strategy):
+    run = [*digits, *POISONED, f"distributed.strategy={strategy}", "checkpoint.period=1", f"output_dir={tmp_path}/run"]
+    ended = [server.wait(process) for process in server.start_processes(2, *run, environment=poison(2 * 5, rank=1))]
+    assert [end.code for end in ended] == [2, 2]
+    assert all("the loss is not finite at iteration 5;" in end.err for end in ended), [end.err for end in ended]
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert load_facts(last)["iteration"] == 4
+    assert all(tensor.isfinite().all() for tensor in split(load(last))[0].values())
+    survived()
+
+
+@pytest.mark.faults(
+    fault="the data folder is gone when the run is resumed",
+    promise="one line that names it, exit code 2; with the folder back, or data.root elsewhere, the run goes on",
+)
+def test_a_missing_data_folder(server, image_folder, tmp_path, survived):
+    config = Path(__file__).parents[2] / "configs" / "finetune_folder.yaml"
+    run = ["--config", config, "model.pretrained=false", "model.name=test_vit", "data.image_size=null",
+           "train.epochs=4", "schedule.warmup_epochs=1", "data.workers=0", f"output_dir={tmp_path}/run"]  # fmt: skip
+    first = server.run(*run, f"data.root={image_folder}", "train.max_iters=2")
+    assert first.code == 0, first.err
+    before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
+    image_folder.rename(tmp_path / "moved")
+    ended = server.run(*run, f"data.root={image_folder}", "--resume")
+    assert ended.code == 2
+    assert ended.err == f"error: data.root = {image_folder}: no such folder\n"
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
+    resumed = server.run(*run, f"data.root={tmp_path}/moved", "--resume")
+    assert resumed.code == 0 and "resumed" in resumed.out and "changed: data.root" in resumed.out, resumed.err
+    survived()
+
+
+REFUSED = {
+    "seed=1": "seed = 1, the run has 0",
+    "model.drop_path_rate=0.3": "model.drop_path_rate = 0.3, the run has 0.2",
+    "model.kwargs.depth=3": "model.kwargs = {",
+    "data.dataset=synthetic": "data.dataset = synthetic, the run has digits",
+    "augsub.main_weight=0.7": "augsub.main_weight = 0.7, the run has 0.5",
+    "augsub.sub_models=[]": "augsub.sub_models = []",
+    "train.epochs=70": "train.epochs = 70, the run has 60",
+    "train.global_batch=40": "train.global_batch = 40, the run has 80",
+    "optimizer.weight_decay=0.1": "optimizer.weight_decay = 0.1, the run has 0.05",
+    "mixup.mixup_alpha=0.1": "mixup.mixup_alpha = 0.1, the run has 0.8",
+    "schedule.min_lr=0.0": "schedule.min_lr = 0.0, the run has 1e-05",
+}
+
+
+@pytest.mark.faults(
+    fault="the command changed when the run is resumed",
+    promise="what may change is listed and logged; anything else is refused in one line, and nothing is touched",
+)
+def test_a_changed_command(server, digits, tmp_path, survived):
+    run = [*digits, f"output_dir={tmp_path}/run"]
+    assert server.run(*run, "train.max_iters=8").code == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for change, message in REFUSED.items():
+        ended = server.run(*run, "--resume", change)
+        assert ended.code == 2 and ended.err.count("\n") == 1, ended.err
+        assert ended.err.startswith(f"error: --resume: {message}") and "Only output_dir, " in ended.err
+        survived()
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    allowed = ["data.workers=1", "log.period=3", "optimizer.lr=1e-4", "evaluation.batch=100", "checkpoint.keep=1"]
+    resumed = server.run(*run, "--resume", *allowed)
+    assert resumed.code == 0, resumed.err
+    for line in ("data.workers: 0 -> 1", "log.period: 7 -> 3", "optimizer.lr: 0.002 -> 0.0001"):
+        assert f"changed: {line}\n" in resumed.out
+    survived()
+
+
+@pytest.mark.faults(
+    fault="two runs in one folder",
+    promise="the second one ends with one line that names the first, exit code 2; the first one ends undisturbed",
+)
+@pytest.mark.parametrize("arguments", [(), ("--resume",)], ids=["new", "resume"])
+def test_two_runs_in_one_folder(server, digits, tmp_path, assert_same_end, survived, arguments):
+    assert server.run(*digits, f"output_dir={tmp_path}/alone").code == 0
+    first = server.start(*digits, f"output_dir={tmp_path}/run")
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
+        os.sched_yield()
+    second = server.run(*digits, f"output_dir={tmp_path}/run", *arguments)
+    assert second.code == 2 and second.err.count("\n") == 1, second.err
+    taken = f"another run is writing into it (process {first.pid} on " if arguments else "holds a run already"
+    assert taken in second.err
+    assert server.wait(first).code == 0
+    assert_same_end(tmp_path / "alone", tmp_path / "run")
+    survived()
+
+
+BACKWARDS = """
+import time
+
+real, start = time.time, time.time()
+time.time = lambda: 2 * start - real()  # a second back for each second on
+"""
+
+
+@pytest.mark.faults(
+    fault="the clock goes backwards, and files have times in the future",
+    promise="the run and what a resumed one finds do not change by a bit",
+)
+def test_a_clock_that_goes_backwards(server, digits, tmp_path, assert_same_end, survived):
+    (server.folder / "backwards.py").write_text(BACKWARDS)
+    assert server.run(*digits, f"output_dir={tmp_path}/whole").code == 0
+    run = [*digits, "plugins=[backwards]", "checkpoint.every_minutes=1000", f"output_dir={tmp_path}/run"]
+    kill = {"function": "Trainer.run_step", "entry": 20, "delay": 0.0}
+    assert server.run(*run, kill=kill).code != 0
+    for age, path in enumerate(sorted((tmp_path / "run" / "checkpoints").iterdir())):
+        os.utime(path, (4e9 - age, 4e9 - age))
+    resumed = server.run(*run, "--resume")
+    assert resumed.code == 0 and "last.pt after" in resumed.out, resumed.err
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    survived()
