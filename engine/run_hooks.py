@@ -41,7 +41,11 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         store,
         evaluation,
         guard,
-        facts={"config": to_yaml(config), "model_name": config.model.name},
+        facts={
+            "config": to_yaml(config),
+            "model_name": config.model.name,
+            "data": {"num_classes": data.num_classes, "in_chans": data.in_chans},
+        },
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,
     )

@@ -37,6 +37,7 @@ class DataLoaders:
         micro_batch: training images at once in one process.
         accumulation: micro-batches per step.
         max_iterations: steps of the whole run.
+        num_classes, in_chans: of the data set.
     """
 
     train_from: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
@@ -46,6 +47,8 @@ class DataLoaders:
     accumulation: int
     iterations_per_epoch: int
     max_iterations: int
+    num_classes: int
+    in_chans: int
 
 
 def build_source(config: Config) -> DataSource:
@@ -99,6 +102,8 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
         accumulation=accumulation,
         iterations_per_epoch=iterations_per_epoch,
         max_iterations=max_iterations,
+        num_classes=source.num_classes,
+        in_chans=source.in_chans,
     )
 
 

@@ -1,0 +1,117 @@
+"""Two processes, torch's own engines: the same mathematics as one, and checkpoints for any number of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from engine.checkpoint.reading import load
+
+ROOT = Path(__file__).parents[2]
+DIGITS = {model: ROOT / "configs" / f"digits_{model}.yaml" for model in ("vit", "swin", "resnet")}
+TWENTY_STEPS = ("train.max_iters=20", "train.global_batch=40", "optimizer.name=sgd", "optimizer.lr=0.1")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = load(folder / "checkpoints" / "last.pt")["model"]
+    return {name: tensor for name, tensor in state.items() if "running_" not in name and "num_batches" not in name}
+
+
+def assert_close(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.faults(
+    fault="two processes instead of one",
+    promise="the same weights to float tolerance after 20 steps with MaskSub, mixup, dropped paths, accumulation",
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("model", DIGITS)
+def test_two_processes_are_one_with_twice_the_batch(server, tmp_path, survived, model, strategy):
+    """2 x b against 1 x 2b, the latter in two micro-batches of b: the masks and mixtures are theirs."""
+    run = ["--config", DIGITS[model], *TWENTY_STEPS, "mixup.mixup_alpha=0.8", "model.drop_path_rate=0.1"]
+    run += ["train.clip_norm=1.0"] if model != "resnet" else []
+    alone = server.run(*run, "train.accumulation=4", f"output_dir={tmp_path}/one")
+    assert alone.code == 0, alone.err
+    two = [*run, f"distributed.strategy={strategy}", "train.accumulation=2", f"output_dir={tmp_path}/two"]
+    ended = server.run_processes(2, *two)
+    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
+    assert_close(tmp_path / "one", tmp_path / "two")
+    start = server.run(*run, "train.max_iters=1", "optimizer.lr=1e-9", f"output_dir={tmp_path}/start")
+    assert start.code == 0
+    moved = {
+        name: (tensor - weights(tmp_path / "start")[name]).abs().max()
+        for name, tensor in weights(tmp_path / "one").items()
+    }
+    assert max(moved.values()) > 1e-2  # far beyond the tolerance
+    survived()
+
+
+@pytest.mark.faults(
+    fault="resumed with another number of processes, or another strategy",
+    promise="the same stream of data goes on: the same weights to float tolerance",
+)
+def test_another_number_of_processes(server, tmp_path, survived):
+    run = ["--config", DIGITS["vit"], *TWENTY_STEPS, "mixup.mixup_alpha=0.8", "checkpoint.period=5"]
+    whole = server.run(*run, "train.accumulation=4", f"output_dir={tmp_path}/whole")
+    assert whole.code == 0, whole.err
+    stations = [(1, 4, "ddp"), (2, 2, "fsdp2"), (4, 1, "fsdp2"), (2, 2, "ddp"), (1, 4, "fsdp2")]
+    for station, (processes, accumulation, strategy) in enumerate(stations, start=1):
+        arguments = [*run, f"train.accumulation={accumulation}", f"distributed.strategy={strategy}"]
+        arguments += ["--resume", f"train.max_iters={4 * station}", f"output_dir={tmp_path}/moved"]
+        ended = server.run_processes(processes, *arguments) if processes > 1 else [server.run(*arguments)]
+        assert [end.code for end in ended] == [0] * processes, [end.err for end in ended]
+        assert station == 1 or f"after {4 * station - 4} of {4 * station}" in ended[0].out
+        survived()
+    assert_close(tmp_path / "whole", tmp_path / "moved")
+
+
+@pytest.mark.faults(
+    fault="a sharded checkpoint is wanted as one plain timm file",
+    promise="timm loads the exported file strictly, and the logits are the run's",
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_export(server, tmp_path, survived, suffix):
+    run = ["--config", DIGITS["swin"], *TWENTY_STEPS, "ema.enabled=true", "distributed.strategy=fsdp2"]
+    ended = server.run_processes(2, *run, f"output_dir={tmp_path}/run")
+    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert checkpoint.is_symlink() and checkpoint.is_dir()
+    for option in ([], ["--ema"]):
+        file = tmp_path / f"plain.{suffix}"
+        command = [sys.executable, ROOT / "tools" / "export.py", checkpoint, file, *option]
+        printed = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        assert printed.returncode == 0, printed.stderr
+        model = eval(printed.stdout, {"timm": timm})
+        state = load(checkpoint)
+        expected = state["hooks"]["ema"]["model"] if option else state["model"]
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+        survived()
+
+
+@pytest.mark.faults(
+    fault="gradient checkpointing, which computes the forwards again in backward",
+    promise="the same weights to float tolerance, under one process, DDP and FSDP2",
+)
+@pytest.mark.parametrize("model", DIGITS)
+def test_gradient_checkpointing(server, tmp_path, survived, model):
+    run = ["--config", DIGITS[model], *TWENTY_STEPS]
+    recomputing = [*run, "train.grad_checkpointing=true"]
+    assert server.run(*run, "train.accumulation=2", f"output_dir={tmp_path}/plain").code == 0
+    ended = server.run(*recomputing, "train.accumulation=2", f"output_dir={tmp_path}/again")
+    assert ended.code == 0, ended.err
+    assert_close(tmp_path / "plain", tmp_path / "again")
+    for strategy in ("ddp", "fsdp2"):
+        arguments = [*recomputing, f"distributed.strategy={strategy}", f"output_dir={tmp_path}/{strategy}"]
+        ended = server.run_processes(2, *arguments)
+        assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
+        assert_close(tmp_path / "plain", tmp_path / strategy)
+        survived()
