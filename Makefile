@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-recipes study zoo recipes lint
+.PHONY: demo test test-slow test-recipes study zoo recipes scaling lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -26,6 +26,9 @@ zoo: $(INSTALLED)  ## follow the installed timm: its list of model classes and d
 
 recipes: $(INSTALLED)  ## write docs/recipes.md
 	$(BIN)/python tools/recipes_page.py
+
+scaling: $(INSTALLED)  ## write docs/scaling.md: traffic and memory of a step, computed and measured
+	$(BIN)/python tools/scaling.py --page docs/scaling.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

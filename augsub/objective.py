@@ -4,7 +4,7 @@ the main model teaches the sub-models."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -120,7 +120,8 @@ class SubModelObjective:
         """Forward and backward, branch by branch, so that one graph is alive at a time.
 
         The gradients are those of ``self(model, images, targets).loss.backward()``. Under
-        DistributedDataParallel they are reduced once, in the backward of the last branch.
+        DistributedDataParallel and FSDP2 they are reduced once, in the backward of the last branch.
+        Until then every process of FSDP2 holds whole gradients, not its shard of them.
 
         Args:
             backward: called with each branch's weighted loss, for example to scale it.
@@ -154,8 +155,22 @@ def _summarise(branches: Sequence[Branch]) -> ObjectiveOutput:
     return ObjectiveOutput(loss, main.loss, [branch.loss for branch in subs], main.logits.detach())
 
 
-def _gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
-    return nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync()
+@contextmanager
+def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether a backward in this context reduces gradients over the processes, if there are any."""
+    if enabled:
+        yield
+    elif hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule; DDP has no_sync
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    elif hasattr(model, "no_sync"):
+        with model.no_sync():
+            yield
+    else:
+        yield
 
 
 def _checked_sub_models(sub_models: Sequence[SubModel]) -> tuple[SubModel, ...]:

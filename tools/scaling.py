@@ -1,0 +1,168 @@
+"""What a step with sub-models sends between GPUs and keeps in each, by arithmetic; measured in two processes.
+
+    python tools/scaling.py                                     # ViT-H/14 on 64 GPUs, configs/deit3_h_400e.yaml
+    python tools/scaling.py --config configs/swin_b.yaml --processes 8 train.accumulation=2
+    python tools/scaling.py --model vit_large_patch16_224       # with one sub-model and AdamW
+    python tools/scaling.py --measure                           # small models in two processes of this machine
+    python tools/scaling.py --page docs/scaling.md              # both, as a page
+
+Activations are not counted. Nothing is computed with weights: the model is built on the meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.config import Config
+from engine.config_file import load_config
+from engine.data.batching import accumulation_for
+from engine.defaults import build_objective, build_run_model, fill_in_from_model
+from engine.distributed import Process
+from engine.errors import InputError, RunError, input_errors
+from engine.optim import build_optimizer
+from engine.plugins import import_plugins
+from engine.table import text_table
+from models.param_groups import param_groups
+from tools.analyze_model import CONFIGS, data_source
+from tools.scaling_costs import WAYS, Step, memory, traffic
+from tools.scaling_measure import Measured, cases, measure
+from tools.scaling_tables import agreement, arithmetic, measured_table, memory_table, page, traffic_table
+
+DEFAULT = CONFIGS / "deit3_h_400e.yaml"
+OF_A_MODEL = CONFIGS / "_base_" / "imagenet.yaml"  # what --model is trained with
+GPUS = 64
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", metavar="FILE", default=DEFAULT, help="default configs/deit3_h_400e.yaml")
+    what.add_argument("--model", metavar="NAME", help="any timm model, with one sub-model and AdamW")
+    what.add_argument("--measure", action="store_true", help="count the collectives of small models in two processes")
+    what.add_argument("--page", metavar="FILE", type=Path, help="write the default's tables and the measured ones")
+    parser.add_argument("--processes", type=int, default=GPUS, metavar="N", help=f"GPUs (default {GPUS})")
+    parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    return parser.parse_intermixed_args()
+
+
+def configured(arguments: argparse.Namespace) -> Config:
+    """The configuration, complete but for its data."""
+    if arguments.processes < 2:
+        raise InputError(f"--processes = {arguments.processes}, allowed is 2 or more")
+    chosen = [f"model.name={arguments.model}"] if arguments.model else []
+    config = load_config(OF_A_MODEL if arguments.model else arguments.config, [*chosen, *arguments.overrides])
+    import_plugins(config.plugins)
+    fill_in_from_model(config)
+    return config
+
+
+def build_step(config: Config, processes: int) -> Step:
+    """A step of the configuration in each of the processes, on the meta device."""
+    source = data_source(config)
+    one = Process(0, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        model = build_run_model(config, source, one, is_resumed=True)  # without the weights that it starts from
+    objective = build_objective(config, torch.nn.CrossEntropyLoss())
+    with input_errors("augsub.sub_models"):
+        objective.prepare(model)
+    return Step(
+        model=model,
+        processes=processes,
+        branches=1 + len(objective.sub_models),
+        accumulation=accumulation_for(config.train, processes),
+        states=optimizer_states(config, model),
+        averages=int(config.ema.enabled),
+    )
+
+
+def optimizer_states(config: Config, model: torch.nn.Module) -> list[Tensor]:
+    """The tensors that the optimiser has after a step of a model on the meta device."""
+    settings = config.optimizer
+    with input_errors("optimizer"):
+        groups = param_groups(model, settings.weight_decay, settings.layer_decay, settings.full_lr)
+        optimizer = build_optimizer(settings, groups)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            raise InputError(f"{settings.name} cannot step without values: {str(error).splitlines()[0]}") from error
+    model.zero_grad(set_to_none=True)
+    return [tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
+
+
+def summary(config: Config, step: Step) -> str:
+    """What the tables are for."""
+    count = sum(parameter.numel() for parameter in step.model.parameters())
+    autocast = "float32" if config.train.amp == "off" else f"{config.train.amp} autocast, weights and gradients float32"
+    return text_table([
+        ("model", f"{config.model.name}, {count / 1e6:.2f} M parameters"),
+        ("processes", f"{step.processes}"),
+        ("branches", f"main model and {step.branches - 1} sub-model{'s' if step.branches != 2 else ''}"),
+        ("micro-batches", f"{step.accumulation}"),
+        ("optimiser", f"{config.optimizer.name}{', average of the weights' if step.averages else ''}"),
+        ("precision", autocast),
+    ])  # fmt: skip
+
+
+def as_numbers(step: Step) -> dict[str, dict]:
+    """Both tables in bytes."""
+    return {
+        way.title: {
+            **asdict(traffic(way, step)),
+            "sent": traffic(way, step).sent(step.processes),
+            "memory": asdict(memory(way, step)),
+        }
+        for way in WAYS
+    }
+
+
+def print_step(arguments: argparse.Namespace) -> None:
+    """The tables of a configuration."""
+    config = configured(arguments)
+    step = build_step(config, arguments.processes)
+    if arguments.json:
+        print(json.dumps(as_numbers(step), indent=2))
+        return
+    print(f"{summary(config, step)}\n\n{traffic_table(step)}\n\n{arithmetic(step)}\n")
+    print(f"Kept by each GPU, activations not counted\n\n{memory_table(step)}")
+
+
+def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
+    """What two processes did."""
+    if as_json:
+        print(json.dumps([asdict(item) for item in measured], indent=2))
+    else:
+        print(f"{measured_table(measured)}\n\n{agreement(measured)}")
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error that the user can mend; 1 if measured and computed differ."""
+    arguments = parse_arguments()
+    try:
+        if not (arguments.measure or arguments.page):
+            print_step(arguments)
+            return 0
+        measured = measure(cases())
+        if arguments.page:
+            arguments.page.write_text(page(build_step(configured(arguments), arguments.processes), measured))
+        else:
+            print_measured(measured, arguments.json)
+        return int(any(item.seen != item.computed for item in measured))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
