@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-recipes study zoo recipes scaling lint
+.PHONY: demo test test-slow test-faults test-recipes study zoo recipes scaling lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -13,6 +13,10 @@ test: $(INSTALLED)  ## install, then run the tests
 
 test-slow: $(INSTALLED)  ## a step of every full-size recipe, FLOPs of all of timm, torch.compile: an hour on two cores
 	$(BIN)/python -m pytest -q -m slow
+
+test-faults: $(INSTALLED)  ## real faults in real runs, then docs/reliability.md from the results: an hour on two cores
+	$(BIN)/python -m pytest -q -m faults --junitxml=runs/faults.xml
+	$(BIN)/python tools/reliability_page.py runs/faults.xml
 
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers
 	$(BIN)/python -m pytest -q tests/recipes

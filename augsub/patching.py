@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augsub.augmentation import SubModelAugmentation
@@ -53,7 +53,17 @@ class PatchedModel:
                 raise ValueError(f"augsub_ratio = {augsub_ratio} was given without augsub")
             return self._augsub.main(super().forward, *args, **kwargs)
         augmentation = build(augsub) if augsub_ratio is None else build(augsub, ratio=augsub_ratio)
-        return self._augsub.run(augmentation, super().forward, *args, **kwargs)
+        logits = self._augsub.run(augmentation, super().forward, *args, **kwargs)
+        return self._with_mask_token(logits) if isinstance(logits, Tensor) else logits
+
+    def _with_mask_token(self, logits: Tensor) -> Tensor:
+        """The same logits, with a gradient for the mask token, of zero if this sub-model did not mask.
+
+        DDP reduces in the backward of the last sub-model and waits there for every parameter, also for
+        one that only a sub-model before it has used.
+        """
+        token = getattr(self, "mask_token", None)
+        return logits if token is None or not token.requires_grad else logits + 0 * token.sum()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: the model's own and the mask token."""

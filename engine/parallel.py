@@ -45,9 +45,10 @@ def shard(model: nn.Module, units: Iterable[nn.Module], process: Process, reshar
     except ImportError as error:
         raise InputError(f"distributed.strategy = fsdp2: torch {torch.__version__} has none, 2.6 does") from error
     mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
-    for module in (*units, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    return model
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    # torch's default keeps the root's own parameters until backward, which begins with them
+    return fully_shard(model, mesh=mesh, **({} if reshard_after_forward else {"reshard_after_forward": False}))
 
 
 def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:

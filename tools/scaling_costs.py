@@ -114,10 +114,11 @@ def traffic(way: Way, step: Step) -> Traffic:
             broadcast=reductions * size(buffers),
         )
     units = sharding_units(step.model)
-    gathers = (2 if way.reshard else 1) * step.passes  # for forward, and again for backward
+    # for forward, and again for backward; the root's parameters stay in between
+    gathered = (units + units[:-1] if way.reshard else units) * step.passes
     return Traffic(
-        all_gathers=gathers * len(units),
-        gathered=gathers * sum(padded(unit, step.processes) for unit in units),
+        all_gathers=len(gathered),
+        gathered=sum(padded(unit, step.processes) for unit in gathered),
         reduce_scatters=reductions * sum(bool(trained(unit)) for unit in units),
         reduced=reductions * sum(padded(trained(unit), step.processes) for unit in units),
     )

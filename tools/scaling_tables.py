@@ -47,7 +47,8 @@ def arithmetic(step: Step) -> str:
     held = memory(WAYS[3], step)
     count, gradient = step.processes, size(trained(step.model.parameters()))
     units = sharding_units(step.model)
-    whole = sum(padded(unit, count) for unit in units)
+    *blocks, root = [padded(unit, count) for unit in units]
+    whole = sum(blocks) + root
     turns = f" x {step.accumulation} micro-batches" if step.accumulation > 1 else ""
     passes, part = f"{step.branches} branches{turns}", f"{count - 1}/{count}"
     average = " and average" if step.averages else ""
@@ -57,7 +58,8 @@ def arithmetic(step: Step) -> str:
         "DDP sends": f"2 x {part} x {readable(gradient)} = {readable(once.sent(count))}",
         "  after every branch": f"2 x {part} x {passes} x {readable(gradient)} = {readable(each.sent(count))}",
         "FSDP2 gathers": f"{len(units)} units, padded to {count} equal shards each = {readable(whole)}",
-        "FSDP2 sends": f"{part} x ({passes} x 2 x {readable(whole)} + {readable(reshard.reduced)}) "
+        "FSDP2 sends": f"{part} x ({passes} x (2 x {readable(sum(blocks))} + {readable(root)}) + "
+        f"{readable(reshard.reduced)}) "
         f"= {readable(reshard.sent(count))}",
         "  without resharding": f"{part} x ({passes} x {readable(whole)} + {readable(keep.reduced)}) "
         f"= {readable(keep.sent(count))}",

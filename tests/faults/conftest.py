@@ -166,16 +166,3 @@ def assert_same_end():
         assert rest == other_rest
 
     return compare
-
-
-@pytest.fixture
-def survived(request):
-    """Counts the runs of a test that met the fault and came out as promised, for the table."""
-    request.node.user_properties.append(("survived", 0))
-    index = len(request.node.user_properties) - 1
-
-    def count(met: bool = True, runs: int = 1) -> None:
-        name, before = request.node.user_properties[index]
-        request.node.user_properties[index] = (name, before + runs * met)
-
-    return count

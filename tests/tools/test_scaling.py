@@ -63,15 +63,16 @@ def test_fsdp2_by_hand(vit):
     whole = 8 * shards(vit.parameters())
     gradient = 8 * shards(vit.parameters(), lambda p: p.requires_grad)
     assert gradient == whole - 8 * 4 * 48  # the class token (1, 1, 48) fills eight shards
-    assert traffic(FSDP, step).gathered == 2 * 6 * whole and traffic(FSDP, step).all_gathers == 2 * 6 * 4
+    blocks, root = 8 * shards(vit.blocks[0].parameters()), whole - 8 * shards(vit.blocks.parameters())
+    assert traffic(FSDP, step).gathered == 6 * (2 * 3 * blocks + root)
+    assert traffic(FSDP, step).all_gathers == 6 * (2 * 3 + 1)
     assert traffic(FSDP_KEEP, step).gathered == 6 * whole
     assert [traffic(way, step).reduced for way in (FSDP, FSDP_KEEP, FSDP_NAIVE)] == [gradient, gradient, 6 * gradient]
     assert traffic(FSDP, step).reduce_scatters == 4  # three blocks and the root
-    assert traffic(FSDP, step).sent(8) == 7 * (12 * whole + gradient) // 8
+    assert traffic(FSDP, step).sent(8) == 7 * (traffic(FSDP, step).gathered + gradient) // 8
     trained = [p for p in vit.parameters() if p.requires_grad]
     assert memory(FSDP, step).gradients == sum(p.nbytes for p in trained)
     assert memory(FSDP_KEEP, step).parameters == whole // 8 + whole
-    blocks, root = 8 * shards(vit.blocks[0].parameters()), whole - 8 * shards(vit.blocks.parameters())
     assert memory(FSDP, step).parameters == whole // 8 + root + 2 * blocks
     assert memory(FSDP, replace(step, branches=1, accumulation=1)).gradients < memory(FSDP, step).gradients
 
