@@ -55,6 +55,10 @@ def is_one_line_about_a_bad_file(error: str, allowed: int, folder: Path) -> bool
     return line.startswith(f"error: data.bad_files = {allowed}: ") and named
 
 
+@pytest.mark.faults(
+    fault="unreadable, truncated, zero-byte and mislabelled images, as many as data.bad_files allows",
+    promise="others take their place, held-out ones are not counted; each is named in the log, all are in the summary",
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_files_are_skipped_named_once_and_counted(train_net, spoiled, arguments, tmp_path, caplog, workers):
     code, _, error = train_net(*arguments, "data.bad_files=3", f"data.workers={workers}")
@@ -75,6 +79,10 @@ def test_bad_files_are_skipped_named_once_and_counted(train_net, spoiled, argume
     assert results["images"] == 8 and results["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.faults(
+    fault="more unreadable images than data.bad_files allows",
+    promise="one line that names the file and the key, exit code 2",
+)
 @pytest.mark.parametrize(
     ("allowed", "options"), [(2, []), (0, ["data.workers=2"]), (0, ["--eval-only", "evaluation.checkpoint=WEIGHTS"])]
 )
@@ -104,6 +112,10 @@ def test_a_resumed_run_remembers_the_names(train_net, spoiled, arguments, tmp_pa
     assert all(log_of(tmp_path).count(str(spoiled / name)) == 1 for name in BAD)
 
 
+@pytest.mark.faults(
+    fault="unreadable images, each met by one of two processes",
+    promise="they are counted together",
+)
 def test_processes_count_together(command, torchrun, spoiled, arguments, tmp_path):
     finished = command(*torchrun, TRAIN_NET, *arguments, "data.bad_files=3")
     assert finished.returncode == 0, finished.stderr
@@ -120,6 +132,10 @@ def loader_workers(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == own]
 
 
+@pytest.mark.faults(
+    fault="a data loading worker is killed",
+    promise="the run ends within seconds with one line that says so, exit code 2",
+)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
     process = subprocess.Popen(

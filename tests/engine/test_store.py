@@ -1,0 +1,135 @@
+"""Which checkpoints of a run there are, and which one is used."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint.background import snapshot
+from engine.checkpoint.reading import load
+from engine.checkpoint.store import CheckpointStore
+from engine.checkpoint.tree import join, split
+from engine.distributed import Process
+from engine.errors import InputError, RunError
+from engine.run_folder import RunFolder
+
+ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    (tmp_path / "checkpoints").mkdir()
+    return RunFolder(tmp_path)
+
+
+def state(iteration: int) -> dict:
+    return {"iteration": iteration, "config": "", "model": {"weight": torch.full((500,), float(iteration))}}
+
+
+def save_all(folder: RunFolder, count: int, **settings) -> CheckpointStore:
+    """States 1 to `count`; every second one is numbered, the first one is the best."""
+    store = CheckpointStore(folder, ALONE, **settings)
+    for iteration in range(1, count + 1):
+        store.save(state(iteration), is_best=iteration == 1, is_numbered=iteration % 2 == 0)
+    store.wait()
+    return store
+
+
+def damage(path: Path) -> None:
+    """Flip a bit in the middle of the weights, in the file itself, and so under all of its names."""
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.tensor(load(path)["iteration"]).float().numpy().tobytes() * 3) + 5] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_last_previous_best_and_the_newest_numbered_ones(folder, in_background):
+    save_all(folder, 7, keep=2, in_background=in_background)
+    found = {path.name: load(path)["iteration"] for path in folder.checkpoints.iterdir()}
+    assert found == {"last.pt": 7, "previous.pt": 6, "best.pt": 1, "iter_4.pt": 4, "iter_6.pt": 6}
+
+
+def test_without_numbered_ones(folder):
+    store = save_all(folder, 4, keep=0)
+    found = {path.name: load(path)["iteration"] for path in folder.checkpoints.iterdir()}
+    assert found == {"last.pt": 4, "previous.pt": 3, "best.pt": 1}
+    damage(folder.last)
+    assert store.newest() == folder.previous
+
+
+def test_a_damaged_one_is_named_and_the_one_before_it_used(folder, caplog):
+    store = save_all(folder, 7, keep=2)
+    for damaged, used in (("last.pt", "previous.pt"), ("previous.pt", "iter_4.pt"), ("iter_4.pt", "best.pt")):
+        damage(folder.checkpoints / damaged)
+        with caplog.at_level(logging.WARNING, logger="engine"):
+            assert store.newest() == folder.checkpoints / used
+        assert f"{folder.checkpoints / damaged} is damaged: the checksum of" in caplog.text
+        assert f"using {used} instead" in caplog.text
+        caplog.clear()
+    damage(folder.best)
+    with pytest.raises(InputError, match=r"no intact checkpoint in .*last\.pt is damaged.*best\.pt is damaged"):
+        store.newest()
+
+
+def test_a_damaged_last_one_does_not_take_the_place_of_its_predecessor_before_there_is_a_new_one(folder):
+    store = save_all(folder, 3)
+    damage(folder.last)
+    store.save(state(4), is_best=False, is_numbered=False)
+    assert load(store.newest())["iteration"] == 4
+    with pytest.raises(InputError):
+        load(folder.previous)
+
+
+def test_what_is_not_a_checkpoint_of_a_run_is_not_continued(folder):
+    torch.save({"weight": torch.zeros(3)}, folder.last)
+    with pytest.raises(InputError, match="is not one of a run"):
+        CheckpointStore(folder, ALONE).newest()
+
+
+def test_nothing_to_continue(folder):
+    assert CheckpointStore(folder, ALONE).newest() is None
+
+
+def test_a_save_in_the_background_writes_the_state_of_its_moment_and_tells_its_error(folder):
+    store = CheckpointStore(folder, ALONE, in_background=True)
+    weights = torch.zeros(500)
+    groups = [{"lr": 1.0}]
+    store.save({"iteration": 1, "config": "", "model": {"weight": weights}, "groups": groups}, False, False)
+    weights.fill_(1)
+    groups[0]["lr"] = 2.0
+    store.wait()
+    saved = load(folder.last)
+    assert saved["model"]["weight"].sum() == 0 and saved["groups"] == [{"lr": 1.0}]
+    folder.last.unlink()
+    folder.checkpoints.rmdir()
+    store.save(state(2), False, False)
+    with pytest.raises(RunError, match=r"last\.pt cannot be written: No such file or directory"):
+        store.wait()
+    store.wait()  # told once
+
+
+def test_sharded_checkpoints_have_the_same_names_and_leave_nothing_behind(folder):
+    store = save_all(folder, 7, keep=2, is_sharded=True)
+    names = {path.name: load(path)["iteration"] for path in folder.checkpoints.glob("*.pt")}
+    assert names == {"last.pt": 7, "previous.pt": 6, "best.pt": 1, "iter_4.pt": 4, "iter_6.pt": 6}
+    assert sorted(path.name for path in (folder.checkpoints / ".sharded").iterdir()) == ["1", "4", "6", "7"]
+    shard = next(folder.last.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert store.newest() == folder.previous
+
+
+def test_a_state_is_taken_apart_and_put_together_again():
+    whole = {"a": torch.ones(2), "b": {0: {"c": torch.zeros(1), "d": 3}, "e": {}}, "f": [1, {"g": 2}]}
+    tensors, plain = split(whole)
+    assert set(tensors) == {("a",), ("b", 0, "c")}
+    assert plain == {"b": {0: {"d": 3}, "e": {}}, "f": [1, {"g": 2}]}
+    again = join(tensors, plain)
+    assert again["b"][0]["c"] is whole["b"][0]["c"] and again["a"] is whole["a"] and again["f"] == whole["f"]
+    copied = snapshot(whole)
+    assert copied["a"].data_ptr() != whole["a"].data_ptr() and torch.equal(copied["a"], whole["a"])
