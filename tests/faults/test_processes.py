@@ -134,3 +134,61 @@ def test_two_sub_models(server, tmp_path, survived, order):
         assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
         assert_close(tmp_path / "one", tmp_path / strategy)
         survived()
+
+
+@pytest.mark.faults(
+    fault="checkpoint.every_minutes, where every process has a clock of its own",
+    promise="all processes save at the same step, by the main one's clock",
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_saving_by_the_clock(server, tmp_path, survived, strategy):
+    run = [
+        "--config",
+        DIGITS["vit"],
+        "train.max_iters=12",
+        f"distributed.strategy={strategy}",
+        "checkpoint.period=1000",
+    ]
+    ended = server.run_processes(2, *run, "checkpoint.every_minutes=1e-6", f"output_dir={tmp_path}/run")
+    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
+    assert load(tmp_path / "run" / "checkpoints" / "previous.pt")["iteration"] == 11
+    survived()
+
+
+OVERFLOW_IN_ONE_SHARD = """
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine.distributed import Process
+from engine.parallel import shard
+from engine.precision import Precision
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+shard(model, [model[0]], Process(dist.get_rank(), 2, torch.device("cpu")), reshard_after_forward=True)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+precision = Precision("fp16", torch.device("cpu"), clip_norm=1.0)
+precision.backward(model(torch.ones(2, 4)).sum())
+if dist.get_rank() == 1:
+    model[0].weight.grad.to_local()[0, 0] = float("inf")
+before = [parameter.to_local().clone() for parameter in model.parameters()]
+precision.step(optimizer)
+after = [parameter.to_local() for parameter in model.parameters()]
+assert precision.scaler.get_scale() == 32768
+assert all(torch.equal(one, other) for one, other in zip(before, after))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.faults(
+    fault="fp16: a gradient overflows in one process's shard only",
+    promise="all processes leave the step out and halve the loss scale",
+)
+def test_an_overflow_in_one_shard(tmp_path, survived):
+    (tmp_path / "overflow.py").write_text(OVERFLOW_IN_ONE_SHARD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, tmp_path / "overflow.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    survived()

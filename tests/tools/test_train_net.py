@@ -219,3 +219,12 @@ def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
     assert printed["seed"] == 4 and printed["augsub"]["sub_models"][0]["augmentations"][0]["name"] == "masking"
     (tmp_path / "printed.yaml").write_text(output)
     assert train_net("--config", tmp_path / "printed.yaml", "--print-config")[1] == output
+
+
+def test_an_override_may_follow_resume_with_or_without_auto(train_net, tmp_path):
+    run = ["--config", DIGITS, f"output_dir={tmp_path}/run"]
+    for iterations, resume in enumerate((["--resume"], ["--resume", "auto"], ["--resume=auto"]), start=2):
+        assert train_net(*run, *resume, f"train.max_iters={iterations}")[0] == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 4
+    with pytest.raises(SystemExit):
+        train_net(*run, "--resume", "never")
