@@ -44,7 +44,7 @@ def kill_inside(function: str, entry: int, delay: float) -> None:
 def names(frame: FrameType | None) -> set[str]:
     """Names of the functions on a stack."""
     found = set()
-    while frame is not None:
+    while isinstance(frame, FrameType):  # the other threads run on meanwhile: what was a frame may be gone
         found.add(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
         frame = frame.f_back
     return found
