@@ -51,7 +51,7 @@ class RunServer:
     """Starts runs, see run_server.py."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._count = 0
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("run_server.py")],
@@ -63,17 +63,24 @@ class RunServer:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, *arguments: Any, environment: dict[str, str] | None = None, kill: dict | None = None) -> Running:
-        """Start tools/train_net.py."""
+    def start(
+        self,
+        *arguments: Any,
+        environment: dict[str, str] | None = None,
+        kill: dict | None = None,
+        memory: int | None = None,
+    ) -> Running:
+        """Start tools/train_net.py; `memory` limits the bytes that it may address."""
         self._count += 1
-        out, err = (self._folder / f"{self._count}.{stream}" for stream in ("out", "err"))
+        out, err = (self.folder / f"{self._count}.{stream}" for stream in ("out", "err"))
         pid = self._ask(
             arguments=[*map(str, arguments)],
             environment=environment or {},
             kill=kill,
+            memory=memory,
             out=str(out),
             err=str(err),
-            folder=str(self._folder),
+            folder=str(self.folder),
         )
         return Running(pid, out, err)
 
