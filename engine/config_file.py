@@ -5,15 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import Config
 from engine.config_rules import check
 from engine.errors import InputError
+
+SECTIONS = tuple(field.name for field in fields(Config) if is_dataclass(field.default_factory))
+# What YAML and OmegaConf raise: their own errors, and Python's where they convert or compare values unasked
+REFUSALS = (
+    yaml.YAMLError, OmegaConfBaseException, OSError,
+    ValueError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -25,7 +33,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     with _reported(str(path)):
-        merged = OmegaConf.merge(OmegaConf.structured(Config), _read(path, seen=()))
+        content = _read(path, seen=())
+        merged = _merge(OmegaConf.structured(Config), content, str(path))
     for override in overrides:
         with _reported(f"override {override!r}"):
             merged = _apply(override, merged)
@@ -51,10 +60,36 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         content = OmegaConf.load(path)
     if not isinstance(content, DictConfig):
         raise InputError(f"{path}: the top level must be keys with values")
-    bases = content.pop("_base_", [])
-    for base in reversed([bases] if isinstance(bases, str) else bases):
-        content = OmegaConf.merge(_read(path.parent / base, (*seen, path.resolve())), content)
+    for base in reversed(_bases(content, path)):
+        content = _merge(_read(path.parent / base, (*seen, path.resolve())), content, str(path))
     return content
+
+
+def _bases(content: DictConfig, path: Path) -> list[str]:
+    """Take the names of the files to inherit from out of `content`."""
+    with _reported(f"{path}: _base_"):
+        bases = content.pop("_base_", [])
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list | ListConfig) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: _base_ = {bases}: must be the name of a file, or a list of such names")
+    return list(names)
+
+
+def _merge(config: DictConfig, content: DictConfig, place: str) -> DictConfig:
+    """`content` over `config`; where they do not go together, the error names the section too."""
+    sections = OmegaConf.to_container(content)
+    for key in SECTIONS:
+        section = sections.get(key, {})
+        if not isinstance(section, dict) and not (isinstance(section, str) and section.startswith("${")):
+            raise InputError(f"{place}: {key} = {section}: must be keys with values")
+    try:
+        return OmegaConf.merge(config, content)
+    except REFUSALS as error:
+        knows_key = bool(getattr(error, "full_key", None))
+        for key in () if knows_key else content:
+            with _reported(f"{place}: {key}"):
+                OmegaConf.merge(config, OmegaConf.masked_copy(content, key))
+        raise
 
 
 def _apply(override: str, config: DictConfig) -> DictConfig:
@@ -63,7 +98,7 @@ def _apply(override: str, config: DictConfig) -> DictConfig:
     if not equals or not key:
         raise InputError(f"override {override!r}: must have the form key=value, for example train.epochs=10")
     update = OmegaConf.from_dotlist([override])
-    merged = OmegaConf.merge(config, update)
+    merged = _merge(config, update, f"override {override!r}")
     old, new = OmegaConf.select(config, key), OmegaConf.select(update, key)
     if isinstance(old, DictConfig) and OmegaConf.get_type(old) is dict and isinstance(new, DictConfig):
         OmegaConf.update(merged, key, new, merge=False)
@@ -75,13 +110,16 @@ def _reported(place: str) -> Iterator[None]:
     """Errors of YAML and OmegaConf become an InputError at `place`."""
     try:
         yield
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except REFUSALS as error:
         raise InputError(f"{place}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    """The first line of OmegaConf's message, with the full key where it knows one."""
-    message = str(error).strip().splitlines()[0]
+    """The first line of OmegaConf's message, with the full key where it knows one; YAML's problem, with its line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else type(error).__name__
     key = getattr(error, "full_key", None)
     return f"{key}: {message}" if key else message
 

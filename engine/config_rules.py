@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import reduce
 from typing import Any
 
@@ -11,6 +13,8 @@ from engine.config import Config
 from engine.errors import InputError
 
 Rule = tuple[Callable[[Any], bool], str]
+LARGEST, LARGEST_WHOLE = 1e38, 2**63  # what fits into float32 and int64
+LONGEST = 200  # characters of a value in a message
 
 
 def at_least(bound: float) -> Rule:
@@ -55,14 +59,25 @@ def three(low: float, meaning: str) -> Rule:
     return lambda value: len(value) == 3 and all(low < number < math.inf for number in value), f"three {meaning}"
 
 
+def nameable(value: str) -> bool:
+    """Whether a file system can have a file of that name at all."""
+    return "\0" not in value and len(os.fsencode(value)) < 4096 and max(map(len, os.fsencode(value).split(b"/"))) < 256
+
+
+PATH: Rule = (nameable, "a path of at most 4095 bytes, of which each name has at most 255")
+
 RULES: dict[str, Rule] = {
+    "output_dir": PATH,
+    "data.root": PATH,
+    "model.checkpoint": PATH,
+    "evaluation.checkpoint": PATH,
     "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
     "model.pretrained": one_of(True, False, "if_available"),
     "model.drop_path_rate": SHARE,
     "model.drop_path_shape": one_of("linear", "uniform"),
     "model.drop_rate": SHARE,
-    "model.class_token_std": at_least(0),
-    "model.head_std": at_least(0),
+    "model.class_token_std": above(0),
+    "model.head_std": above(0),
     "model.head_bias_bound": at_least(0),
     "data.image_size": at_least(1),
     "data.workers": at_least(0),
@@ -135,12 +150,39 @@ RULES: dict[str, Rule] = {
 
 def check(config: Config) -> None:
     """Raise InputError for the first value that is out of range; null is left alone."""
+    for key, number in _numbers(asdict(config)):
+        if LARGEST < abs(number) < math.inf or (isinstance(number, int) and abs(number) > LARGEST_WHOLE):
+            raise InputError(f"{key} = {shortened(number)}: too large, allowed is {LARGEST:g}, of whole numbers 2**63")
     for key, (allowed, meaning) in RULES.items():
         value = reduce(getattr, key.split("."), config)
-        if value is not None and not allowed(value):
-            raise InputError(f"{key} = {value}: allowed is {meaning}")
+        if value is not None and not _holds(allowed, value):
+            raise InputError(f"{key} = {shortened(value)}: allowed is {meaning}")
     for problem in _contradictions(config):
         raise InputError(problem)
+
+
+def shortened(value: Any) -> str:
+    """A value in a message."""
+    text = str(value) if not isinstance(value, int) or abs(value) <= LARGEST_WHOLE else f"{str(value)[:20]}…"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def _holds(allowed: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a value is allowed; one that cannot even be compared is not."""
+    try:
+        return allowed(value)
+    except TypeError:
+        return False
+
+
+def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers, with the keys that lead to them."""
+    if isinstance(content, dict | list):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        for step, value in pairs:
+            yield from _numbers(value, f"{key}.{step}" if key else str(step))
+    elif isinstance(content, int | float):
+        yield key, content
 
 
 def _contradictions(config: Config) -> Iterator[str]:

@@ -20,7 +20,7 @@ from engine.config_file import to_yaml
 from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_loaders, build_source
 from engine.distributed import Process
-from engine.errors import InputError, input_errors
+from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
 from engine.log_file import LogFile
 from engine.mixing import build_mixup
@@ -55,7 +55,7 @@ def train(config: Config, process: Process, resume: bool) -> None:
     )
     with LogFile() as log, ExitStack() as until_the_end:
         newest = store.newest() if resume else None
-        changes = continue_from(config, load_facts(newest)["config"]) if newest is not None else []
+        changes = continue_from(config, load_facts(newest).get("config")) if newest is not None else []
         trainer = build_trainer(config, process, store, is_resumed=newest is not None)
         if process.is_main:
             until_the_end.enter_context(folder.opened(to_yaml(config), is_resumed=resume))
@@ -69,7 +69,8 @@ def train(config: Config, process: Process, resume: bool) -> None:
                 LOGGER.info("changed: %s", change)
         elif resume:
             LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
-        trainer.train()
+        with memory_errors("lower train.micro_batch or evaluation.batch, the images at once in a process"):
+            trainer.train()
 
 
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
@@ -96,7 +97,8 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
         return results
     LOGGER.info("evaluating %s", file)
     content, results = load(Path(file)), {}
-    averaged = content.get("hooks", {}).get("ema")
+    hooks = content.get("hooks")
+    averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
     for prefix, weights in (("", content), ("ema_", averaged)):
         if weights is not None:
             load_all_weights(model, weights, file)
@@ -125,7 +127,8 @@ def build_trainer(config: Config, process: Process, store: CheckpointStore, is_r
     import_plugins(config.plugins)
     fill_in_from_model(config)
     seed_all(config.seed)  # the initial weights are the same in all processes
-    source = build_source(config)
+    with memory_errors(f"data.image_size = {config.data.image_size}"):
+        source = build_source(config)
     data = build_loaders(config, source, process)
     bare_model = build_run_model(config, source, process, is_resumed)
     mixup = build_mixup(config, source.num_classes, data.micro_batch)

@@ -22,6 +22,21 @@ class Preempted(Exception):
     """The run was asked to stop, and saved its state first."""
 
 
+NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # torch says
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Report that memory ran out, and what the user can do about it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(words in message for words in NO_MEMORY):
+            raise
+        raise RunError(f"{remedy}: out of memory: {message or type(error).__name__}") from error
+
+
 @contextmanager
 def input_errors(place: str) -> Iterator[None]:
     """Report a refusal of other code as an InputError at `place`."""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers
+from torch import Tensor
 from torch.optim import Optimizer
 
+from engine.checkpoint.likeness import check_alike
 from engine.config import OptimizerConfig
 from engine.errors import InputError, input_errors
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # that have the shape of their parameter
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
@@ -27,3 +33,38 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
         return create_optimizer_v2(
             groups, opt=config.name, lr=config.lr, weight_decay=0.0, **arguments, **config.kwargs
         )
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take up a saved state.
+
+    Raises:
+        ValueError: it is not built like this optimiser's.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(state)
+    check_alike(groups, optimizer.state_dict()["param_groups"], "optimizer.param_groups")
+    types: dict[str, type] = {}
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if not isinstance(value, types.setdefault(name, type(value))):
+                raise ValueError(
+                    f"optimizer.state: {name} is a {type(value).__name__} here and a {types[name].__name__} there"
+                )
+            if name in MOMENTS and value is not None and not _has_shape_of(parameter, value):
+                raise ValueError(f"optimizer.state: {name} does not have the shape of its parameter")
+
+
+@contextmanager
+def optimizer_errors() -> Iterator[None]:
+    """Report what an optimiser raises at a step: it does not look at its arguments or its state before."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"optimizer: its arguments, or its state in the checkpoint, do not fit: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _has_shape_of(parameter: Tensor, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape

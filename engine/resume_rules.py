@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import Config
 from engine.errors import InputError
@@ -42,16 +44,16 @@ MAY_CHANGE = (
 FILLED_IN = ("data.image_size", "train.global_batch", "transform.*")
 
 
-def continue_from(config: Config, saved_yaml: str) -> list[str]:
+def continue_from(config: Config, saved_yaml: Any) -> list[str]:
     """Compare `config` with the configuration of the checkpoint, and fill in what it leaves open.
 
     Returns:
         Changes that are allowed, as text, for the log.
 
     Raises:
-        InputError: something else changed.
+        InputError: something else changed, or the checkpoint has no configuration.
     """
-    saved = dict(_leaves(OmegaConf.to_container(OmegaConf.create(saved_yaml))))
+    saved = dict(_leaves(_parsed(saved_yaml)))
     current = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config))))
     for key, value in saved.items():
         if current.get(key, value) is None and value is not None and _is_among(key, FILLED_IN):
@@ -68,6 +70,16 @@ def continue_from(config: Config, saved_yaml: str) -> list[str]:
             "for anything else start another run from these weights: model.checkpoint = FILE"
         )
     return [f"{key}: {saved[key]} -> {current[key]}" for key in changed if key != "output_dir"]
+
+
+def _parsed(saved_yaml: Any) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(saved_yaml)) if isinstance(saved_yaml, str) else None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"--resume: the checkpoint's configuration cannot be read: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise InputError("--resume: the checkpoint holds no configuration, it is not one of a run")
+    return content
 
 
 def _is_among(key: str, patterns: tuple[str, ...]) -> bool:

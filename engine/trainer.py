@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.checkpoint.likeness import check_alike
 from engine.checkpoint.reading import load_strictly
 from engine.data import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.metrics import RunningMeans
+from engine.optim import load_optimizer, optimizer_errors
 from engine.precision import Precision
 from engine.seeding import derive_seed, seed_all
 from engine.train_loop import TrainerBase
@@ -89,7 +91,8 @@ class Trainer(TrainerBase):
                 )
             self.means.add(_losses(output))
             self.last_loss += output.loss / accumulation
-        self.precision.step(self.optimizer)
+        with optimizer_errors():
+            self.precision.step(self.optimizer)
 
     def _seed(self, micro_batch: int) -> None:
         """Mixing, masks and dropped paths follow from the micro-batch's number in its global batch alone:
@@ -121,11 +124,13 @@ class Trainer(TrainerBase):
         load_strictly(self.bare_model, state.get("model", {}), source)
         try:
             self.iteration = state["iteration"]
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             self.precision.load_state_dict(state["scaler"])
+            check_alike(self.means.state_dict(), state["means"], "means")
             self.means.load_state_dict(state["means"])
             for hook in self.hooks:
                 if hook.state_name in state["hooks"]:
+                    check_alike(hook.state_dict(), state["hooks"][hook.state_name], hook.state_name)
                     hook.load_state_dict(state["hooks"][hook.state_name])
                 else:
                     hook.start_late()

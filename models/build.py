@@ -6,6 +6,7 @@ import difflib
 import logging
 import socket
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from urllib.parse import urlparse
 import huggingface_hub.constants
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import parse_model_name
 from torch import nn
 from torch.func import functional_call
@@ -55,10 +55,8 @@ def create_model(
         _look_in_the_cache_if_offline()
     try:
         return _create(name, pretrained, arguments)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-    del arguments["img_size"]  # a model for images of any size
+    except TypeError:
+        del arguments["img_size"]  # a model for images of any size
     return _create(name, pretrained, arguments)
 
 
@@ -114,8 +112,12 @@ def check_name(name: str) -> None:
 
 def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
-    except (AssertionError, RuntimeError, OSError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # of a file that is refused
+            return timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # what is wrong with an argument shows wherever the model's code uses it
+        if isinstance(error, TypeError) and "img_size" in arguments and "img_size" in str(error):
+            raise  # the model does not take it
         what = f"timm cannot build {name} with {arguments}{' and its pretrained weights' if pretrained else ''}"
         raise ValueError(f"{what}: {_first_line(error)}") from error
 
@@ -157,7 +159,7 @@ def check_image_shape(
     for augmentation in (None, *augmentations):
         try:
             functional_call(model, weights, (images,), {"augsub": augmentation})
-        except (AssertionError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        except Exception as error:  # as above: the model's own code
             raise ValueError(f"{size} pixels do not fit: {_first_line(error)}") from error
 
 

@@ -111,14 +111,18 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
 def _unwrapped(content: Mapping[str, Any], source: object) -> Weights:
     """The state dict in a checkpoint in float precision, without the prefixes of wrappers."""
     for key in ("model", "state_dict"):
-        if isinstance(content.get(key), Mapping):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not content or not all(isinstance(weight, Tensor) for weight in content.values()):
+    if not isinstance(content, Mapping) or not content or not all(map(_is_named_tensor, content.items())):
         raise ValueError(f"checkpoint {source} holds no state dict, neither by itself nor as 'model' or 'state_dict'")
     return {
         name: weight.float() if weight.is_floating_point() else weight
         for name, weight in clean_state_dict(dict(content)).items()
     }
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _names_of_pretraining(weights: Weights, model: nn.Module) -> set[str]:

@@ -51,7 +51,8 @@ def verify(path: Path) -> None:
         InputError: missing, damaged, or no checkpoint of a run.
     """
     (sharded if path.is_dir() else file).verify(path)
-    if not isinstance(load_facts(path).get("iteration"), int):
+    iteration = load_facts(path).get("iteration")
+    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
         raise InputError(f"checkpoint {path} is not one of a run: it does not tell its iteration")
 
 
@@ -62,6 +63,8 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], source: Path) ->
         InputError: names or shapes differ; the first few are listed.
     """
     own = model.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise InputError(f"checkpoint {source} holds no state dict as 'model'")
     problems = [f"{name} is missing" for name in own.keys() - weights.keys() - {"mask_token"}]
     problems += [f"{name} is unknown to the model" for name in weights.keys() - own.keys()]
     problems += [

@@ -56,7 +56,7 @@ def _open(name: str, data: DataConfig, split: str, transform: Any) -> Dataset:
         dataset = create_dataset(name, root=data.root, split=split)
     except ImportError as error:
         raise InputError(f"data.dataset = {data.dataset}: needs a package that is not installed: {error}") from error
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
         raise InputError(f"data.dataset = {data.dataset}, root = {data.root}, split {split}: {error}") from error
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise InputError(f"data.dataset = {data.dataset}: has no length, a map-style data set is needed")

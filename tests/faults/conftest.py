@@ -63,14 +63,21 @@ class RunServer:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, *arguments: Any, environment: dict[str, str] | None = None, kill: dict | None = None) -> Running:
-        """Start tools/train_net.py."""
+    def start(
+        self,
+        *arguments: Any,
+        environment: dict[str, str] | None = None,
+        kill: dict | None = None,
+        memory: int | None = None,
+    ) -> Running:
+        """Start tools/train_net.py; `memory` limits the bytes that it may address."""
         self._count += 1
         out, err = (self.folder / f"{self._count}.{stream}" for stream in ("out", "err"))
         pid = self._ask(
             arguments=[*map(str, arguments)],
             environment=environment or {},
             kill=kill,
+            memory=memory,
             out=str(out),
             err=str(err),
             folder=str(self.folder),

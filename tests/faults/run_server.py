@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -61,6 +62,8 @@ def start(tool, order: dict) -> int:
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
+    if order["memory"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (order["memory"], order["memory"]))
     sys.argv = ["train_net.py", *order["arguments"]]
     if order["kill"] is not None:
         threading.Thread(target=kill_inside, kwargs=order["kill"], daemon=True).start()
@@ -81,7 +84,7 @@ def start(tool, order: dict) -> int:
 def main() -> None:
     """Serve until standard input ends."""
     tool = train_net()
-
+    importlib.import_module("torch.utils.tensorboard")  # a run imports it when it begins to write
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         order = json.loads(line)
