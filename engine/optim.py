@@ -15,7 +15,8 @@ from engine.checkpoint.likeness import check_alike
 from engine.config import OptimizerConfig
 from engine.errors import InputError, input_errors
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # that have the shape of their parameter
+# These have the shape of their parameter, or are one number for it (NovoGrad)
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
@@ -67,4 +68,4 @@ def optimizer_errors() -> Iterator[None]:
 
 
 def _has_shape_of(parameter: Tensor, value: Any) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+    return isinstance(value, Tensor) and (value.ndim == 0 or value.shape == parameter.shape)
