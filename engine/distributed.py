@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import InputError, RunError
+from engine.errors import InputError, Preempted, RunError
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class Agreement:
         work.wait()
         return bool(answer)
 
+    def finish(self) -> None:
+        """Wait for the last question, which nobody will ask about. All processes call it together."""
+        if self._asked is not None:
+            self._asked[1].wait()
+
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a sharded tensor; any other tensor as it is."""
@@ -123,7 +128,9 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
     timeout = timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        yield Process(dist.get_rank(), world_size, device, dist.new_group(backend="gloo", timeout=timeout))
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        with _leaving_together(control):
+            yield Process(dist.get_rank(), world_size, device, control)
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
@@ -131,6 +138,17 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _leaving_together(control: dist.ProcessGroup) -> Iterator[None]:
+    """Whoever leaves early resets connections that others still read from: wait for all, unless there was an error."""
+    try:
+        yield
+    except Preempted:
+        dist.barrier(group=control)
+        raise
+    dist.barrier(group=control)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

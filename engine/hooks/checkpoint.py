@@ -49,8 +49,6 @@ class Checkpoint(HookBase):
         on_time = self._every_minutes is not None and self._anyone.ask(self._is_time())
         if is_numbered or on_time or self._evaluation.is_new_best or self.trainer.is_last:
             self.save(is_numbered)
-        if self.trainer.is_last:
-            self._store.wait()
 
     def save(self, is_numbered: bool = False) -> None:
         """Save the state after this step, unless that is done. All processes call it together."""
@@ -60,6 +58,14 @@ class Checkpoint(HookBase):
         self._guard.check_weights()
         self._store.save({**self._facts, **self.trainer.state_dict()}, self._evaluation.is_new_best, is_numbered)
         self._last_saved, self._saved_iteration = time.monotonic(), self.trainer.iteration
+
+    def after_train(self) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk, and no question is open. All processes call it together."""
+        self._store.wait()
+        self._anyone.finish()
 
     def close(self) -> None:
         self._store.wait()

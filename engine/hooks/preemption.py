@@ -34,8 +34,13 @@ class Preemption(HookBase):
     def after_step(self) -> None:
         if self._anyone.ask(self._received is not None) and not self.trainer.is_last:
             self._saving.save()
+            self._saving.finish()
+            self._anyone.finish()
             cause = "another process's signal" if self._received is None else signal.Signals(self._received).name
             raise Preempted(f"stopped by {cause} after iteration {self.trainer.iteration}; the state is saved")
+
+    def after_train(self) -> None:
+        self._anyone.finish()
 
     def close(self) -> None:
         for number, handler in self._before.items():
