@@ -40,9 +40,10 @@ def assert_close(one: Path, other: Path) -> None:
 def test_two_processes_are_one_with_twice_the_batch(server, tmp_path, survived, model, strategy):
     """2 x b against 1 x 2b, the latter in two micro-batches of b: the masks and mixtures are theirs."""
     run = ["--config", DIGITS[model], *TWENTY_STEPS, RATES[model], "mixup.mixup_alpha=0.8", "model.drop_path_rate=0.1"]
-    alone = server.run(*run, "train.accumulation=4", f"output_dir={tmp_path}/one")
+    turns = 1 if model == "resnet" else 2  # BatchNorm over ten 1 x 1 maps would make chaos of rounding errors
+    alone = server.run(*run, f"train.accumulation={2 * turns}", f"output_dir={tmp_path}/one")
     assert alone.code == 0, alone.err
-    two = [*run, f"distributed.strategy={strategy}", "train.accumulation=2", f"output_dir={tmp_path}/two"]
+    two = [*run, f"distributed.strategy={strategy}", f"train.accumulation={turns}", f"output_dir={tmp_path}/two"]
     ended = server.run_processes(2, *two)
     assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
     assert_close(tmp_path / "one", tmp_path / "two")
