@@ -35,7 +35,8 @@ def check_alike(own: Any, saved: Any, place: str) -> None:
 
 
 def _kind(value: Any) -> type:
-    """The type; numbers are alike, tensors are alike."""
-    if isinstance(value, Tensor):
-        return Tensor
+    """The type; numbers are alike, and all kinds of tensors and of dictionaries."""
+    for kind in (Tensor, dict):
+        if isinstance(value, kind):
+            return kind
     return float if isinstance(value, int) and not isinstance(value, bool) else type(value)

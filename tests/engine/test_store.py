@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.checkpoint.background import snapshot
+from engine.checkpoint.likeness import differences
 from engine.checkpoint.reading import load
 from engine.checkpoint.store import CheckpointStore
 from engine.checkpoint.tree import join, split
@@ -133,3 +135,16 @@ def test_a_state_is_taken_apart_and_put_together_again():
     assert again["b"][0]["c"] is whole["b"][0]["c"] and again["a"] is whole["a"] and again["f"] == whole["f"]
     copied = snapshot(whole)
     assert copied["a"].data_ptr() != whole["a"].data_ptr() and torch.equal(copied["a"], whole["a"])
+
+
+def test_what_makes_two_states_unlike():
+    own = {"weights": OrderedDict(a=torch.ones(2)), "best": {}, "count": 3, "names": ["a"], "late": None}
+    alike = {"weights": {"a": torch.zeros(2)}, "best": {"x": 1}, "count": 4.0, "names": [], "late": 1, "more": 2}
+    assert list(differences(own, alike, "state")) == []
+    for key, value, said in (
+        ("weights", {"a": torch.ones(3)}, "state.weights.a has shape (3,), not (2,)"),
+        ("weights", {}, "state.weights.a is missing"),
+        ("count", "3", "state.count is of type str, not int"),
+        ("names", [1], "state.names.0 is of type int, not str"),
+    ):
+        assert list(differences(own, {**alike, key: value}, "state")) == [said]
