@@ -85,8 +85,8 @@ def _merge(config: DictConfig, content: DictConfig, place: str) -> DictConfig:
     try:
         return OmegaConf.merge(config, content)
     except REFUSALS as error:
-        knows_key = bool(getattr(error, "full_key", None))
-        for key in () if knows_key else content:
+        known = str(getattr(error, "full_key", ""))  # inside a list it may begin at the element: "augmentations"
+        for key in () if known.startswith(SECTIONS) else content:
             with _reported(f"{place}: {key}"):
                 OmegaConf.merge(config, OmegaConf.masked_copy(content, key))
         raise
