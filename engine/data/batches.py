@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ def worker_deaths(workers: int) -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith(WORKER_DIED):
             raise
+        for worker in multiprocessing.active_children():
+            worker.kill()  # it may wait for a lock that the dead one holds, and does not heed SIGTERM
         reason = str(error).splitlines()[0].rstrip(". ")
         raise RunError(
             f"a data loading worker died: {reason}; if memory ran out, lower data.workers (now {workers}) "

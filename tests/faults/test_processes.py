@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DIGITS = {model: ROOT / "configs" / f"digits_{model}.yaml" for model in ("vit", "swin", "resnet")}
 # SGD, whose update is as exact as the gradient; BatchNorm nets at larger rates double rounding errors at every step
 TWENTY_STEPS = ("train.max_iters=20", "train.global_batch=40", "optimizer.name=sgd", "schedule.warmup_epochs=0")
-RATES = {"vit": "optimizer.lr=0.05", "swin": "optimizer.lr=0.05", "resnet": "optimizer.lr=0.0005"}
+RATES = {"vit": "optimizer.lr=0.05", "swin": "optimizer.lr=0.05", "resnet": "optimizer.lr=0.0001"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
