@@ -56,7 +56,7 @@ def test_the_page_has_a_row_for_every_fault_and_no_failure():
     }
     rows = re.findall(r"^\| (.+?) +\| .+ \| ([^|]+?) +\|$", PAGE.partition("## Faults")[2], re.MULTILINE)[1:]
     assert {fault for fault, _ in rows if not fault.startswith("--")} == faults
-    assert all(survived.isdecimal() for fault, survived in rows if not fault.startswith("--"))
+    assert all(survived.strip().isdecimal() for fault, survived in rows if not fault.startswith("--"))
 
 
 def test_the_page_lists_what_may_change():
