@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class Trainer(TrainerBase):
         return self.iteration / self.data.iterations_per_epoch
 
     def train(self) -> None:
-        self.batches = self.data.train_from(self.iteration)
-        super().train()
+        with closing(self.data.train_from(self.iteration)) as self.batches:
+            super().train()
 
     def run_step(self) -> None:
         self.results = {}

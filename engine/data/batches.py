@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +58,12 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         images, labels = batch
         return images, labels
 
+    def close(self) -> None:
+        """End the workers. The garbage collector may close the queue to them before it tells them to end,
+        and they heed no SIGTERM."""
+        if self._workers:
+            self._batches._shutdown_workers()  # torch has no public name for it
+
     def _receive(self) -> Any:
         """What `collate` gave, or None at the end; a connection that a dead worker left broken is its death."""
         try:
@@ -79,8 +85,9 @@ class Loader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Batches:
-        return Batches(self._loader, self.bad_files)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with closing(Batches(self._loader, self.bad_files)) as batches:
+            yield from batches
 
 
 @contextmanager

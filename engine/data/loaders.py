@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.config import Config
@@ -40,7 +39,7 @@ class DataLoaders:
         num_classes, in_chans: of the data set.
     """
 
-    train_from: Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+    train_from: Callable[[int], Batches]
     held_out: Loader
     bad_files: BadFiles
     micro_batch: int
@@ -79,7 +78,7 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
 
     bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
 
-    def train_from(iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_from(iteration: int) -> Batches:
         order = TrainingOrder(
             num_samples=num_samples,
             repeats=config.data.repeats,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 
 import pytest
 import torch
@@ -44,6 +46,19 @@ def test_an_end_is_no_fault_and_a_second_round_is_the_same():
     assert len(loader) == 6
     for _ in range(2):
         assert torch.cat([images for images, _ in loader]).tolist() == list(range(16))
+
+
+def test_closing_ends_the_workers_though_they_heed_no_signal():
+    def ignore(worker: int) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    data = Faulty(lambda: None)
+    loader = DataLoader(data, batch_size=2, num_workers=2, collate_fn=collate, worker_init_fn=ignore)
+    batches = Batches(loader, BadFiles(0))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ TRAIN_NET = ROOT / "tools" / "train_net.py"
 
 @pytest.fixture
 def train_net(monkeypatch, capsys):
-    """Call main() with arguments; returns (exit code, standard output, standard error)."""
+    """Call main() with arguments; returns (exit code, standard output, standard error). No worker may be left."""
     spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,6 +25,7 @@ def train_net(monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, arguments)])
         code = module.main()
+        assert not multiprocessing.active_children()
         output = capsys.readouterr()
         return code, output.out, output.err
 
