@@ -8,7 +8,7 @@ from typing import Any
 
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from engine.config import DataConfig, TransformConfig
 from engine.data.files import naming_bad_files
@@ -58,8 +58,11 @@ def _open(name: str, data: DataConfig, split: str, transform: Any) -> Dataset:
         raise InputError(f"data.dataset = {data.dataset}: needs a package that is not installed: {error}") from error
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
         raise InputError(f"data.dataset = {data.dataset}, root = {data.root}, split {split}: {error}") from error
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise InputError(f"data.dataset = {data.dataset}: has no length, a map-style data set is needed")
+    if isinstance(dataset, IterableDataset):
+        raise InputError(
+            f"data.dataset = {data.dataset}: gives its images in an order of its own; one that gives each image "
+            "by its index is needed"
+        )
     dataset.transform = transform
     return dataset
 

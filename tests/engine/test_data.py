@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import Config, DataConfig, TrainConfig, TransformConfig
@@ -167,6 +168,14 @@ def test_an_image_folder_with_faults_is_refused(image_folder, tmp_path):
         stray.unlink()  # only images two levels deep are left: timm takes x1, x2, x3 for the classes
     refused("the splits number their classes differently")
     refused("data.dataset = hfds/nothing", dataset="hfds/nothing", root=None)
+
+
+def test_a_stream_of_images_is_refused(image_folder, monkeypatch):
+    folder = create_dataset("", root=image_folder, split="train")
+    stream = IterableImageDataset(str(image_folder), reader=folder.reader)  # what wds/ and tfds/ names open
+    monkeypatch.setattr("engine.data.images.create_dataset", lambda *args, **kwargs: stream)
+    with pytest.raises(InputError, match=r"data.dataset = wds/cats: gives its images in an order of its own"):
+        build_images(DataConfig(dataset="wds/cats", root=str(image_folder)), TransformConfig())
 
 
 @pytest.mark.parametrize(
