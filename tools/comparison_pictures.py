@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from engine import atomic
 from engine.curves import BLUE, OKABE_ITO, VERMILION
@@ -27,6 +29,7 @@ LABELS = {
 }
 STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
 MOST_COLUMNS = 4
+MOST_LETTERS = 34  # in a line of a panel's title
 BEGINNING = 0.25  # of the training, where accuracies may lie below the picture
 
 
@@ -49,7 +52,7 @@ def draw_panels(comparisons: Comparisons, quantity: str, path: Path) -> None:
     columns = min(MOST_COLUMNS, len(pairs))
     rows = math.ceil(len(pairs) / columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3.5 * rows), layout="constrained", squeeze=False, sharey=True
+        rows, columns, figsize=(3.7 * columns, 3.3 * rows), layout="constrained", squeeze=False, sharey=True
     )
     panels = list(grid.flat)
     for axes, (title, baseline, way) in zip(panels, pairs, strict=False):
@@ -57,10 +60,9 @@ def draw_panels(comparisons: Comparisons, quantity: str, path: Path) -> None:
         ends = {drawn.name: _draw_way(axes, drawn, quantity, color=colours[drawn.name]) for drawn in (baseline, way)}
         _mark_ends(axes, ends, colours, quantity)
         _finish(axes, quantity)
-        axes.set_title(_panel_title(comparisons, title, way))
-        axes.label_outer(remove_inner_ticks=False)
-        axes.tick_params(labelbottom=True)
-        axes.set_xlabel("epoch")
+        axes.set_title(textwrap.fill(_panel_title(comparisons, title, way), MOST_LETTERS), fontsize="medium")
+        if axes not in grid[:, 0]:
+            axes.set_ylabel("")
     for unused in panels[len(pairs) :]:
         unused.set_axis_off()
     _start_late(panels[0], pairs, quantity)
@@ -79,7 +81,9 @@ def draw_differences(comparisons: Comparisons, metric: str, path: Path) -> None:
         if not difference.by_seed:
             continue
         seeds = list(difference.by_seed.values())
-        axes.plot(seeds, [height] * len(seeds), "o", color="0.65", markersize=4, label="" if height else "one seed")
+        axes.plot(
+            seeds, [height + 0.25] * len(seeds), "o", color="0.6", markersize=3, label="" if height else "one seed"
+        )
         axes.errorbar(
             difference.mean,
             height,
@@ -135,10 +139,11 @@ def _mark_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[s
 
 def _finish(axes: Axes, quantity: str) -> None:
     axes.set(xlabel="epoch", ylabel=LABELS[quantity])
-    axes.grid(alpha=0.3)
     if quantity == "main_loss":
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter())  # as plain numbers, where there are few
+    axes.grid(alpha=0.3, which="both")
 
 
 def _start_late(axes: Axes, pairs: Sequence[tuple[str, Way, Way]], quantity: str) -> None:

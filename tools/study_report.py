@@ -86,15 +86,16 @@ def _conclusions(comparisons: Comparisons) -> str:
         title = way.name if len(comparisons) == 1 else f"{name}, {way.name}"
         sign = paired_difference(way, baseline, METRIC, confidence).sign
         found[sign].append(f"{title}: {difference_text(way, baseline, METRIC, confidence)}")
-    verdicts = "\n".join(f"- **{VERDICTS[sign]}**: {'; '.join(names) or 'none'}" for sign, names in found.items())
+    verdicts = "\n".join(
+        "\n  - ".join([f"- **{VERDICTS[sign]}**:{'' if names else ' none'}", *names]) for sign, names in found.items()
+    )
     samples = "\n".join(_about_images(name, ways[0]) for name, ways in comparisons.items())
     return f"{_about_many(len(pairs), confidence)}\n\n{verdicts}\n\n{ABOUT_SEEDS}\n\n{samples}"
 
 
 ABOUT_SEEDS = (
-    "These intervals are about seeds: initial weights, order of images, masks. All runs share one split of the data, "
-    "and the recipe of their configuration but for what is listed below. Other held-out images would move all "
-    "accuracies together, and the differences less than that:"
+    "The intervals are about seeds: initial weights, order of images, masks. All runs share one split of the data, and "
+    "the recipe of their configuration but for what is listed below. What other images would give, they do not say:"
 )
 
 
