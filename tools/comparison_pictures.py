@@ -28,21 +28,22 @@ LABELS = {
     "main_loss": "training loss of the main model",
 }
 STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
-MOST_COLUMNS = 4
+MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
 MOST_LETTERS = 34  # in a line of a panel's title
 BEGINNING = 0.25  # of the training, where accuracies may lie below the picture
 
 
 def draw_curves(ways: Sequence[Way], metric: str, path: Path) -> None:
     """All ways in one pair of axes: training loss on the left, accuracy on the right."""
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    height = 4.2 + 0.25 * math.ceil(len(ways) / LEGEND_COLUMNS)
+    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
     for axes, quantity in ((loss, "main_loss"), (accuracy, metric)):
         axes.set_prop_cycle(STYLES)
         for way in ways:
             _draw_way(axes, way, quantity)
         _finish(axes, quantity)
     handles, names = accuracy.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
     _save(figure, path)
 
 
@@ -66,7 +67,9 @@ def draw_panels(comparisons: Comparisons, quantity: str, path: Path) -> None:
     for unused in panels[len(pairs) :]:
         unused.set_axis_off()
     _start_late(panels[0], pairs, quantity)
-    panels[0].legend(frameon=False, loc="upper right" if quantity == "main_loss" else "lower right")
+    tried = {way.name for _, _, way in pairs}
+    names = [pairs[0][1].name, tried.pop() if len(tried) == 1 else "what the title says"]
+    figure.legend(panels[0].lines, names, loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 
 

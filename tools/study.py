@@ -11,7 +11,7 @@ from tools.comparison import Way, check_comparable
 from tools.comparison_tables import Comparisons
 from tools.finished_runs import read_run
 from tools.run_groups import make_way
-from tools.study_file import PlannedRun, Variant, load_study, planned_runs, variants, way_errors
+from tools.study_file import PlannedRun, Variant, errors_at, load_study, planned_runs, variants
 from tools.study_report import write_report
 from tools.study_runs import train_missing
 
@@ -37,7 +37,7 @@ def run_study(path: Path, jobs: int) -> list[Path]:
 
 def _flops_per_image(variant: Variant, path: Path) -> int:
     """Multiply-adds of all forwards of a step, per image; what a model or an augmentation refuses is refused here."""
-    with way_errors(path, variant.way):
+    with errors_at(f"{path}: ways: {variant.way}"):
         complexity, _ = analyze_configured(variant.config, variant.overrides)
     return complexity.main.flops + complexity.sub_flops
 

@@ -94,7 +94,7 @@ def variants(study: Study, path: Path) -> list[Variant]:
     """Every way of every configuration, checked against the configuration's schema.
 
     Raises:
-        InputError: a configuration is missing or refuses what a way overrides, or two ways are the same.
+        InputError: a configuration is missing or refuses a seed or what a way overrides, or two ways are the same.
     """
     found = [
         Variant(
@@ -104,10 +104,13 @@ def variants(study: Study, path: Path) -> list[Variant]:
         for way, overrides in study.ways.items()
     ]
     _refuse_twice(f"{path}: folders of the runs", [variant.folder for variant in found])
+    for config in study.configs:
+        for seed in study.seeds:
+            with errors_at(str(path)):
+                load_config(path.parent / config, [f"seed={seed}"])
     contents: dict[Path, dict[str, str]] = {}
     for variant in found:
-        load_config(variant.config)  # its own faults are not the way's
-        with way_errors(path, variant.way):
+        with errors_at(f"{path}: ways: {variant.way}"):
             for override in variant.overrides:
                 if override.partition("=")[0] in OWN_KEYS:
                     raise InputError(f"override {override!r}: {' and '.join(OWN_KEYS)} are the study's own")
@@ -119,12 +122,12 @@ def variants(study: Study, path: Path) -> list[Variant]:
 
 
 @contextmanager
-def way_errors(path: Path, way: str) -> Iterator[None]:
-    """Name the study and the way in an InputError."""
+def errors_at(place: str) -> Iterator[None]:
+    """Say in an InputError which part of a study it is about."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path}: ways: {way}: {error}") from error
+        raise InputError(f"{place}: {error}") from error
 
 
 def planned_runs(study: Study, variants: Sequence[Variant]) -> list[PlannedRun]:

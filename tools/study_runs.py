@@ -36,7 +36,7 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
     processes: set[subprocess.Popen] = set()
     pool = ThreadPoolExecutor(jobs)
     try:
-        futures = {pool.submit(_train, run, processes): run for run in missing}
+        futures = {pool.submit(_train, run, processes, pool): run for run in missing}
         with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", disable=None) as bar:
             for future in as_completed(futures):
                 future.result()
@@ -52,8 +52,8 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _train(run: PlannedRun, processes: set[subprocess.Popen]) -> None:
-    """Run tools/train_net.py to its end; it is among `processes` as long as it lasts."""
+def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolExecutor) -> None:
+    """Run tools/train_net.py to its end; it is among `processes` as long as it lasts. After a failure none starts."""
     command = [sys.executable, TRAIN_NET, "--resume", "--config", run.variant.config, *run.overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -63,6 +63,7 @@ def _train(run: PlannedRun, processes: set[subprocess.Popen]) -> None:
         _, said = process.communicate()
         processes.discard(process)
     if process.returncode:
+        pool.shutdown(wait=False, cancel_futures=True)  # before this thread takes the next run
         last = said.strip().splitlines()[-1:] or [f"ended with exit code {process.returncode}"]
         raise RunError(f"{run.folder}: {last[0].removeprefix('error: ')}")
 
