@@ -29,6 +29,7 @@ LABELS = {
 }
 STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
 MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
+MOST_MARKERS = 20  # on a line
 MOST_LETTERS = 34  # in a line of a panel's title
 BEGINNING = 0.25  # of the training, where accuracies may lie below the picture
 
@@ -68,7 +69,7 @@ def draw_panels(comparisons: Comparisons, quantity: str, path: Path) -> None:
         unused.set_axis_off()
     _start_late(panels[0], pairs, quantity)
     tried = {way.name for _, _, way in pairs}
-    names = [pairs[0][1].name, tried.pop() if len(tried) == 1 else "what the title says"]
+    names = [pairs[0][1].name, tried.pop() if len(tried) == 1 else "the way in the title"]
     figure.legend(panels[0].lines, names, loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 
@@ -125,7 +126,8 @@ def curve(way: Way, quantity: str) -> tuple[np.ndarray, np.ndarray]:
 def _draw_way(axes: Axes, way: Way, quantity: str, **style: object) -> tuple[float, float]:
     """Mean over seeds, and the range between the extremes; returns the last point of the mean."""
     epochs, values = curve(way, quantity)
-    (line,) = axes.plot(epochs, values.mean(0), label=way.name, marker="o", markersize=3, **style)
+    marker = "o" if len(epochs) <= MOST_MARKERS else ""
+    (line,) = axes.plot(epochs, values.mean(0), label=way.name, marker=marker, markersize=3, **style)
     axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     return float(epochs[-1]), float(values[:, -1].mean())
 
@@ -135,7 +137,7 @@ def _mark_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[s
     highest = max(ends, key=lambda name: ends[name][1])
     for name, end in ends.items():
         offset = (6, 2 if name == highest else -9)
-        text = f"{end[1]:.3f}" if quantity == "main_loss" else f"{end[1]:.2f}"
+        text = f"{end[1]:.2g}" if quantity == "main_loss" else f"{end[1]:.2f}"
         axes.annotate(text, end, offset, textcoords="offset points", color=colours[name])
     axes.set_xlim(0, 1.2 * max(epoch for epoch, _ in ends.values()))
 
@@ -144,6 +146,7 @@ def _finish(axes: Axes, quantity: str) -> None:
     axes.set(xlabel="epoch", ylabel=LABELS[quantity])
     if quantity == "main_loss":
         axes.set_yscale("log")
+        axes.margins(y=0.1)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(LogFormatter())  # as plain numbers, where there are few
     axes.grid(alpha=0.3, which="both")

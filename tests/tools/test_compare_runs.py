@@ -178,7 +178,7 @@ def test_wrong_folders_are_one_line(finished, compare, tmp_path):
     (tmp_path / "odd" / "summary.json").write_text("3")
     (tmp_path / "config" / "config.yaml").write_text("trian: {}")
     (tmp_path / "empty").mkdir()
-    finished("images", 90.0, images=100)
+    finished("images", 90.0, NO_SUB_MODEL, images=100)
     finished("synthetic", 90.0, "data.dataset=synthetic")
     cases = {
         (): "nothing to compare: no run is all there is",
