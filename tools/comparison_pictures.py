@@ -139,7 +139,7 @@ def _mark_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[s
         offset = (6, 2 if name == highest else -9)
         text = f"{end[1]:.2g}" if quantity == "main_loss" else f"{end[1]:.2f}"
         axes.annotate(text, end, offset, textcoords="offset points", color=colours[name])
-    axes.set_xlim(0, 1.2 * max(epoch for epoch, _ in ends.values()))
+    axes.set_xlim(0, 1.25 * max(epoch for epoch, _ in ends.values()))
 
 
 def _finish(axes: Axes, quantity: str) -> None:

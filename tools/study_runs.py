@@ -28,7 +28,7 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
     Raises:
         InputError: a folder holds another run than the planned one, or somebody writes into it.
         RunError: a run failed; those beside it were trained to their ends.
-        KeyboardInterrupt: those that were running have saved their state.
+        KeyboardInterrupt: those that were running have ended; their checkpoints are whole.
     """
     for run in runs:
         _refuse_another(run)

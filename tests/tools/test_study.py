@@ -97,7 +97,7 @@ def test_a_study_is_interrupted_continued_and_written_again(study, capsys):
             assert started.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         started.send_signal(signal.SIGTERM)
-        said = started.communicate()[1]
+        said = started.communicate(timeout=120)[1]
     assert started.returncode == 130 and said.endswith("interrupted: the same command goes on\n")
     assert not (first / "summary.json").exists() and not report.exists()
 
