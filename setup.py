@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "augsub" / "__init__.py").read_text()).group(1)
 
-TRAIN = ["omegaconf>=2.3", "matplotlib", "numpy", "scikit-learn", "tabulate", "tensorboard", "tqdm"]
+TRAIN = ["omegaconf>=2.3", "matplotlib", "numpy", "scikit-learn", "scipy", "tabulate", "tensorboard", "tqdm"]
 DEVELOP = ["pytest", "ruff", "setuptools>=77"]
 
 setup(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -32,22 +33,44 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             wrong type or out of range.
     """
     path = Path(path)
-    with _reported(str(path)):
-        content = _read(path, seen=())
-        merged = _merge(OmegaConf.structured(Config), content, str(path))
+    merged = read_over(Config, path)
     for override in overrides:
-        with _reported(f"override {override!r}"):
+        with reported(f"override {override!r}"):
             merged = _apply(override, merged)
-    with _reported(str(path)):
+    with reported(str(path)):
         config: Config = OmegaConf.to_object(merged)
     config.output_dir = config.output_dir or f"runs/{path.stem}"
     check(config)
     return config
 
 
+def read_over(schema: type, path: Path) -> DictConfig:
+    """A YAML file with its `_base_`, merged over a dataclass that says which keys there are.
+
+    Raises:
+        InputError: missing or malformed file, unknown key (the nearest one is named), value of the wrong type.
+    """
+    with reported(str(path)):
+        return _merge(OmegaConf.structured(schema), _read(path, seen=()), str(path))
+
+
 def to_yaml(config: Config) -> str:
     """The complete configuration as YAML; `load_config` reads it back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def leaves(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their keys with dots; lists, and the free mappings (`kwargs`), are values as a whole."""
+    content = config if isinstance(config, Mapping) else asdict(config)
+    return dict(_leaves(content))
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and key != "kwargs":
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -56,7 +79,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise InputError(f"config file {path} does not exist{_nearest_file(path)}")
     if path.resolve() in seen:
         raise InputError(f"{path}: _base_ leads back to this file")
-    with _reported(f"{path}: not a readable YAML file"):
+    with reported(f"{path}: not a readable YAML file"):
         content = OmegaConf.load(path)
     if not isinstance(content, DictConfig):
         raise InputError(f"{path}: the top level must be keys with values")
@@ -67,7 +90,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
 
 def _bases(content: DictConfig, path: Path) -> list[str]:
     """Take the names of the files to inherit from out of `content`."""
-    with _reported(f"{path}: _base_"):
+    with reported(f"{path}: _base_"):
         bases = content.pop("_base_", [])
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list | ListConfig) or not all(isinstance(name, str) for name in names):
@@ -87,7 +110,7 @@ def _merge(config: DictConfig, content: DictConfig, place: str) -> DictConfig:
     except REFUSALS as error:
         known = str(getattr(error, "full_key", ""))  # inside a list it may begin at the element: "augmentations"
         for key in () if known.startswith(SECTIONS) else content:
-            with _reported(f"{place}: {key}"):
+            with reported(f"{place}: {key}"):
                 OmegaConf.merge(config, OmegaConf.masked_copy(content, key))
         raise
 
@@ -106,7 +129,7 @@ def _apply(override: str, config: DictConfig) -> DictConfig:
 
 
 @contextmanager
-def _reported(place: str) -> Iterator[None]:
+def reported(place: str) -> Iterator[None]:
     """Errors of YAML and OmegaConf become an InputError at `place`."""
     try:
         yield

@@ -13,9 +13,12 @@ from matplotlib.axes import Axes
 
 from engine.writers import Record
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-LOSS_COLOURS = {"main_loss": "#0072B2", "sub_loss": "#D55E00"}
-ACCURACY_COLOURS = {"top1": "#009E73", "ema_top1": "#CC79A7"}
+# Okabe and Ito's palette, which colour-blind readers can tell apart; their yellow is too pale for lines
+OKABE_ITO = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+)  # fmt: skip
+LOSS_COLOURS = {"main_loss": BLUE, "sub_loss": VERMILION}
+ACCURACY_COLOURS = {"top1": GREEN, "ema_top1": PURPLE}
 LABELS = {"main_loss": "main model", "sub_loss": "sub-model", "top1": "main model", "ema_top1": "EMA of the main model"}
 
 

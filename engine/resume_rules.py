@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import Config
+from engine.config_file import leaves
 from engine.errors import InputError
 
 # Where things are, how fast they go, what is reported: the run stays the same run, most of them to the bit.
@@ -53,23 +54,27 @@ def continue_from(config: Config, saved_yaml: Any) -> list[str]:
     Raises:
         InputError: something else changed, or the checkpoint has no configuration.
     """
-    saved = dict(_leaves(_parsed(saved_yaml)))
-    current = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config))))
-    for key, value in saved.items():
-        if current.get(key, value) is None and value is not None and _is_among(key, FILLED_IN):
-            section, name = key.rsplit(".", 1)
-            setattr(getattr(config, section), name, value)
-            current[key] = value
-    changed = [key for key in current if key in saved and current[key] != saved[key]]
-    refused = [key for key in changed if not _is_among(key, MAY_CHANGE)]
+    changes = differences(config, _parsed(saved_yaml))
+    refused = [key for key in changes if not _is_among(key, MAY_CHANGE)]
     if refused:
-        listed = "; ".join(f"{key} = {current[key]}, the run has {saved[key]}" for key in refused[:3])
+        listed = "; ".join(f"{key} = {changes[key][0]}, the run has {changes[key][1]}" for key in refused[:3])
         more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise InputError(
             f"--resume: {listed}{more}. Only {', '.join(MAY_CHANGE)} may change; "
             "for anything else start another run from these weights: model.checkpoint = FILE"
         )
-    return [f"{key}: {saved[key]} -> {current[key]}" for key in changed if key != "output_dir"]
+    return [f"{key}: {saved} -> {current}" for key, (current, saved) in changes.items() if key != "output_dir"]
+
+
+def differences(config: Config, saved_content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, current and saved one; what `config` leaves open is filled in from the saved."""
+    saved, current = leaves(saved_content), leaves(config)
+    for key, value in saved.items():
+        if current.get(key, value) is None and value is not None and _is_among(key, FILLED_IN):
+            section, name = key.rsplit(".", 1)
+            setattr(getattr(config, section), name, value)
+            current[key] = value
+    return {key: (current[key], saved[key]) for key in current if key in saved and current[key] != saved[key]}
 
 
 def _parsed(saved_yaml: Any) -> dict[str, Any]:
@@ -84,12 +89,3 @@ def _parsed(saved_yaml: Any) -> dict[str, Any]:
 
 def _is_among(key: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
-
-
-def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and values; the free mappings (`kwargs`) are values as a whole."""
-    for key, value in content.items():
-        if isinstance(value, dict) and key != "kwargs":
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -1,0 +1,78 @@
+"""Compare finished runs over seeds, or make a whole study: train all its runs, then write its report.
+
+    python tools/compare_runs.py runs/baseline_seed* runs/masking_seed* --picture curves.png
+    python tools/compare_runs.py baseline=runs/a,runs/b masking='runs/mask_*' --metric ema_top1
+    python tools/compare_runs.py --study configs/studies/digits.yaml
+
+Runs whose configurations differ in nothing but the seed make one way of training; the first way is the baseline.
+A study repeats no finished run and continues an interrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from engine.errors import InputError, RunError
+from tools.comparison import check_comparable
+from tools.comparison_pictures import draw_curves
+from tools.comparison_tables import METRICS, caption, configuration_lines, summary_table
+from tools.run_groups import read_ways
+from tools.study import run_study
+
+FAILED = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run folders, or NAME=FOLDER,FOLDER for one way")
+    parser.add_argument("--metric", choices=METRICS, default="top1", help="accuracy to compare (default top1)")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw losses and accuracies over epochs")
+    parser.add_argument("--study", metavar="FILE", type=Path, help="train and report what this file says")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs of a study at a time (default 2)")
+    return parser.parse_intermixed_args()
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print a table of runs that exist, and draw their curves."""
+    ways = read_ways(arguments.runs)
+    check_comparable(ways)
+    print(summary_table({"": ways}, arguments.metric), caption(), "\n".join(configuration_lines(ways)), sep="\n\n")
+    if arguments.picture:
+        draw_curves(ways, arguments.metric, arguments.picture)
+
+
+def make_study(arguments: argparse.Namespace) -> None:
+    """Train and report a study."""
+    if arguments.runs or arguments.picture or arguments.metric != "top1":
+        raise InputError("--study: goes with --jobs alone; its file says what is trained and written")
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs = {arguments.jobs}: allowed is at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save their state first
+    for path in run_study(arguments.study, arguments.jobs):
+        print(path)
+
+
+def main() -> int:
+    """Exit code 0; 2 with one line after an error; 130 after Ctrl-C or SIGTERM, where the same command goes on."""
+    arguments = parse_arguments()
+    try:
+        if arguments.study:
+            make_study(arguments)
+        else:
+            compare(arguments)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
