@@ -55,7 +55,8 @@ class Dropping:
     Attributes:
         module: its name in the model.
         share: what it kept of each sample, (B,) float32; 0 or 1 for a path.
-        kept: whether it kept the path, (B, 1) bool, or each of the first activations, (B, at most 64) bool.
+        kept: whether it kept the path, (B, 1) bool (more where a block sees an image in parts, as MobileViT's do),
+            or each of the first activations, (B, at most 64) bool.
     """
 
     module: str

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
@@ -24,7 +24,7 @@ import augsub
 from engine import atomic
 from models.complexity_tables import describe
 from models.recording import Dropping, Fate
-from models.rendering import MASK_TOKEN, render, render_main
+from models.rendering import render, render_main
 from models.seen import Seen
 
 PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND = 1.5, 0.2, 0.45, 0.4, 0.4, 0.3  # inches
@@ -38,8 +38,8 @@ ACTIVATIONS = (8, 2)  # of each dropout that are drawn, rows and columns
 LEGEND_ENTRY = 2.1  # inches, the longest one
 FATES = {
     Fate.REMOVED: ("removed: nothing is computed for it", {"facecolor": "#F4F4F4", "hatch": HATCH}),
-    Fate.REPLACED: ("replaced by the learned mask token", {"facecolor": tuple(value / 255 for value in MASK_TOKEN)}),
-    Fate.ZEROED: ("set to zero", {"facecolor": "#7C7468"}),  # ImageNet's mean colour
+    Fate.REPLACED: ("replaced by the learned mask token", {}),
+    Fate.ZEROED: ("set to zero", {}),
 }
 
 
@@ -162,30 +162,26 @@ def _caption(seen: Seen, sample: int) -> str:
 
 
 def _draw_paths(axes: Axes, row: Row, seen: Seen) -> None:
-    kept = _of_samples(seen.paths, row)[..., 0]
-    _show_kept(axes, kept, row, f"{kept.shape[1]} residual branches", seen.paths)
-    axes.set_xticks(np.arange(0.5, kept.shape[1]), minor=True)
-    axes.set_yticks(np.arange(0.5, kept.shape[0]), minor=True)
+    """Pale where a module drops parts of an image, each for itself."""
+    shares = torch.stack([path.share[row.samples] for path in seen.paths], dim=1)
+    _show_kept(axes, shares, row, f"{len(seen.paths)} residual branches", seen.paths)
+    axes.set_xticks(np.arange(0.5, shares.shape[1]), minor=True)
+    axes.set_yticks(np.arange(0.5, shares.shape[0]), minor=True)
     axes.grid(which="minor", color="0.8", linewidth=0.5)
-    axes.tick_params(which="minor", length=0)
+    axes.tick_params(which="minor", length=0, pad=0)
 
 
 def _draw_activations(axes: Axes, row: Row, seen: Seen) -> None:
     """A part of the activations of each dropout."""
     height, width = ACTIVATIONS
-    kept = _of_samples(seen.dropouts, row)[..., : height * width].unflatten(-1, ACTIVATIONS)
-    mosaic = kept.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (samples * height, calls * width)
-    _show_kept(axes, mosaic, row, f"activations of {kept.shape[1]} dropouts", seen.dropouts)
-
-
-def _of_samples(droppings: Sequence[Dropping], row: Row) -> Tensor:
-    """What was kept in the samples of a row, (samples, calls, activations) bool."""
-    return torch.stack([dropping.kept[row.samples] for dropping in droppings], dim=1)
+    noted = torch.stack([dropout.kept[row.samples, : height * width] for dropout in seen.dropouts], dim=1)
+    mosaic = noted.unflatten(-1, ACTIVATIONS).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    _show_kept(axes, mosaic, row, f"activations of {len(seen.dropouts)} dropouts", seen.dropouts)
 
 
 def _show_kept(axes: Axes, kept: Tensor, row: Row, label: str, droppings: Sequence[Dropping]) -> None:
     """A column per module in the order of the forward, a row per sample."""
-    colours = ListedColormap([DROPPED, KEPT])
+    colours = LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT])
     axes.imshow(kept.cpu().numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     share = torch.stack([dropping.share[row.samples] for dropping in droppings]).mean()
@@ -196,14 +192,28 @@ def _show_kept(axes: Axes, kept: Tensor, row: Row, label: str, droppings: Sequen
 
 def _draw_legend(figure: Figure, rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation]) -> None:
     """What occurs in the picture."""
-    found = {fate for row in rows for seen in row.seen if seen is not None for fate in seen.fates.unique().tolist()}
-    entries = [Patch(label=label, **style) for fate, (label, style) in FATES.items() if fate in found]
+    found = _colours(rows)
+    entries = [
+        Patch(label=label, **{"facecolor": found[fate], **style})
+        for fate, (label, style) in FATES.items()
+        if fate in found
+    ]
     if any(_sites_of(augmentation) & {"drop_path", "dropout"} for augmentation in sub_models):
         entries += [Patch(facecolor=KEPT, label="kept"), Patch(facecolor=DROPPED, label="dropped")]
     for entry in entries:
         entry.set_edgecolor(HATCH_COLOUR)
     columns = max(1, int(figure.get_figwidth() / LEGEND_ENTRY))
     figure.legend(handles=entries, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def _colours(rows: Sequence[Row]) -> dict[int, tuple[float, ...]]:
+    """The fates in the picture, each with the colour of a pixel that it met."""
+    colours = {}
+    for row in rows:
+        for seen in filter(None, row.seen):
+            pictures = render(seen, row.mean, row.std).permute(0, 2, 3, 1) / 255
+            colours |= {fate: tuple(pictures[seen.fates == fate][0].tolist()) for fate in seen.fates.unique().tolist()}
+    return colours
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -46,16 +46,17 @@ AUGMENTATIONS = ("masking", "random_crop", "random_crop+masking", "drop_path", "
 BUNDLED = "flower.jpg"  # with scikit-learn
 SAMPLES = 6  # draws for each image
 SHOWN_HELD_OUT = 3  # images of a configuration's data
+NamedImage = tuple[str, Tensor]  # normalised, (C, H, W)
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=.*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A patched model and images for it, (C, H, W) each by name; mean and std as they were normalised, if known."""
+    """A patched model and images for it; mean and std as they were normalised, if known."""
 
     name: str
     model: nn.Module
-    images: dict[str, Tensor]
+    images: list[NamedImage]
     mean: Sequence[float] | None
     std: Sequence[float] | None
 
@@ -95,7 +96,7 @@ def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubM
         return Subject(config.model.name, model, held_out_images(source), mean, std), sub_models
     images = photographs(arguments.images, config.transform, config.data.image_size)
     if source.in_chans != len(config.transform.mean):
-        grey = {name: image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1) for name, image in images.items()}
+        grey = [(name, image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1)) for name, image in images]
         return Subject(config.model.name, model, grey, None, None), sub_models
     return Subject(config.model.name, model, images, config.transform.mean, config.transform.std), sub_models
 
@@ -109,23 +110,23 @@ def named(name: str, paths: Sequence[Path] | None) -> Subject:
     return Subject(name, model, photographs(paths, transform, settings.image_size), transform.mean, transform.std)
 
 
-def held_out_images(source: DataSource) -> dict[str, Tensor]:
+def held_out_images(source: DataSource) -> list[NamedImage]:
     """A few held-out images, from the first to the last."""
     last = len(source.held_out) - 1
     indices = np.linspace(0, last, min(SHOWN_HELD_OUT, last + 1)).astype(int).tolist()
     try:
-        return {f"held-out image {index}": source.held_out[index][0] for index in indices}
+        return [(f"held-out image {index}", source.held_out[index][0]) for index in indices]
     except UnreadableImage as error:
         name, reason = error.bad_file
         raise InputError(f"{name} cannot be read: {reason}") from error
 
 
-def photographs(paths: Sequence[Path] | None, transform: TransformConfig, image_size: int) -> dict[str, Tensor]:
+def photographs(paths: Sequence[Path] | None, transform: TransformConfig, image_size: int) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
     to_tensor = build_eval_transform(transform, image_size)
     if not paths:
-        return {BUNDLED: to_tensor(Image.fromarray(load_sample_image(BUNDLED)))}
-    return {file.name: to_tensor(read(file)) for path in paths for file in image_files(path)}
+        return [(BUNDLED, to_tensor(Image.fromarray(load_sample_image(BUNDLED))))]
+    return [(file.name, to_tensor(read(file))) for path in paths for file in image_files(path)]
 
 
 def image_files(path: Path) -> list[Path]:
@@ -160,7 +161,7 @@ def rows_of(
     subject: Subject, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool
 ) -> list[Row]:
     """One row for each image of a subject; `may_lack` leaves augmentations open that the model does not offer."""
-    batch = torch.stack([*subject.images.values()]).repeat_interleave(SAMPLES, dim=0)
+    batch = torch.stack([image for _, image in subject.images]).repeat_interleave(SAMPLES, dim=0)
     seen: list[Seen | None] = []
     for augmentation in sub_models:
         offered = augsub.supports(subject.model)
@@ -171,7 +172,7 @@ def rows_of(
             seen.append(see(subject.model, batch, augmentation, seed))
     return [
         Row(f"{subject.name}\n{name}", slice(first, first + SAMPLES), batch, seen, subject.mean, subject.std)
-        for first, name in zip(range(0, len(batch), SAMPLES), subject.images, strict=True)
+        for first, (name, _) in zip(range(0, len(batch), SAMPLES), subject.images, strict=True)
     ]
 
 
@@ -179,8 +180,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if arguments.overrides and not arguments.config:
         raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed {arguments.seed}: allowed is a whole number in [0, 2**32)")
     if arguments.output.suffix != ".png":
         raise InputError(f"--output {arguments.output}: the name must end in .png")
+    if not arguments.output.parent.is_dir():
+        raise InputError(f"--output {arguments.output}: no such folder")
     if arguments.config:
         subject, sub_models = configured(arguments)
         subjects = [subject]
