@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import augsub
 from engine.config import TransformConfig
 from engine.config_file import load_config
-from engine.data import DataSource, build_source
+from engine.data import DataSource
 from engine.data.bad_files import UnreadableImage
 from engine.data.decoding import DecodingError, decode, reason_of
 from engine.data.transforms import build_eval_transform
@@ -38,7 +38,7 @@ from engine.plugins import import_plugins
 from models.build import build_model, image_settings
 from models.complexity_tables import describe
 from models.seen import Seen, see
-from tools.analyze_model import IMAGENET, note
+from tools.analyze_model import data_source
 from tools.seen_figure import Row, draw
 
 FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")
@@ -84,11 +84,7 @@ def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubM
     import_plugins(config.plugins)
     fill_in_from_model(config)
     sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
-    try:
-        source = build_source(config)
-    except InputError as error:
-        note(f"{error}; drawn with a bundled image")
-        source = IMAGENET
+    source = data_source(config)
     model = augsub.patch(create_configured_model(config, source))
     if source.held_out is not None and not arguments.images:
         is_normalised = config.data.dataset not in ("digits", "synthetic")
