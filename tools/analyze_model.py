@@ -83,7 +83,7 @@ def data_source(config: Config) -> DataSource:
     try:
         return build_source(config)
     except InputError as error:
-        note(f"{error}; counted with {IMAGENET.num_classes} classes")
+        note(f"{error}; taken to have {IMAGENET.num_classes} classes")
         return IMAGENET
 
 

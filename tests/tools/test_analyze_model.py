@@ -46,7 +46,7 @@ def test_a_configuration_as_tables_with_overrides():
 def test_a_configuration_without_its_data_counts_the_classes_of_imagenet():
     finished = run("analyze_model.py", "--config", "configs/resnet50.yaml", "data.root=nowhere", "--json")
     assert json.loads(finished.stdout)["params"] == 25_557_032
-    assert finished.stderr == "data.root = nowhere: no such folder; counted with 1000 classes\n"
+    assert finished.stderr == "data.root = nowhere: no such folder; taken to have 1000 classes\n"
 
 
 def test_support_of_a_wildcard():

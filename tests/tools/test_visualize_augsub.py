@@ -1,0 +1,139 @@
+"""tools/visualize_augsub.py as users run it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import visualize_augsub
+
+ROOT = Path(__file__).parents[2]
+DPI, PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND = 130, 1.5, 0.2, 0.45, 0.4, 0.4, 0.3  # inches
+
+
+@pytest.fixture
+def visualize(monkeypatch, capsys, tmp_path):
+    """Call main() with arguments; returns (exit code, standard error, picture)."""
+    monkeypatch.chdir(ROOT)
+    picture = tmp_path / "picture.png"
+
+    def run(*arguments: object) -> tuple[int, str, Path]:
+        words = ["visualize_augsub.py", "--output", picture, *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        return visualize_augsub.main(), capsys.readouterr().err, picture
+
+    return run
+
+
+def assert_panels(picture: Path, rows: int, columns: int) -> None:
+    """The picture has room for so many, the main model's column included."""
+    width, height = LEFT + columns * (PANEL + GAP), TITLE + rows * (PANEL + CAPTION) + LEGEND
+    assert Image.open(picture).size == pytest.approx((width * DPI, height * DPI), abs=1)
+
+
+def panel(picture: Path, row: int, column: int) -> np.ndarray:
+    """The pixels inside of a panel."""
+    left, top = LEFT + column * (PANEL + GAP), TITLE + row * (PANEL + CAPTION)
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    rows, columns = (slice(int(start * DPI) + 4, int((start + PANEL) * DPI) - 4) for start in (top, left))
+    return pixels[rows, columns].astype(int)
+
+
+def run_command(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/visualize_augsub.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_one_command_writes_one_file(tmp_path):
+    file = tmp_path / "picture.png"
+    finished = run_command("--model", "test_vit", "--output", file)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, f"{file}\n", "")
+    assert_panels(file, rows=1, columns=6)
+    assert [*tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_readme_is_the_one_of_its_command(tmp_path):
+    file, committed = tmp_path / "picture.png", ROOT / "docs" / "what_the_sub_model_sees.png"
+    assert run_command("--output", file).returncode == 0
+    assert_panels(committed, rows=3, columns=6)
+    for row, column in product(range(3), range(6)):
+        if row < 2 or column < 5:
+            assert np.abs(panel(file, row, column) - panel(committed, row, column)).mean() < 8
+    assert committed.stat().st_size < 400_000
+
+
+def test_ratios_of_one_model_on_images_of_a_folder(visualize, image_folder):
+    folder, file = image_folder / "val" / "cat", image_folder / "val" / "dog" / "0.jpg"
+    arguments = ("--model", "test_resnet", "--augsub", "masking", "--ratio", 0, 0.75, "--images", folder, file)
+    code, error, picture = visualize(*arguments)
+    assert (code, error) == (0, "")
+    assert_panels(picture, rows=4, columns=3)
+    for row in range(4):
+        main, whole, masked = (panel(picture, row, column) for column in range(3))
+        assert np.abs(main - whole).mean() < 1  # columns are not aligned to whole pixels
+        assert (np.abs(masked - 127.5).max(axis=-1) < 8).mean() > 0.7  # zero is grey for this model
+
+
+def test_the_sub_models_of_a_configuration_and_the_seed(visualize):
+    arguments = ("--config", "configs/digits_swin.yaml", "model.kwargs.embed_dim=16", "--seed")
+    code, error, picture = visualize(*arguments, 0)
+    assert (code, error) == (0, "")
+    first = picture.read_bytes()
+    assert_panels(picture, rows=3, columns=2)
+    token = np.abs(panel(picture, 0, 1) - [86, 180, 233]).max(axis=-1) < 8
+    assert token.mean() == pytest.approx(0.5, abs=0.03)
+    visualize(*arguments, 0)
+    assert picture.read_bytes() == first
+    visualize(*arguments, 1)
+    assert picture.read_bytes() != first
+
+
+def test_paths_and_activations_have_panels_of_their_own(visualize):
+    sub_models = ("--augsub", "masking+drop_path", "dropout", "model.kwargs.depth=2", "--ratio", 0.3)
+    code, error, picture = visualize("--config", "configs/digits_vit.yaml", *sub_models)
+    assert (code, error) == (0, "")
+    assert_panels(picture, rows=3, columns=4)
+    for column in (2, 3):
+        kept = np.abs(panel(picture, 0, column) - [0, 114, 178]).max(axis=-1) < 8
+        assert 0.5 < kept.mean() < 0.9
+
+
+def test_what_a_model_does_not_offer_is_left_open_unless_it_was_asked_for(visualize):
+    code, error, picture = visualize("--model", "test_resnet")
+    assert (code, error) == (0, "")
+    assert (panel(picture, 0, 5) == 255).all(axis=-1).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--augsub", "maskin"], "unknown augmentation 'maskin', did you mean 'masking'?"),
+        (["--augsub", "masking", "--ratio", "1"], "ratio = 1.0, allowed is a number in [0, 1)"),
+        (["--model", "test_vit", "--augsub", "masking", "--ratio", "0.999"], "leaves none of 100 cells"),
+        (["--model", "test_vit", "--augsub", "masking+random_crop"], "put random_crop before"),
+        (["--model", "vit_tiny_patch16_22"], "timm has no model 'vit_tiny_patch16_22', did you mean"),
+        (["--model", "test_resnet", "--augsub", "dropout"], "dropout has no site in ResNet"),
+        (["--model", "test_resnet", "model.name=test_vit"], "model.name=test_vit: key=value belongs to --config"),
+        (["--images", "nowhere.jpg"], "--images nowhere.jpg: cannot be read: No such file or directory"),
+        (["--images", "README.md"], "--images README.md: cannot be read: not an image that Pillow knows"),
+        (["--images", "configs"], "--images configs: the folder holds no image"),
+        (["--seed", "-1"], "--seed -1: allowed is a whole number in [0, 2**32)"),
+        (["--output", "picture.jpg"], "--output picture.jpg: the name must end in .png"),
+        (["--output", "missing/picture.png"], "--output missing/picture.png: no such folder"),
+        (["--config", "configs/none.yaml"], "configs/none.yaml"),
+        (["--config", "configs/digits_vit.yaml", "--ratio", "0.3"], "--ratio: belongs to --augsub"),
+        (["--config", "configs/digits_vit.yaml", "augsub.sub_models=[]"], "augsub.sub_models is empty"),
+        (["--config", "configs/digits_resnet.yaml", "--augsub", "dropout"], "dropout has no site in ResNet"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, message, visualize):
+    code, error, picture = visualize(*arguments)
+    assert code == 2 and not picture.exists()
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1

@@ -1,0 +1,217 @@
+"""Draw what the main model and its sub-models see: masked cells, crops, dropped paths and activations.
+
+    python tools/visualize_augsub.py                                          # three families, every augmentation
+    python tools/visualize_augsub.py --model vit_small_patch16_224 --augsub masking --ratio 0.25 0.5 0.75
+    python tools/visualize_augsub.py --model convnext_tiny --augsub random_crop+masking drop_path --images my_folder
+    python tools/visualize_augsub.py --config configs/digits_swin.yaml model.drop_path_rate=0.1
+
+Everything drawn was noted in a real forward of the sub-model. Weights are random: they change nothing of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor, nn
+
+import augsub
+from engine.config import TransformConfig
+from engine.config_file import load_config
+from engine.data import DataSource
+from engine.data.bad_files import UnreadableImage
+from engine.data.decoding import DecodingError, decode, reason_of
+from engine.data.transforms import build_eval_transform
+from engine.defaults import build_sub_models, create_configured_model, fill_in_from_model
+from engine.errors import InputError, RunError, input_errors
+from engine.plugins import import_plugins
+from models.build import build_model, image_settings
+from models.complexity_tables import describe
+from models.seen import Seen, see
+from tools.analyze_model import data_source
+from tools.seen_figure import Row, draw
+
+FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")
+AUGMENTATIONS = ("masking", "random_crop", "random_crop+masking", "drop_path", "dropout")
+BUNDLED = "flower.jpg"  # with scikit-learn
+SAMPLES = 6  # draws for each image
+SHOWN_HELD_OUT = 3  # images of a configuration's data
+NamedImage = tuple[str, Tensor]  # normalised, (C, H, W)
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A patched model and images for it; mean and std as they were normalised, if known."""
+
+    name: str
+    model: nn.Module
+    images: list[NamedImage]
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
+    what.add_argument("--model", metavar="NAME", help="any timm model (default: one each of three families)")
+    parser.add_argument("--augsub", nargs="+", metavar="NAME", help="sub-models; + composes several into one")
+    parser.add_argument("--ratio", nargs="+", type=float, metavar="R", help="one or more for each (default 0.5)")
+    parser.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="files or folders (default: a flower)")
+    parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    parser.add_argument("--output", type=Path, default=Path("what_the_sub_model_sees.png"), help="PNG file to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of --config, for example data.image_size=64")
+    words = sys.argv[1:]
+    overrides = [word for word in words if OVERRIDE.fullmatch(word)]  # --augsub and --images would swallow them
+    return parser.parse_args([*(word for word in words if word not in overrides), "--", *overrides])
+
+
+def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubModelAugmentation]]:
+    """The model of a configuration with images for it, and its sub-models."""
+    config = load_config(arguments.config, arguments.overrides)
+    import_plugins(config.plugins)
+    fill_in_from_model(config)
+    sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
+    source = data_source(config)
+    model = augsub.patch(create_configured_model(config, source))
+    if source.held_out is not None and not arguments.images:
+        is_normalised = config.data.dataset not in ("digits", "synthetic")
+        mean, std = (config.transform.mean, config.transform.std) if is_normalised else (None, None)
+        return Subject(config.model.name, model, held_out_images(source), mean, std), sub_models
+    images = photographs(arguments.images, config.transform, config.data.image_size)
+    if source.in_chans != len(config.transform.mean):
+        grey = [(name, image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1)) for name, image in images]
+        return Subject(config.model.name, model, grey, None, None), sub_models
+    return Subject(config.model.name, model, images, config.transform.mean, config.transform.std), sub_models
+
+
+def named(name: str, paths: Sequence[Path] | None) -> Subject:
+    """A timm model as timm builds it, with images as timm evaluates it."""
+    with input_errors("--model"):
+        settings = image_settings(name)
+        model = build_model(name)
+    transform = TransformConfig(**settings.transform)
+    return Subject(name, model, photographs(paths, transform, settings.image_size), transform.mean, transform.std)
+
+
+def held_out_images(source: DataSource) -> list[NamedImage]:
+    """A few held-out images, from the first to the last."""
+    last = len(source.held_out) - 1
+    indices = np.linspace(0, last, min(SHOWN_HELD_OUT, last + 1)).astype(int).tolist()
+    try:
+        return [(f"held-out image {index}", source.held_out[index][0]) for index in indices]
+    except UnreadableImage as error:
+        name, reason = error.bad_file
+        raise InputError(f"{name} cannot be read: {reason}") from error
+
+
+def photographs(paths: Sequence[Path] | None, transform: TransformConfig, image_size: int) -> list[NamedImage]:
+    """The user's image files, or the bundled one, as the main model sees them in evaluation."""
+    to_tensor = build_eval_transform(transform, image_size)
+    if not paths:
+        return [(BUNDLED, to_tensor(Image.fromarray(load_sample_image(BUNDLED))))]
+    return [(file.name, to_tensor(read(file))) for path in paths for file in image_files(path)]
+
+
+def image_files(path: Path) -> list[Path]:
+    """The file itself, or the images directly in a folder."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in get_img_extensions())
+    if not files:
+        raise InputError(f"--images {path}: the folder holds no image")
+    return files
+
+
+def read(file: Path) -> Image.Image:
+    """The image in a file, as RGB."""
+    try:
+        with file.open("rb") as opened:
+            return decode(opened)
+    except (OSError, DecodingError) as error:
+        raise InputError(f"--images {file}: cannot be read: {reason_of(error)}") from error
+
+
+def build_augmentations(names: Sequence[str], ratios: Sequence[float]) -> list[augsub.SubModelAugmentation]:
+    """Every name with every ratio; a + composes."""
+    with input_errors("--augsub"):
+        return [
+            augsub.build([{"name": member, "ratio": ratio} for member in name.split("+")])
+            for name, ratio in product(names, ratios)
+        ]
+
+
+def rows_of(
+    subject: Subject, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool
+) -> list[Row]:
+    """One row for each image of a subject; `may_lack` leaves augmentations open that the model does not offer."""
+    batch = torch.stack([image for _, image in subject.images]).repeat_interleave(SAMPLES, dim=0)
+    seen: list[Seen | None] = []
+    for augmentation in sub_models:
+        offered = augsub.supports(subject.model)
+        if may_lack and any(member.name not in offered for member in augmentation.members):
+            seen.append(None)
+            continue
+        with input_errors(f"{describe(augmentation)} for {subject.name}"):
+            seen.append(see(subject.model, batch, augmentation, seed))
+    return [
+        Row(f"{subject.name}\n{name}", slice(first, first + SAMPLES), batch, seen, subject.mean, subject.std)
+        for first, (name, _) in zip(range(0, len(batch), SAMPLES), subject.images, strict=True)
+    ]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if arguments.overrides and not arguments.config:
+        raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed {arguments.seed}: allowed is a whole number in [0, 2**32)")
+    if arguments.output.suffix != ".png":
+        raise InputError(f"--output {arguments.output}: the name must end in .png")
+    if not arguments.output.parent.is_dir():
+        raise InputError(f"--output {arguments.output}: no such folder")
+    if arguments.config:
+        subject, sub_models = configured(arguments)
+        subjects = [subject]
+        if arguments.augsub:
+            sub_models = build_augmentations(arguments.augsub, arguments.ratio or [0.5])
+        elif arguments.ratio:
+            raise InputError("--ratio: belongs to --augsub; the sub-models of a configuration have their own")
+        if not sub_models:
+            raise InputError(f"{arguments.config}: augsub.sub_models is empty; --augsub says what to draw")
+    else:
+        sub_models = build_augmentations(arguments.augsub or AUGMENTATIONS, arguments.ratio or [0.5])
+        subjects = [named(name, arguments.images) for name in ([arguments.model] if arguments.model else FAMILIES)]
+    may_lack = not arguments.config and not (arguments.model and arguments.augsub)
+    rows = [row for subject in subjects for row in rows_of(subject, sub_models, arguments.seed, may_lack)]
+    try:
+        draw(rows, sub_models, arguments.output)
+    except OSError as error:
+        raise RunError(f"{arguments.output} cannot be written: {error.strerror}") from error
+    print(arguments.output)
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error that the user can mend."""
+    try:
+        run(parse_arguments())
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
