@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -16,6 +17,7 @@ from engine.config import Config
 from engine.config_rules import check
 from engine.errors import InputError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 SECTIONS = tuple(field.name for field in fields(Config) if is_dataclass(field.default_factory))
 # What YAML and OmegaConf raise: their own errors, and Python's where they convert or compare values unasked
 REFUSALS = (
@@ -27,11 +29,14 @@ REFUSALS = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with `key=value` overrides, complete and checked.
 
+    Args:
+        path: of the file, or its name in `configs/`: "swin_b".
+
     Raises:
         InputError: missing or malformed file, unknown key (the nearest one is named), value of the
             wrong type or out of range.
     """
-    path = Path(path)
+    path = find_config(path)
     with _reported(str(path)):
         content = _read(path, seen=())
         merged = _merge(OmegaConf.structured(Config), content, str(path))
@@ -50,10 +55,40 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def values_by_key(config: Config) -> dict[str, Any]:
+    """The complete configuration as plain values, by keys with dots."""
+    return dict(leaves(OmegaConf.to_container(OmegaConf.structured(config))))
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and values; the free mappings (`kwargs`) are values as a whole."""
+    for key, value in content.items():
+        if isinstance(value, dict) and key != "kwargs":
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that a path, or the name of a file in `configs/`, with or without its suffix, means.
+
+    Raises:
+        InputError: there is none; the nearest name is said.
+    """
+    path = Path(name)
+    with _reported(str(name)):
+        folders = [path.parent, *([CONFIGS] if path.name == str(name) else [])]
+        candidates = [folder / file for folder in folders for file in (path.name, f"{path.name}.yaml")]
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        raise InputError(f"config file {name} does not exist{_nearest_file(path, folders)}")
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     """The file merged over the files it names in `_base_` (paths relative to itself)."""
     if not path.is_file():
-        raise InputError(f"config file {path} does not exist{_nearest_file(path)}")
+        raise InputError(f"config file {path} does not exist{_nearest_file(path, [path.parent])}")
     if path.resolve() in seen:
         raise InputError(f"{path}: _base_ leads back to this file")
     with _reported(f"{path}: not a readable YAML file"):
@@ -124,7 +159,11 @@ def _one_line(error: Exception) -> str:
     return f"{key}: {message}" if key else message
 
 
-def _nearest_file(path: Path) -> str:
-    known = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    match = difflib.get_close_matches(path.name, known, n=1)
-    return f", did you mean {path.parent / match[0]}?" if match else ""
+def _nearest_file(path: Path, folders: Sequence[Path]) -> str:
+    known = {
+        file.stem: file.stem if folder == CONFIGS and len(folders) > 1 else str(file)
+        for folder in reversed(folders)
+        for file in folder.glob("*.yaml")
+    }
+    nearest = [known[name] for name in difflib.get_close_matches(path.name.removesuffix(".yaml"), known)]
+    return f", did you mean {' or '.join(nearest)}?" if nearest else ""

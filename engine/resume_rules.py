@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -11,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import Config
+from engine.config_file import leaves, values_by_key
 from engine.errors import InputError
 
 # Where things are, how fast they go, what is reported: the run stays the same run, most of them to the bit.
@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.accumulation",
     "train.compile",
     "train.grad_checkpointing",
+    "train.profile",
     "ema.*",
     "evaluation.period",
     "evaluation.batch",
@@ -53,8 +54,8 @@ def continue_from(config: Config, saved_yaml: Any) -> list[str]:
     Raises:
         InputError: something else changed, or the checkpoint has no configuration.
     """
-    saved = dict(_leaves(_parsed(saved_yaml)))
-    current = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config))))
+    saved = dict(leaves(_parsed(saved_yaml)))
+    current = values_by_key(config)
     for key, value in saved.items():
         if current.get(key, value) is None and value is not None and _is_among(key, FILLED_IN):
             section, name = key.rsplit(".", 1)
@@ -84,12 +85,3 @@ def _parsed(saved_yaml: Any) -> dict[str, Any]:
 
 def _is_among(key: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
-
-
-def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and values; the free mappings (`kwargs`) are values as a whole."""
-    for key, value in content.items():
-        if isinstance(value, dict) and key != "kwargs":
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
