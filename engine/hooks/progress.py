@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 
 from tqdm import tqdm
@@ -27,6 +28,7 @@ class ProgressBar(HookBase):
 
     def before_train(self) -> None:
         trainer = self.trainer
+        columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal tells no size; tqdm would show nothing
         self._stack = ExitStack()
         self._stack.enter_context(logging_redirect_tqdm())
         self._bar = self._stack.enter_context(
@@ -37,7 +39,8 @@ class ProgressBar(HookBase):
                 smoothing=0,  # time left at the average speed: pauses for evaluation are part of it
                 disable=None,
                 leave=False,
-                dynamic_ncols=True,
+                ncols=columns - 1,
+                nrows=lines,
             )
         )
 
