@@ -155,7 +155,7 @@ def outcome(folder: Path) -> tuple[dict, dict, list[dict], dict]:
     tensors, plain = split(state)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
-        del record["images_per_second"]
+        del record["images_per_second"], record["memory"]
     summary = json.loads((folder / "summary.json").read_text())
     del summary["seconds"]
     return tensors, plain, records, summary
