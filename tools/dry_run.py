@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from engine.checkpoint.reading import load_facts
@@ -31,12 +30,11 @@ from models.complexity_tables import cost_rows
 from tools.scaling_costs import Way, memory
 from tools.scaling_step import build_step
 
-LOGGER = logging.getLogger("engine")
 Rows = list[tuple[str, str]]
 
 
 def dry_run(config: Config, process: Process, resume: bool) -> None:
-    """Log the plan of a run and draw its learning rate.
+    """Print the plan of a run and draw its learning rate.
 
     Raises:
         InputError: whatever the run itself would refuse. Data that is not there comes last, after a plan for
@@ -62,7 +60,7 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
             *_memory_rows(config, source, trainer),
             ("learning rate, drawn", str(picture)),
         ]
-        LOGGER.info("%s: %s\n%s", Path(config.output_dir).name, config.model.name, text_table(rows))
+        print(f"{Path(config.output_dir).name}: {config.model.name}\n{text_table(rows)}")
     if missing is not None:
         raise InputError(
             f"{missing}; the plan counts the {len(IMAGENET.train):,} training images "
