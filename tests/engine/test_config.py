@@ -118,7 +118,9 @@ def test_a_configuration_is_found_by_its_name(write, monkeypatch):
 
 def test_an_unknown_name_is_met_with_the_nearest(write, monkeypatch):
     monkeypatch.chdir(write("swin_bc.yaml", "").parent)
-    with pytest.raises(InputError, match=r"config file swin_bb does not exist, did you mean swin_b or swin_bc.yaml or swin_t\?"):
+    with pytest.raises(
+        InputError, match=r"config file swin_bb does not exist, did you mean swin_b or swin_bc.yaml or swin_t\?"
+    ):
         load_config("swin_bb")
     with pytest.raises(InputError, match=r"config file nothing_like_it does not exist$"):
         load_config("nothing_like_it")
