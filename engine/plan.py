@@ -27,6 +27,11 @@ def log_plan(config: Config, trainer: Trainer) -> None:
         config.train.global_batch,
         trainer.data.iterations_per_epoch,
     )
+    warn_of_small_batches(config, trainer)
+
+
+def warn_of_small_batches(config: Config, trainer: Trainer) -> None:
+    """Say that micro-batches are smaller than the recipe's."""
     if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
         LOGGER.warning(
             "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",

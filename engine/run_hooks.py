@@ -58,8 +58,9 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     )
     if config.log.wandb is not None and process.is_main:
         require_wandb(config.log.wandb)  # now, before the run has a folder
-    open_writers = partial(_open_writers, config, folder, trainer.max_iterations) if process.is_main else _no_writers
-    writing = hooks.WriteRecords(open_writers, config.log.period, config.train.global_batch)
+    writing = hooks.WriteRecords(
+        partial(_open_writers, config, folder, trainer), config.log.period, config.train.global_batch
+    )
     sharded = is_sharded(config.distributed, process)
     everywhere = [
         *([hooks.SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
@@ -89,21 +90,19 @@ def _evaluate(trainer: Trainer, model: nn.Module) -> dict[str, float]:
     return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process)
 
 
-def _open_writers(config: Config, folder: RunFolder, max_iterations: int, iteration: int) -> list[Writer]:
-    """The writers in the order in which they get a record."""
+def _open_writers(config: Config, folder: RunFolder, trainer: Trainer, iteration: int) -> list[Writer]:
+    """The main process's writers, in the order in which they get a record."""
+    if not trainer.process.is_main:
+        return []
     log, values = config.log, values_by_key(config)
     return [
         # first: if it does not begin, there is no metrics.jsonl yet, and the same command can be given again
         *([WandbWriter(log.wandb, folder.path, folder.wandb_id, values)] if log.wandb is not None else []),
-        LogWriter(iteration, max_iterations),
+        LogWriter(iteration, trainer.max_iterations),
         JSONLinesWriter(folder.metrics, iteration),
         *([CSVWriter(folder.table, folder.metrics)] if log.csv else []),  # made of the file before it
         TensorBoardWriter(folder.path, iteration, to_yaml(config), values),
     ]
-
-
-def _no_writers(iteration: int) -> list[Writer]:
-    return []
 
 
 def _report_facts(config: Config) -> list[tuple[str, str]]:

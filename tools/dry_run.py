@@ -18,7 +18,7 @@ from engine.defaults import (
 from engine.distributed import Process
 from engine.errors import InputError, RunError
 from engine.parallel import is_sharded
-from engine.plan import plan_rows
+from engine.plan import plan_rows, warn_of_small_batches
 from engine.run_folder import RunFolder
 from engine.schedule import build_schedule
 from engine.schedule_picture import draw_schedule
@@ -28,7 +28,7 @@ from models.activation_memory import activation_memory
 from models.complexity import analyze
 from models.complexity_tables import cost_rows
 from tools.scaling_costs import Way, memory
-from tools.scaling_step import build_step
+from tools.scaling_step import NeedsValuesError, build_step
 
 Rows = list[tuple[str, str]]
 
@@ -60,6 +60,7 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
             *_memory_rows(config, source, trainer),
             ("learning rate, drawn", str(picture)),
         ]
+        warn_of_small_batches(config, trainer)
         print(f"{Path(config.output_dir).name}: {config.model.name}\n{text_table(rows)}")
     if missing is not None:
         raise InputError(
@@ -94,14 +95,19 @@ def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     """What each process needs: tensors counted, activations measured."""
     process, distributed = trainer.process, config.distributed
     way = Way("", is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
-    kept = memory(way, build_step(config, source, process.world_size))
+    try:
+        kept = memory(way, build_step(config, source, process.world_size))
+        states = readable(kept.states)
+    except NeedsValuesError as error:
+        kept = memory(way, build_step(config, source, process.world_size, with_states=False))
+        states = f"not counted: {error}"
     activations = _largest_graph(config, source, trainer)
     average = [("  moving average", readable(kept.averages))] if kept.averages else []
     return [
         ("memory per process", f"about {readable(kept.total + activations)}, of these"),
         ("  weights", readable(kept.parameters)),
         ("  gradients", readable(kept.gradients)),
-        ("  optimiser states", readable(kept.states)),
+        ("  optimiser states", states),
         *average,
         ("  activations", f"{readable(activations)}, estimate for {trainer.data.micro_batch} images at once"),
     ]

@@ -16,8 +16,16 @@ from models.param_groups import param_groups
 from tools.scaling_costs import Step
 
 
-def build_step(config: Config, source: DataSource, processes: int) -> Step:
-    """A step of a complete configuration in each of the processes, on the meta device."""
+class NeedsValuesError(InputError):
+    """An optimiser looks at the values of tensors, so that its states cannot be had on the meta device."""
+
+
+def build_step(config: Config, source: DataSource, processes: int, with_states: bool = True) -> Step:
+    """A step of a complete configuration in each of the processes, on the meta device.
+
+    Raises:
+        NeedsValuesError: the optimiser does not step there; `with_states=False` leaves its states out.
+    """
     one = Process(0, 1, torch.device("cpu"))
     with torch.device("meta"):
         model = build_run_model(config, source, one, is_resumed=True)  # without the weights that it starts from
@@ -29,7 +37,7 @@ def build_step(config: Config, source: DataSource, processes: int) -> Step:
         processes=processes,
         branches=1 + len(objective.sub_models),
         accumulation=accumulation_for(config.train, processes),
-        states=optimizer_states(config, model),
+        states=optimizer_states(config, model) if with_states else (),
         averages=int(config.ema.enabled),
     )
 
@@ -45,6 +53,8 @@ def optimizer_states(config: Config, model: torch.nn.Module) -> list[Tensor]:
         try:
             optimizer.step()
         except RuntimeError as error:
-            raise InputError(f"{settings.name} cannot step without values: {str(error).splitlines()[0]}") from error
+            raise NeedsValuesError(
+                f"{settings.name} cannot step without values: {str(error).splitlines()[0]}"
+            ) from error
     model.zero_grad(set_to_none=True)
     return [tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from tabulate import tabulate
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from engine import atomic
@@ -14,7 +15,7 @@ from engine.train_loop import HookBase
 LOGGER = logging.getLogger("engine")
 SKIPPED, WARMUP, RECORDED = 3, 2, 5  # steps; the first ones choose kernels and fill caches, the profiler warms up too
 ROWS, NAME_WIDTH = 15, 40
-PLAINLY = {"ProfilerStep*": "Python and what is not listed"}
+PLAINLY = {"ProfilerStep*": "Python between operations"}
 
 
 class Profiler(HookBase):
@@ -61,18 +62,21 @@ class Profiler(HookBase):
             self._profile = None
 
     def _report(self, recorded: profile) -> None:
+        LOGGER.info("%d steps profiled, trace in %s\n%s", RECORDED, self._trace, self._top_costs(recorded))
         temporary = atomic.temporary_name(self._trace)
         try:
             recorded.export_chrome_trace(str(temporary))
             atomic.put_in_place(temporary, self._trace)
         except (OSError, RuntimeError) as error:  # no reason to stop the run
             LOGGER.warning("WARNING: train.profile: %s cannot be written: %s", self._trace, error)
-        LOGGER.info("%d steps profiled, trace in %s\n%s", RECORDED, self._trace, self._top_costs(recorded))
 
     def _top_costs(self, recorded: profile) -> str:
         """Operations by the time that they take themselves, without what they call."""
         attribute = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"  # microseconds
-        times = {event.key: (getattr(event, attribute), event.count) for event in recorded.key_averages()}
+        operations = [event for event in recorded.key_averages() if event.device_type == DeviceType.CPU]
+        times = {
+            event.key: (getattr(event, attribute), event.count) for event in operations
+        }  # kernels are their callers'
         total = sum(time for time, _ in times.values()) or 1
         longest = sorted(times.items(), key=lambda item: item[1], reverse=True)[:ROWS]
         return tabulate(

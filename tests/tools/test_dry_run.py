@@ -108,3 +108,9 @@ def test_layers_that_learn_slower_and_frozen_ones_are_in_the_plan(train_net, tmp
     assert code == 0
     assert plan(output)["frozen"] == "2 tensors, 320 parameters"  # 64 x 1 x 2 x 2 and 64
     assert plan(output)["learning rate"] == "0.0312 to 1 of the schedule's, by layer"  # 0.5 ** 5
+
+
+def test_states_that_cannot_be_counted_are_named_and_the_plan_goes_on(train_net, tmp_path):
+    code, output, _ = train_net("--config", DIGITS, "--dry-run", f"output_dir={tmp_path}/run", "optimizer.name=adamp")
+    assert code == 0
+    assert plan(output)["optimiser states"].startswith("not counted: adamp cannot step without values")
