@@ -68,6 +68,7 @@ class Profiler(HookBase):
             recorded.export_chrome_trace(str(temporary))
             atomic.put_in_place(temporary, self._trace)
         except (OSError, RuntimeError) as error:  # no reason to stop the run
+            temporary.unlink(missing_ok=True)
             LOGGER.warning("WARNING: train.profile: %s cannot be written: %s", self._trace, error)
 
     def _top_costs(self, recorded: profile) -> str:
