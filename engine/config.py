@@ -99,6 +99,7 @@ class TrainConfig:
     clip_norm: Optional[float] = None  # global L2 norm of the gradient
     compile: bool = False  # torch.compile for the main and the sub-model
     grad_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more computation
+    profile: bool = False  # trace.json of a few early steps, and what they spend most time on, as a table in the log
 
 
 @dataclass
@@ -197,9 +198,11 @@ class DistributedConfig:
 
 @dataclass
 class LogConfig:
-    """How often losses are read from the device, printed and written."""
+    """How often losses are read from the device, printed and written, and where to beside the run's own files."""
 
     period: int = 50  # iterations
+    csv: bool = False  # metrics.csv, the records of metrics.jsonl as a table
+    wandb: Optional[str] = None  # project of Weights & Biases, whose package must be installed; null: nothing is sent
 
 
 @dataclass

@@ -17,6 +17,7 @@ from engine.config import Config
 from engine.config_rules import check
 from engine.errors import InputError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 SECTIONS = tuple(field.name for field in fields(Config) if is_dataclass(field.default_factory))
 # What YAML and OmegaConf raise: their own errors, and Python's where they convert or compare values unasked
 REFUSALS = (
@@ -28,11 +29,14 @@ REFUSALS = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with `key=value` overrides, complete and checked.
 
+    Args:
+        path: of the file, or its name in `configs/`: "swin_b".
+
     Raises:
         InputError: missing or malformed file, unknown key (the nearest one is named), value of the
             wrong type or out of range.
     """
-    path = Path(path)
+    path = find_config(path)
     merged = read_over(Config, path)
     for override in overrides:
         with reported(f"override {override!r}"):
@@ -73,10 +77,26 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, value
 
 
+def find_config(name: str | Path) -> Path:
+    """The file that a path, or the name of a file in `configs/`, with or without its suffix, means.
+
+    Raises:
+        InputError: there is none; the nearest name is said.
+    """
+    path = Path(name)
+    with reported(str(name)):
+        folders = [path.parent, *([CONFIGS] if path.name == str(name) else [])]
+        candidates = [folder / file for folder in folders for file in (path.name, f"{path.name}.yaml")]
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        raise InputError(f"config file {name} does not exist{_nearest_file(path, folders)}")
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     """The file merged over the files it names in `_base_` (paths relative to itself)."""
     if not path.is_file():
-        raise InputError(f"config file {path} does not exist{_nearest_file(path)}")
+        raise InputError(f"config file {path} does not exist{_nearest_file(path, [path.parent])}")
     if path.resolve() in seen:
         raise InputError(f"{path}: _base_ leads back to this file")
     with reported(f"{path}: not a readable YAML file"):
@@ -147,7 +167,11 @@ def _one_line(error: Exception) -> str:
     return f"{key}: {message}" if key else message
 
 
-def _nearest_file(path: Path) -> str:
-    known = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    match = difflib.get_close_matches(path.name, known, n=1)
-    return f", did you mean {path.parent / match[0]}?" if match else ""
+def _nearest_file(path: Path, folders: Sequence[Path]) -> str:
+    known = {
+        file.stem: file.stem if folder == CONFIGS and len(folders) > 1 else str(file)
+        for folder in reversed(folders)
+        for file in folder.glob("*.yaml")
+    }
+    nearest = [known[name] for name in difflib.get_close_matches(path.name.removesuffix(".yaml"), known)]
+    return f", did you mean {' or '.join(nearest)}?" if nearest else ""

@@ -145,6 +145,10 @@ RULES: dict[str, Rule] = {
     "distributed.strategy": one_of("ddp", "fsdp2"),
     "distributed.timeout_minutes": above(0),
     "log.period": at_least(1),
+    "log.wandb": (
+        lambda value: 0 < len(value) <= 128 and not set(value) & set("/\\#?%:"),
+        "1 to 128 characters, none of / \\ # ? % :",
+    ),
 }
 
 

@@ -48,15 +48,11 @@ MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpol
 def train(config: Config, process: Process, resume: bool) -> None:
     """Train a run to its end; `resume` continues the one in its folder from its newest intact checkpoint."""
     folder = RunFolder(config.output_dir)
-    if process.is_main and not resume:
-        folder.refuse_if_taken()
-    store = CheckpointStore(
-        folder, process, config.checkpoint.keep, is_sharded(config.distributed, process), config.checkpoint.background
-    )
     with LogFile() as log, ExitStack() as until_the_end:
-        newest = store.newest() if resume else None
-        changes = continue_from(config, load_facts(newest).get("config")) if newest is not None else []
-        trainer = build_trainer(config, process, store, is_resumed=newest is not None)
+        store, newest, changes = find_start(config, process, resume)
+        complete(config)
+        source = open_source(config)
+        trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
         if process.is_main:
             until_the_end.enter_context(folder.opened(to_yaml(config), is_resumed=resume))
             log.open(folder.log)
@@ -73,14 +69,38 @@ def train(config: Config, process: Process, resume: bool) -> None:
             trainer.train()
 
 
+def find_start(config: Config, process: Process, resume: bool) -> tuple[CheckpointStore, Path | None, list[str]]:
+    """The run's checkpoints, the one where it goes on, and what the configuration changes in it; nothing is written."""
+    folder = RunFolder(config.output_dir)
+    if process.is_main and not resume:
+        folder.refuse_if_taken()
+    store = CheckpointStore(
+        folder, process, config.checkpoint.keep, is_sharded(config.distributed, process), config.checkpoint.background
+    )
+    newest = store.newest() if resume else None
+    changes = continue_from(config, load_facts(newest).get("config")) if newest is not None else []
+    return store, newest, changes
+
+
+def complete(config: Config) -> None:
+    """What must be done before anything is built: import the plugins, fill in what is left to the model."""
+    import_plugins(config.plugins)
+    fill_in_from_model(config)
+
+
+def open_source(config: Config) -> DataSource:
+    """The data of a complete configuration."""
+    with memory_errors(f"data.image_size = {config.data.image_size}"):
+        return build_source(config)
+
+
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     """Evaluate `evaluation.checkpoint`, else the run's last checkpoint, else what the run would start from.
 
     Weights of a file must be complete. An average of the weights in the file is evaluated too.
     """
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
-    source = build_source(config)
+    complete(config)
+    source = open_source(config)
     last = RunFolder(config.output_dir).last
     file = config.evaluation.checkpoint or (last if last.is_file() else config.model.checkpoint)
     if file is None and not config.model.pretrained:
@@ -119,16 +139,14 @@ def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | P
         )
 
 
-def build_trainer(config: Config, process: Process, store: CheckpointStore, is_resumed: bool = False) -> Trainer:
-    """Data, model, objective, optimiser and hooks of a run, at its first step.
+def build_trainer(
+    config: Config, source: DataSource, process: Process, store: CheckpointStore, is_resumed: bool = False
+) -> Trainer:
+    """Loaders, model, objective, optimiser and hooks of a run, at its first step.
 
     A resumed run needs neither a hub nor the file it started from.
     """
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
     seed_all(config.seed)  # the initial weights are the same in all processes
-    with memory_errors(f"data.image_size = {config.data.image_size}"):
-        source = build_source(config)
     data = build_loaders(config, source, process)
     bare_model = build_run_model(config, source, process, is_resumed)
     mixup = build_mixup(config, source.num_classes, data.micro_batch)

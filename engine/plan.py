@@ -1,8 +1,11 @@
-"""What a run is going to do, said at its start."""
+"""What a run is going to do, said at its start or instead of it."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+
+from torch import Tensor
 
 from engine.config import Config
 from engine.trainer import Trainer
@@ -24,9 +27,51 @@ def log_plan(config: Config, trainer: Trainer) -> None:
         config.train.global_batch,
         trainer.data.iterations_per_epoch,
     )
+    warn_of_small_batches(config, trainer)
+
+
+def warn_of_small_batches(config: Config, trainer: Trainer) -> None:
+    """Say that micro-batches are smaller than the recipe's."""
     if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
         LOGGER.warning(
             "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",
             trainer.data.micro_batch,
             config.train.micro_batch,
         )
+
+
+def plan_rows(config: Config, trainer: Trainer) -> list[tuple[str, str]]:
+    """Length, batch and parameter groups of a run, as rows of a table."""
+    data, epochs = trainer.data, trainer.max_iterations / trainer.data.iterations_per_epoch
+    stopped = f", of {config.train.epochs} scheduled" if epochs < config.train.epochs else ""
+    processes = trainer.process.world_size
+    return [
+        ("length", f"{epochs:.4g} epochs{stopped}, {trainer.max_iterations:,} iterations"),
+        ("iterations per epoch", f"{data.iterations_per_epoch:,}"),
+        (
+            "images per iteration",
+            f"{config.train.global_batch} = {data.micro_batch} x {data.accumulation} accumulated x "
+            f"{processes} process{'es' if processes > 1 else ''}",
+        ),
+        ("optimiser", f"{config.optimizer.name} on {trainer.process.device.type}, amp {trainer.precision.amp}"),
+        *_group_rows(trainer),
+    ]
+
+
+def _group_rows(trainer: Trainer) -> list[tuple[str, str]]:
+    """What decays and what does not, which learning rates there are, and what does not learn."""
+    groups = trainer.optimizer.param_groups
+    rows = []
+    for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
+        tensors = [tensor for group in groups if group["weight_decay"] == decay for tensor in group["params"]]
+        rows.append((f"weight decay {decay:g}" if decay else "no weight decay", _count(tensors)))
+    scales = [group["lr_scale"] for group in groups]
+    if min(scales) < max(scales):
+        rows.append(("learning rate", f"{min(scales):.3g} to {max(scales):.3g} of the schedule's, by layer"))
+    frozen = [parameter for parameter in trainer.bare_model.parameters() if not parameter.requires_grad]
+    return [*rows, *([("frozen", _count(frozen))] if frozen else [])]
+
+
+def _count(tensors: Iterable[Tensor]) -> str:
+    sizes = [tensor.numel() for tensor in tensors]
+    return f"{len(sizes)} tensors, {sum(sizes):,} parameters"

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "train.accumulation",
     "train.compile",
     "train.grad_checkpointing",
+    "train.profile",
     "ema.*",
     "evaluation.period",
     "evaluation.batch",

@@ -24,6 +24,9 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
+        self.table = self.path / "metrics.csv"
+        self.wandb_id = self.path / "wandb_id"
+        self.trace = self.path / "trace.json"
         self.curves = self.path / "curves.png"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
@@ -31,6 +34,7 @@ class RunFolder:
         self.previous = self.checkpoints / "previous.pt"  # what `last` was before
         self.best = self.checkpoints / "best.pt"
         self._lock_file = self.path / ".lock"
+        self.plan = self.path.with_name(f"{self.path.name}_plan.png")  # of a dry run, which leaves the folder alone
 
     def numbered(self, iteration: int) -> Path:
         """The checkpoint after that many steps."""

@@ -11,15 +11,22 @@ from torch import nn
 from engine import hooks
 from engine.checkpoint.store import CheckpointStore
 from engine.config import Config
-from engine.config_file import to_yaml
-from engine.distributed import Process
+from engine.config_file import leaves, to_yaml
 from engine.evaluation import evaluate
 from engine.parallel import is_sharded
 from engine.run_folder import RunFolder
 from engine.schedule import build_schedule
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
-from engine.writers import JSONLinesWriter, LogWriter, TensorBoardWriter, Writer
+from engine.writers import (
+    CSVWriter,
+    JSONLinesWriter,
+    LogWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    Writer,
+    require_wandb,
+)
 
 
 def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: ModelEmaV3 | None) -> list[HookBase]:
@@ -49,7 +56,11 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,
     )
-    writing = hooks.WriteRecords(partial(_open_writers, folder, process), config.log.period, config.train.global_batch)
+    if config.log.wandb is not None and process.is_main:
+        require_wandb(config.log.wandb)  # now, before the run has a folder
+    writing = hooks.WriteRecords(
+        partial(_open_writers, config, folder, trainer), config.log.period, config.train.global_batch
+    )
     sharded = is_sharded(config.distributed, process)
     everywhere = [
         *([hooks.SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
@@ -65,7 +76,11 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     ]
     title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
     report = hooks.Report(folder, evaluation, title, _report_facts(config), data.bad_files)
-    only_main = [hooks.ProgressBar(), report]
+    only_main = [
+        *([hooks.Profiler(folder.trace)] if config.train.profile else []),  # after all others that belong to a step
+        hooks.ProgressBar(writing),  # after the writing, whose records it shows
+        report,  # at the end, when all is written
+    ]
     return everywhere + (only_main if process.is_main else [])
 
 
@@ -75,10 +90,19 @@ def _evaluate(trainer: Trainer, model: nn.Module) -> dict[str, float]:
     return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process)
 
 
-def _open_writers(folder: RunFolder, process: Process, iteration: int) -> list[Writer]:
-    if not process.is_main:
+def _open_writers(config: Config, folder: RunFolder, trainer: Trainer, iteration: int) -> list[Writer]:
+    """The main process's writers, in the order in which they get a record."""
+    if not trainer.process.is_main:
         return []
-    return [LogWriter(), JSONLinesWriter(folder.metrics, iteration), TensorBoardWriter(folder.path, iteration)]
+    log, values = config.log, leaves(config)
+    return [
+        # first: if it does not begin, there is no metrics.jsonl yet, and the same command can be given again
+        *([WandbWriter(log.wandb, folder.path, folder.wandb_id, values)] if log.wandb is not None else []),
+        LogWriter(iteration, trainer.max_iterations),
+        JSONLinesWriter(folder.metrics, iteration),
+        *([CSVWriter(folder.table, folder.metrics)] if log.csv else []),  # made of the file before it
+        TensorBoardWriter(folder.path, iteration, to_yaml(config), values),
+    ]
 
 
 def _report_facts(config: Config) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Plain-text tables."""
+"""Plain-text tables, and sizes in them."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def text_table(rows: Sequence[tuple[str, str]]) -> str:
     lines = [f"  {name:<{width}}   {value}" for name, value in rows]
     rule = "-" * (max(map(len, lines)) + 2)
     return "\n".join([rule, *lines, rule])
+
+
+def readable(nbytes: int) -> str:
+    """Bytes for people: "2.528 GB", 10^9 bytes."""
+    return f"{nbytes / 1e9:.3f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.3f} MB" if nbytes else "0"

@@ -24,6 +24,12 @@ def describe(augmentation: augsub.SubModelAugmentation) -> str:
 
 def summary_rows(complexity: Complexity, augmentations: Augmentations) -> list[tuple[str, str]]:
     """Figures of one model, (name, value)."""
+    activations = ("activations", f"{_number(complexity.main.activations, MEGA)} M")
+    return [*cost_rows(complexity, augmentations), activations]
+
+
+def cost_rows(complexity: Complexity, augmentations: Augmentations) -> list[tuple[str, str]]:
+    """Parameters, and FLOPs of one image's forwards."""
     main = complexity.main.flops
     subs = [
         (f"sub-model {describe(augmentation)}", f"{_number(sub.flops, GIGA)} GFLOPs, {sub.flops / main:.3f} of main")
@@ -34,7 +40,6 @@ def summary_rows(complexity: Complexity, augmentations: Augmentations) -> list[t
         ("main model", f"{_number(main, GIGA)} GFLOPs"),
         *subs,
         ("training cost", f"{complexity.training_cost:.3f} of plain training"),
-        ("activations", f"{_number(complexity.main.activations, MEGA)} M"),
     ]
 
 

@@ -22,19 +22,16 @@ from tqdm import tqdm
 
 import augsub
 from engine.config import Config
-from engine.config_file import load_config
-from engine.data import DataSource, build_source
-from engine.defaults import build_sub_models, create_configured_model, fill_in_from_model
+from engine.config_file import CONFIGS, load_config
+from engine.data import IMAGENET, DataSource
+from engine.defaults import build_sub_models, complete, create_configured_model, open_source
 from engine.errors import InputError, RunError, input_errors
-from engine.plugins import import_plugins
 from engine.table import text_table
 from models.build import create_model
 from models.complexity import Complexity, analyze
 from models.complexity_tables import comparison_table, literature_table, module_table, summary_rows, uncounted_line
 from models.support import support_of, support_table
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-IMAGENET = DataSource(train=None, held_out=None, num_classes=1000, in_chans=3)
 Analysis = tuple[Complexity, list[augsub.SubModelAugmentation]]
 
 
@@ -68,8 +65,7 @@ def analyze_named(name: str, augmentation: str, ratio: float) -> Analysis:
 def analyze_configured(path: str | Path, overrides: Sequence[str] = ()) -> Analysis:
     """The model and the sub-models of a configuration; no data and no weights are needed."""
     config = load_config(path, overrides)
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
+    complete(config)
     source = data_source(config)
     model = create_configured_model(config, source)
     augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
@@ -81,7 +77,7 @@ def analyze_configured(path: str | Path, overrides: Sequence[str] = ()) -> Analy
 def data_source(config: Config) -> DataSource:
     """The configuration's data, or images like ImageNet's where it is not there."""
     try:
-        return build_source(config)
+        return open_source(config)
     except InputError as error:
         note(f"{error}; taken to have {IMAGENET.num_classes} classes")
         return IMAGENET

@@ -11,9 +11,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from engine.config import Config
-from engine.config_file import load_config
+from engine.config_file import CONFIGS, load_config
 from engine.data.loaders import accumulation_for
-from tools.analyze_model import CONFIGS, analyze_configured
+from tools.analyze_model import analyze_configured
 
 ROOT = CONFIGS.parent
 PAGE = ROOT / "docs" / "recipes.md"

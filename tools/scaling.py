@@ -18,22 +18,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from engine.config import Config
-from engine.config_file import load_config
-from engine.data.batching import accumulation_for
-from engine.defaults import build_objective, build_run_model, fill_in_from_model
-from engine.distributed import Process
-from engine.errors import InputError, RunError, input_errors
-from engine.optim import build_optimizer
-from engine.plugins import import_plugins
+from engine.config_file import CONFIGS, load_config
+from engine.defaults import complete
+from engine.errors import InputError, RunError
 from engine.table import text_table
-from models.param_groups import param_groups
-from tools.analyze_model import CONFIGS, data_source
+from tools.analyze_model import data_source
 from tools.scaling_costs import WAYS, Step, memory, traffic
 from tools.scaling_measure import Measured, cases, measure
+from tools.scaling_step import build_step
 from tools.scaling_tables import agreement, arithmetic, measured_table, memory_table, page, traffic_table
 
 DEFAULT = CONFIGS / "deit3_h_400e.yaml"
@@ -61,44 +54,8 @@ def configured(arguments: argparse.Namespace) -> Config:
         raise InputError(f"--processes = {arguments.processes}, allowed is 2 or more")
     chosen = [f"model.name={arguments.model}"] if arguments.model else []
     config = load_config(OF_A_MODEL if arguments.model else arguments.config, [*chosen, *arguments.overrides])
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
+    complete(config)
     return config
-
-
-def build_step(config: Config, processes: int) -> Step:
-    """A step of the configuration in each of the processes, on the meta device."""
-    source = data_source(config)
-    one = Process(0, 1, torch.device("cpu"))
-    with torch.device("meta"):
-        model = build_run_model(config, source, one, is_resumed=True)  # without the weights that it starts from
-    objective = build_objective(config, torch.nn.CrossEntropyLoss())
-    with input_errors("augsub.sub_models"):
-        objective.prepare(model)
-    return Step(
-        model=model,
-        processes=processes,
-        branches=1 + len(objective.sub_models),
-        accumulation=accumulation_for(config.train, processes),
-        states=optimizer_states(config, model),
-        averages=int(config.ema.enabled),
-    )
-
-
-def optimizer_states(config: Config, model: torch.nn.Module) -> list[Tensor]:
-    """The tensors that the optimiser has after a step of a model on the meta device."""
-    settings = config.optimizer
-    with input_errors("optimizer"):
-        groups = param_groups(model, settings.weight_decay, settings.layer_decay, settings.full_lr)
-        optimizer = build_optimizer(settings, groups)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            raise InputError(f"{settings.name} cannot step without values: {str(error).splitlines()[0]}") from error
-    model.zero_grad(set_to_none=True)
-    return [tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
 
 
 def summary(config: Config, step: Step) -> str:
@@ -130,7 +87,7 @@ def as_numbers(step: Step) -> dict[str, dict]:
 def print_step(arguments: argparse.Namespace) -> None:
     """The tables of a configuration."""
     config = configured(arguments)
-    step = build_step(config, arguments.processes)
+    step = build_step(config, data_source(config), arguments.processes)
     if arguments.json:
         print(json.dumps(as_numbers(step), indent=2))
         return
@@ -155,7 +112,9 @@ def main() -> int:
             return 0
         measured = measure(cases())
         if arguments.page:
-            arguments.page.write_text(page(build_step(configured(arguments), arguments.processes), measured))
+            config = configured(arguments)
+            step = build_step(config, data_source(config), arguments.processes)
+            arguments.page.write_text(page(step, measured))
         else:
             print_measured(measured, arguments.json)
         return int(any(item.seen != item.computed for item in measured))

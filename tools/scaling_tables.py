@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from engine.table import readable
 from tools.scaling_costs import WAYS, Step, Traffic, memory, padded, sharding_units, size, traffic, trained
 from tools.scaling_measure import SETTINGS, Measured
 
@@ -113,11 +114,6 @@ def collectives(costs: Traffic) -> str:
         "broadcast": costs.broadcasts,
     }
     return " + ".join(f"{number} {name}{'s' if number > 1 else ''}" for name, number in numbers.items() if number)
-
-
-def readable(nbytes: int) -> str:
-    """Bytes for people: "2.528 GB", 10^9 bytes."""
-    return f"{nbytes / 1e9:.3f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.3f} MB" if nbytes else "0"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,9 +1,4 @@
-"""Train a timm model with sub-model augmentation, as a configuration says.
-
-python tools/train_net.py --config configs/digits_vit.yaml
-python tools/train_net.py --config configs/digits_vit.yaml augsub.sub_models=[] output_dir=runs/baseline
-torchrun --nproc_per_node=8 tools/train_net.py --config configs/swin_b.yaml data.root=imagenet
-"""
+"""Train a timm model with sub-model augmentation, as a configuration says."""
 
 from __future__ import annotations
 
@@ -18,7 +13,27 @@ from engine.data import worker_deaths
 from engine.defaults import evaluate_only, train
 from engine.distributed import launched_rank, process_group
 from engine.errors import Preempted, RunError
+from tools.dry_run import dry_run
 
+EXAMPLES = """\
+examples:
+  python tools/train_net.py --config digits_vit
+  python tools/train_net.py --config digits_vit augsub.sub_models=[] \\
+      output_dir=runs/baseline
+  python tools/train_net.py --config swin_b data.root=/data/imagenet --dry-run
+  torchrun --nproc_per_node=8 tools/train_net.py --config swin_b \\
+      data.root=/data/imagenet --resume
+
+keys:
+  engine/config.py explains every key; --print-config shows the values.
+  docs/recipes.md lists the recipes in configs/ with their launch commands.
+
+exit codes:
+  0    finished
+  2    an error, said in one line; --traceback shows where it came from
+  75   stopped by SIGTERM or SIGUSR1 with everything saved; --resume goes on
+  130  interrupted by Ctrl-C; --resume goes on from the last checkpoint
+"""
 FAILED = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -26,19 +41,28 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
-    parser.add_argument(
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument("--config", required=True, metavar="NAME", help="a file in configs/ (swin_b), or any YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="change the configuration: train.epochs=10")
+    run.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         choices=["auto"],
         help="continue the run in output_dir from its newest intact checkpoint; start it if there is none",
     )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate evaluation.checkpoint or the run's last one")
-    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
-    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=10")
+    instead = parser.add_argument_group("instead of training")
+    action = instead.add_mutually_exclusive_group()
+    action.add_argument("--eval-only", action="store_true", help="evaluate evaluation.checkpoint or the run's last one")
+    action.add_argument(
+        "--dry-run", action="store_true", help="check everything and show the plan: costs, length, memory, schedule"
+    )
+    action.add_argument("--print-config", action="store_true", help="print the complete configuration")
+    errors = parser.add_argument_group("errors")
+    errors.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     words = sys.argv[1:]
     for index, (word, after) in enumerate(pairwise([*words, ""])):
         if word == "--resume" and "=" in after:
@@ -61,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
             results = evaluate_only(config, process)
             if process.is_main:
                 print(json.dumps(results, indent=2))
+        elif arguments.dry_run:
+            dry_run(config, process, resume=arguments.resume is not None)
         else:
             train(config, process, resume=arguments.resume is not None)
 

@@ -4,10 +4,11 @@ from engine.data.bad_files import BadFiles
 from engine.data.batches import worker_deaths
 from engine.data.held_out import IGNORED
 from engine.data.loaders import DataLoaders, build_held_out, build_loaders, build_source
-from engine.data.source import DataSource
+from engine.data.source import IMAGENET, DataSource
 
 __all__ = [
     "IGNORED",
+    "IMAGENET",
     "BadFiles",
     "DataLoaders",
     "DataSource",

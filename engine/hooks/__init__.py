@@ -8,6 +8,7 @@ from engine.hooks.evaluation import Evaluation
 from engine.hooks.lr_schedule import LearningRateSchedule
 from engine.hooks.nan_guard import NaNGuard
 from engine.hooks.preemption import Preemption
+from engine.hooks.profiler import Profiler
 from engine.hooks.progress import ProgressBar
 from engine.hooks.report import Report
 from engine.hooks.stop_mixing import StopMixing
@@ -20,6 +21,7 @@ __all__ = [
     "LearningRateSchedule",
     "NaNGuard",
     "Preemption",
+    "Profiler",
     "ProgressBar",
     "Report",
     "SameBatchNormStatistics",

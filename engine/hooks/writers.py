@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from engine.memory import peak_memory
 from engine.train_loop import HookBase
-from engine.writers import Writer
+from engine.writers import Record, Writer
 
 
 class WriteRecords(HookBase):
     """Writes a record every `period` iterations, and whenever there are results of an evaluation.
+
+    Attributes:
+        latest: the newest record, in every process; None before the first one.
 
     Args:
         open_writers: makes the writers at the start of training, given the iterations already done.
@@ -23,6 +27,7 @@ class WriteRecords(HookBase):
         self._period = period
         self._global_batch = global_batch
         self._writers: Sequence[Writer] = ()
+        self.latest: Record | None = None
 
     def before_train(self) -> None:
         self._writers = self._open_writers(self.trainer.iteration)
@@ -34,16 +39,17 @@ class WriteRecords(HookBase):
             return
         means = trainer.means.read()
         seconds = time.perf_counter() - self._since
-        record = {
+        self.latest = {
             "iteration": trainer.iteration,
             "epoch": trainer.epoch,
             "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
             **means,
             "images_per_second": self._global_batch * (trainer.iteration - self._first_iteration) / seconds,
+            "memory": peak_memory(trainer.process.device),
             **trainer.results,
         }
         for writer in self._writers:
-            writer.write(record)
+            writer.write(self.latest)
         self._start_interval()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine.config import Config
-from engine.config_file import load_config, to_yaml
+from engine.config_file import CONFIGS, load_config, to_yaml
 from engine.errors import InputError
 
 
@@ -80,6 +80,7 @@ def test_interpolation(write):
         ("", ["mixup.integer_pixels=true", "data.dataset=digits"], "has no pixels of 0 to 255"),
         ("", ["optimizer.full_lr=[norm]"], "without optimizer.layer_decay"),
         ("", ["schedule.scale_with_batch=true"], "needs optimizer.lr_reference_batch"),
+        ("", ["log.wandb=a/b"], "log.wandb = a/b: allowed is 1 to 128 characters, none of"),
         ("", ["train.loss_scale=0.5"], "train.loss_scale = 0.5: allowed is at least 1"),
         ("", ["schedule.warmup_epochs=300"], "must be less than train.epochs"),
         ("train: [", [], "not a readable YAML file"),
@@ -100,3 +101,26 @@ def test_a_mistyped_file_name_is_met_with_the_nearest(write):
     write("swin_b.yaml", "")
     with pytest.raises(InputError, match=r"did you mean .*swin_b.yaml"):
         load_config(write("other.yaml", "").with_name("swin_d.yaml"))
+
+
+def test_a_configuration_is_found_by_its_name(write, monkeypatch):
+    folder = write("swin_x.yaml", "seed: 5\n").parent
+    recipe = load_config("swin_b")
+    for spelling in ("swin_b.yaml", CONFIGS / "swin_b", str(CONFIGS / "swin_b.yaml")):
+        assert load_config(spelling) == recipe
+    assert recipe.output_dir == "runs/swin_b" and recipe.model.name == "swin_base_patch4_window7_224"
+    assert load_config(folder / "swin_x").seed == 5
+    monkeypatch.chdir(folder)
+    assert load_config("swin_x").seed == 5
+    write("swin_b.yaml", "seed: 6\n")
+    assert load_config("swin_b").seed == 6  # what lies here comes first
+
+
+def test_an_unknown_name_is_met_with_the_nearest(write, monkeypatch):
+    monkeypatch.chdir(write("swin_bc.yaml", "").parent)
+    with pytest.raises(
+        InputError, match=r"config file swin_bb does not exist, did you mean swin_b or swin_bc.yaml or swin_t\?"
+    ):
+        load_config("swin_bb")
+    with pytest.raises(InputError, match=r"config file nothing_like_it does not exist$"):
+        load_config("nothing_like_it")

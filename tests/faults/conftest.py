@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ DIGITS = ROOT / "configs" / "digits_vit.yaml"
 EVERYTHING_ON = (
     "model.kwargs.depth=2", "model.drop_path_rate=0.2", "train.max_iters=34", "train.global_batch=80",
     "train.accumulation=2", "train.clip_norm=1.0", "mixup.mixup_alpha=0.8", "ema.enabled=true", "ema.decay=0.9",
-    "evaluation.period=1", "checkpoint.period=4", "log.period=7",
+    "evaluation.period=1", "checkpoint.period=4", "log.period=7", "log.csv=true",
 )  # fmt: skip
 
 
@@ -148,17 +149,19 @@ def digits() -> tuple[Any, ...]:
     return ("--config", DIGITS, *EVERYTHING_ON)
 
 
-def outcome(folder: Path) -> tuple[dict, dict, list[dict], dict]:
+def outcome(folder: Path) -> tuple[dict, dict, list[dict], list[dict], dict]:
     """All that a run ends with, without what clocks and names say."""
     state = load(folder / "checkpoints" / "last.pt")
     del state["config"], state["hooks"]["report"]
     tensors, plain = split(state)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["images_per_second"]
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for record in (*records, *rows):
+        del record["images_per_second"], record["memory"]
     summary = json.loads((folder / "summary.json").read_text())
     del summary["seconds"]
-    return tensors, plain, records, summary
+    return tensors, plain, records, rows, summary
 
 
 @pytest.fixture

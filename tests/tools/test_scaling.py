@@ -17,9 +17,11 @@ import augsub
 from engine.distributed import Process
 from engine.parallel import shard
 from models.blocks import innermost_blocks
-from tools.scaling import GPUS, build_step, configured, main, parse_arguments
+from tools.analyze_model import data_source
+from tools.scaling import GPUS, configured, main, parse_arguments
 from tools.scaling_costs import WAYS, Step, bucket_count, memory, traffic
 from tools.scaling_measure import Measured, cases, expect, measure
+from tools.scaling_step import build_step
 from tools.scaling_tables import page
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +130,8 @@ def test_all_settings_in_two_processes():
 def test_the_page_is_up_to_date(monkeypatch):
     """With the computed numbers in place of the measured ones: the tests above find them equal."""
     monkeypatch.setattr(sys, "argv", ["scaling.py"])
-    step = build_step(configured(parse_arguments()), GPUS)
+    config = configured(parse_arguments())
+    step = build_step(config, data_source(config), GPUS)
     assert page(step, [expect(case) for case in cases()]) == PAGE.read_text()
     assert sum(p.numel() for p in step.model.parameters()) == 631_953_640
     assert bucket_count(step.model) == 98

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -30,7 +31,8 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def without_time(records: list[dict]) -> list[dict]:
-    return [{key: value for key, value in record.items() if key != "images_per_second"} for record in records]
+    of_the_machine = ("images_per_second", "memory")
+    return [{key: value for key, value in record.items() if key not in of_the_machine} for record in records]
 
 
 def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path):
@@ -38,6 +40,8 @@ def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path)
     assert result.returncode == 0, result.stderr
     for line in ("main loss", "sub loss", "held-out top-1", "of 797 images", "held-out top-5", "time", str(tmp_path)):
         assert line in result.stdout
+    assert result.stderr == "" and "\r" not in result.stdout  # no bar where there is no terminal
+    assert len(re.findall(r"iteration \d+  main_loss .* images/s  \d+ MiB  \d\d:\d\d left\n", result.stdout)) == 2
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert {"top1", "top5", "main_loss", "sub_loss", "iterations", "seconds"} <= summary.keys()

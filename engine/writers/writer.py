@@ -1,0 +1,35 @@
+"""What every writer of records does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from engine.errors import RunError
+
+Record = dict[str, float]
+AXES = ("iteration", "epoch")  # of every record: when its other values were measured
+
+
+class Writer(Protocol):
+    """Takes the records of a run; each has `iteration`, `epoch`, `lr` and what was measured."""
+
+    def write(self, record: Record) -> None:
+        """Write one record."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Report that records cannot be written, and how the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; the last checkpoint is still there. "
+            "Make room or give write access, then continue with --resume"
+        ) from error

@@ -1,0 +1,116 @@
+"""The plan of a run: right numbers, nothing trained, nothing written into the run's folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "digits_vit.yaml"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def plan(output: str) -> dict[str, str]:
+    rows = re.findall(r"^  (\S.*?|  \S.*?)   +(\S.*)$", output, re.MULTILINE)
+    return {name.strip(): value for name, value in rows}
+
+
+def nbytes(text: str) -> float:
+    number, unit = re.search(r"([\d.]+) (MB|GB)", text).groups()
+    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_the_numbers_of_a_plan(train_net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output, _ = train_net(
+        "--config", "digits_vit", "--dry-run", "train.accumulation=5", "train.max_iters=300", "ema.enabled=true"
+    )
+    assert code == 0
+    rows = plan(output)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, in_chans=1, img_size=8, patch_size=2, embed_dim=64, depth=4, num_heads=4
+    )
+    parameters = dict(model.named_parameters())
+    undecayed = [p for name, p in parameters.items() if p.ndim < 2 or name in ("pos_embed", "cls_token")]
+    decayed = [p for p in parameters.values() if not any(p is other for other in undecayed)]
+    count = sum(p.numel() for p in parameters.values())
+    assert rows["weight decay 0.05"] == f"{len(decayed)} tensors, {sum(p.numel() for p in decayed):,} parameters"
+    assert rows["no weight decay"] == f"{len(undecayed)} tensors, {sum(p.numel() for p in undecayed):,} parameters"
+    assert rows["length"] == "15 epochs, of 60 scheduled, 300 iterations"
+    assert rows["images per iteration"] == "50 = 10 x 5 accumulated x 1 process"
+    assert (rows["training images"], rows["held-out images"]) == ("1,000 of 1 x 8 x 8", "797")
+    for name, copies in {"weights": 1, "gradients": 1, "optimiser states": 2, "moving average": 1}.items():
+        assert nbytes(rows[name]) == pytest.approx(4 * count * copies, rel=0.01), name
+    parts = ("weights", "gradients", "optimiser states", "moving average", "activations")
+    assert nbytes(rows["memory per process"]) == pytest.approx(sum(nbytes(rows[name]) for name in parts), rel=0.01)
+    sub = re.match(r"[\d.]+ GFLOPs, ([\d.]+) of main", rows["sub-model masking 0.5"]).group(1)
+    assert rows["training cost"].startswith(f"{1 + float(sub):.3f}")
+    assert rows["learning rate, drawn"] == "runs/digits_vit_plan.png"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits_vit_plan.png"]
+    assert (tmp_path / "runs" / "digits_vit_plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_plan_of_a_resumed_run_leaves_its_folder_alone(train_net, tmp_path):
+    run = ("--config", DIGITS, f"output_dir={tmp_path}/run")
+    assert train_net(*run, "train.max_iters=5")[0] == 0
+    before = contents(tmp_path / "run")
+    code, _, error = train_net(*run, "--dry-run")
+    assert code == 2 and "holds a run already" in error  # as the run itself would end
+    code, output, _ = train_net(*run, "--dry-run", "--resume", "train.max_iters=9")
+    assert code == 0
+    assert f"{tmp_path}/run/checkpoints/last.pt after 5 iterations" in output
+    assert plan(output)["changed"] == "train.max_iters: 5 -> 9"
+    code, _, error = train_net(*run, "--dry-run", "--resume", "seed=1")
+    assert code == 2 and "--resume: seed = 1, the run has 0" in error
+    assert contents(tmp_path / "run") == before
+    assert train_net(*run, "--resume", "train.max_iters=9")[0] == 0
+    assert "after 5 of 9 iterations" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_without_its_data_a_recipe_is_planned_for_imagenet_and_the_error_comes_last(train_net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ("model.name=swin_tiny_patch4_window7_224", "model.kwargs={depths: [1, 1, 1, 1]}")
+    code, output, error = train_net("--config", "swin_t", "--dry-run", *small)
+    assert code == 2
+    rows = plan(output)
+    assert rows["training images"] == "1,281,167 of 3 x 224 x 224" and rows["classes"] == "1000"
+    assert rows["length"] == "300 epochs, 375,300 iterations" and rows["iterations per epoch"] == "1,251"
+    assert error.startswith("error: data.root") and error.count("\n") == 1
+    assert error.endswith("; the plan counts the 1,281,167 training images and 1000 classes of ImageNet-1k instead\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.global_batch=1001", "more than the 1000 training images"),
+        ("model.name=vit_tiny_patch16_242", "did you mean 'vit_tiny_patch16_224'"),
+        ("optimizer.name=admw", "did you mean adamw"),
+        ("plugins=[no_such_module]", "no_such_module cannot be imported"),
+        ("model.checkpoint=/nowhere.pt", "checkpoint /nowhere.pt does not exist"),
+        ("data.image_size=1", "1 x 1 pixels do not fit"),
+    ],
+)
+def test_what_a_run_would_refuse_its_plan_refuses(train_net, tmp_path, override, message):
+    code, output, error = train_net("--config", DIGITS, "--dry-run", f"output_dir={tmp_path}/run", override)
+    assert code == 2 and message in error and error.count("\n") == 1
+    assert output == "" and list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_learn_slower_and_frozen_ones_are_in_the_plan(train_net, tmp_path):
+    settings = ("optimizer.layer_decay=0.5", "model.frozen=[patch_embed]")
+    code, output, _ = train_net("--config", DIGITS, "--dry-run", f"output_dir={tmp_path}/run", *settings)
+    assert code == 0
+    assert plan(output)["frozen"] == "2 tensors, 320 parameters"  # 64 x 1 x 2 x 2 and 64
+    assert plan(output)["learning rate"] == "0.0312 to 1 of the schedule's, by layer"  # 0.5 ** 5
+
+
+def test_states_that_cannot_be_counted_are_named_and_the_plan_goes_on(train_net, tmp_path):
+    code, output, _ = train_net("--config", DIGITS, "--dry-run", f"output_dir={tmp_path}/run", "optimizer.name=adamp")
+    assert code == 0
+    assert plan(output)["optimiser states"].startswith("not counted: adamp cannot step without values")

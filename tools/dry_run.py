@@ -1,0 +1,147 @@
+"""`train_net.py --dry-run`: everything of a run is built and checked, nothing is trained, its folder stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.checkpoint.reading import load_facts
+from engine.config import Config
+from engine.data import IMAGENET, DataSource
+from engine.defaults import (
+    build_run_model,
+    build_trainer,
+    complete,
+    create_configured_model,
+    find_start,
+    open_source,
+)
+from engine.distributed import Process
+from engine.errors import InputError, RunError
+from engine.parallel import is_sharded
+from engine.plan import plan_rows, warn_of_small_batches
+from engine.run_folder import RunFolder
+from engine.schedule import build_schedule
+from engine.schedule_picture import draw_schedule
+from engine.table import readable, text_table
+from engine.trainer import Trainer
+from models.activation_memory import activation_memory
+from models.complexity import analyze
+from models.complexity_tables import cost_rows
+from tools.scaling_costs import Way, memory
+from tools.scaling_step import NeedsValuesError, build_step
+
+Rows = list[tuple[str, str]]
+
+
+def dry_run(config: Config, process: Process, resume: bool) -> None:
+    """Print the plan of a run and draw its learning rate.
+
+    Raises:
+        InputError: whatever the run itself would refuse. Data that is not there comes last, after a plan for
+            as many images and classes as ImageNet-1k has.
+    """
+    store, newest, changes = find_start(config, process, resume)
+    config.train.compile = False  # takes minutes, and changes nothing of the plan
+    complete(config)
+    source, missing = IMAGENET, None
+    try:
+        source = open_source(config)
+    except InputError as error:
+        missing = error
+    trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
+    if process.is_main:
+        picture = RunFolder(config.output_dir).plan
+        _draw(config, trainer, picture)
+        rows = [
+            *_start_rows(newest, changes),
+            *_data_rows(config, source),
+            *_cost_rows(config, source, trainer),
+            *plan_rows(config, trainer),
+            *_memory_rows(config, source, trainer),
+            ("learning rate, drawn", str(picture)),
+        ]
+        warn_of_small_batches(config, trainer)
+        print(f"{Path(config.output_dir).name}: {config.model.name}\n{text_table(rows)}")
+    if missing is not None:
+        raise InputError(
+            f"{missing}; the plan counts the {len(IMAGENET.train):,} training images "
+            f"and {IMAGENET.num_classes} classes of ImageNet-1k instead"
+        )
+
+
+def _start_rows(newest: Path | None, changes: list[str]) -> Rows:
+    if newest is None:
+        return [("starts", "at the beginning")]
+    done = f"{newest} after {load_facts(newest)['iteration']:,} iterations"
+    return [("goes on from", done), *(("changed", change) for change in changes)]
+
+
+def _data_rows(config: Config, source: DataSource) -> Rows:
+    side = config.data.image_size
+    return [
+        ("training images", f"{len(source.train):,} of {source.in_chans} x {side} x {side}"),
+        ("held-out images", f"{len(source.held_out):,}"),
+        ("classes", f"{source.num_classes}"),
+    ]
+
+
+def _cost_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
+    augmentations = [sub_model.augmentation for sub_model in trainer.objective.sub_models]
+    model = create_configured_model(config, source)
+    return cost_rows(analyze(model, _image_shape(config, source), augmentations), augmentations)
+
+
+def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
+    """What each process needs: tensors counted, activations measured."""
+    process, distributed = trainer.process, config.distributed
+    way = Way("", is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
+    try:
+        kept = memory(way, build_step(config, source, process.world_size))
+        states = readable(kept.states)
+    except NeedsValuesError as error:
+        kept = memory(way, build_step(config, source, process.world_size, with_states=False))
+        states = f"not counted: {error}"
+    activations = _largest_graph(config, source, trainer)
+    average = [("  moving average", readable(kept.averages))] if kept.averages else []
+    return [
+        ("memory per process", f"about {readable(kept.total + activations)}, of these"),
+        ("  weights", readable(kept.parameters)),
+        ("  gradients", readable(kept.gradients)),
+        ("  optimiser states", states),
+        *average,
+        ("  activations", f"{readable(activations)}, estimate for {trainer.data.micro_batch} images at once"),
+    ]
+
+
+def _largest_graph(config: Config, source: DataSource, trainer: Trainer) -> int:
+    """Bytes of the largest branch: main model and sub-models have their graphs one after the other."""
+    alone = Process(rank=0, world_size=1, device=trainer.process.device)
+    model = build_run_model(config, source, alone, is_resumed=True).to(alone.device)
+    trainer.objective.prepare(model)
+    augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
+    branches = (
+        activation_memory(model, _image_shape(config, source), augmentation, trainer.precision.autocast)
+        for augmentation in augmentations
+    )
+    return max(branch.of(trainer.data.micro_batch) for branch in branches)
+
+
+def _image_shape(config: Config, source: DataSource) -> tuple[int, int, int]:
+    return source.in_chans, config.data.image_size, config.data.image_size
+
+
+def _draw(config: Config, trainer: Trainer, picture: Path) -> None:
+    per_epoch, train = trainer.data.iterations_per_epoch, config.train
+    schedule = build_schedule(config.schedule, config.optimizer, train.epochs, per_epoch, train.global_batch)
+    is_stopped = trainer.max_iterations < train.epochs * per_epoch
+    try:
+        draw_schedule(
+            schedule,
+            steps_per_epoch=1 if config.schedule.unit == "epoch" else per_epoch,
+            stop=trainer.max_iterations / per_epoch if is_stopped else None,
+            full_rate=max(group["lr_scale"] for group in trainer.optimizer.param_groups),
+            title=f"{Path(config.output_dir).name}: learning rate",
+            path=picture,
+        )
+    except OSError as error:
+        raise RunError(f"{picture} cannot be written: {error.strerror}") from error
