@@ -34,20 +34,43 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     with _reported(str(path)):
         content = _read(path, seen=())
-        merged = _merge(OmegaConf.structured(Config), content, str(path))
-    for override in overrides:
-        with _reported(f"override {override!r}"):
-            merged = _apply(override, merged)
-    with _reported(str(path)):
-        config: Config = OmegaConf.to_object(merged)
+    config = _complete(content, str(path), overrides)
     config.output_dir = config.output_dir or f"runs/{path.stem}"
-    check(config)
     return config
+
+
+def parse_config(text: str, place: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML text that inherits from no file, with overrides, complete and checked.
+
+    Args:
+        place: where the text stands, for messages.
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    with _reported(place):
+        content = OmegaConf.create(text) if isinstance(text, str) else None
+    if not isinstance(content, DictConfig):
+        raise InputError(f"{place}: the top level must be keys with values")
+    return _complete(content, place, overrides)
 
 
 def to_yaml(config: Config) -> str:
     """The complete configuration as YAML; `load_config` reads it back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _complete(content: DictConfig, place: str, overrides: Sequence[str]) -> Config:
+    """What `content` and the overrides say, and the defaults of everything else."""
+    with _reported(place):
+        merged = _merge(OmegaConf.structured(Config), content, place)
+    for override in overrides:
+        with _reported(f"override {override!r}"):
+            merged = _apply(override, merged)
+    with _reported(place):
+        config: Config = OmegaConf.to_object(merged)
+    check(config)
+    return config
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from engine.checkpoint.store import CheckpointStore
 from engine.config import Config
 from engine.config_file import to_yaml
 from engine.criterion import build_criterion
-from engine.data import DataSource, build_held_out, build_loaders, build_source
+from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
@@ -76,42 +76,67 @@ def train(config: Config, process: Process, resume: bool) -> None:
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     """Evaluate `evaluation.checkpoint`, else the run's last checkpoint, else what the run would start from.
 
-    Weights of a file must be complete. An average of the weights in the file is evaluated too.
+    An average of the weights in the file is evaluated too.
     """
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
-    source = build_source(config)
     last = RunFolder(config.output_dir).last
-    file = config.evaluation.checkpoint or (last if last.is_file() else config.model.checkpoint)
+    file = config.evaluation.checkpoint or (last if last.exists() else config.model.checkpoint)
     if file is None and not config.model.pretrained:
         raise InputError(
             f"nothing to evaluate: {last} does not exist; set evaluation.checkpoint, model.pretrained=true "
             "or output_dir"
         )
-    model = augsub.patch(create_configured_model(config, source, pretrained=file is None and config.model.pretrained))
-    model.to(process.device)
+    import_plugins(config.plugins)
+    fill_in_from_model(config)
+    source = build_held_out_source(config)
     held_out, precision = build_held_out(config, source, process), build_precision(config, process)
+    results = {}
+    for prefix, model in models_to_evaluate(config, source, process, file):
+        found = evaluate(model, held_out, precision, process)
+        results |= {prefix + name: value for name, value in found.items()}
+    held_out.bad_files.unite(process)
+    return results
+
+
+def models_to_evaluate(
+    config: Config, source: DataSource, process: Process, file: str | Path | None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The patched model with the weights in a file, and with their average if there is one: pairs (prefix, model).
+
+    Args:
+        file: a checkpoint or any file of weights, which must be complete; None: timm's pretrained ones.
+
+    Yields:
+        The prefix of the results of these weights, "" or "ema_", and the model, each time the same object.
+    """
+    model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
+    with input_errors(f"data.image_size with model.name = {config.model.name}"):
+        check_image_shape(model, (source.in_chans, *[config.data.image_size] * 2))
+    model.to(process.device)
     if file is None:
-        results = evaluate(model, held_out, precision, process)
-        held_out.bad_files.unite(process)
-        return results
+        own_classes = model.pretrained_cfg.get("num_classes", source.num_classes)
+        if own_classes != source.num_classes:
+            raise InputError(
+                f"evaluation: {config.model.name} is pretrained for {own_classes} classes, "
+                f"the data have {source.num_classes}"
+            )
+        yield "", model
+        return
     LOGGER.info("evaluating %s", file)
-    content, results = load(Path(file)), {}
+    content = load(Path(file))
     hooks = content.get("hooks")
     averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
     for prefix, weights in (("", content), ("ema_", averaged)):
         if weights is not None:
             load_all_weights(model, weights, file)
-            found = evaluate(model, held_out, precision, process)
-            results |= {prefix + name: value for name, value in found.items()}
-    held_out.bad_files.unite(process)
-    return results
+            yield prefix, model
 
 
 def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | Path) -> None:
     """Load a checkpoint that must leave nothing of the model at its initial value."""
     with input_errors("evaluation"):
         report = load_weights(model, content, file)
+    for classes, *_ in report.other_classes.values():
+        raise InputError(f"evaluation: checkpoint {file} is for {classes} classes, the data have {model.num_classes}")
     if report.initial:
         raise InputError(
             f"evaluation: checkpoint {file} leaves {len(report.initial)} tensors of the model as they are initialised, "

@@ -55,6 +55,17 @@ class RunFolder:
                 f"output_dir = {self.path} holds a run already: continue it with --resume, or choose another output_dir"
             )
 
+    def is_being_written(self) -> bool:
+        """Whether a run on this machine, or on one that shares the folder's locks, is writing into it."""
+        try:
+            with open(self.path / ".lock") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed here
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return False
+        return False
+
     @contextmanager
     def opened(self, config_yaml: str, is_resumed: bool) -> Iterator[None]:
         """Create the folder, keep others from writing into it, and save the complete configuration in it.
