@@ -20,14 +20,17 @@ from pathlib import Path
 
 from torch import nn
 
+from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANTS, Benchmark, open_variant
 from engine.defaults import build_precision, fill_in_from_model, models_to_evaluate
 from engine.distributed import Process, launched_rank, process_group
 from engine.errors import RunError, input_errors, memory_errors
 from engine.evaluation.measurement import measure_benchmark
-from engine.evaluation.report import Evaluated, Setting, SubModelFigures, printed, write
+from engine.evaluation.report import write
+from engine.evaluation.results import Evaluated, Setting, SubModelFigures
 from engine.evaluation.subject import Subject, find_subject
+from engine.evaluation.tables import printed
 from engine.evaluation.views import SubModelView
 from engine.plugins import import_plugins
 from models.build import check_image_shape
@@ -70,13 +73,14 @@ def evaluate_subject(
         evaluated.append(one)
     bad_files.unite(process)
     data = config.data.dataset if config.data.root is None else config.data.root
+    is_transformed = config.data.dataset not in UNTRANSFORMED
     setting = Setting(
         model=config.model.name,
         source=str(subject.checkpoint or "timm's pretrained weights"),
         data=data if variant is None else f"ImageNet ({variant}), {data}",
         image_size=config.data.image_size,
-        crop=config.transform.eval_crop,
-        interpolation=config.transform.eval_interpolation,
+        crop=config.transform.eval_crop if is_transformed else None,
+        interpolation=config.transform.eval_interpolation if is_transformed else None,
         parameters=sum(tensor.numel() for name, tensor in model.named_parameters() if name != "mask_token"),
         class_names=source.class_names,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from engine.config import Config
+from engine.config import UNTRANSFORMED, Config
 from engine.data.bad_files import BadFiles
 from engine.data.batches import Batches, Loader, collate
 from engine.data.batching import accumulation_for, batch_for
@@ -62,7 +62,7 @@ def build_source(config: Config) -> DataSource:
 
 def build_held_out_source(config: Config) -> DataSource:
     """The held-out images alone of the data set that `data.dataset` names, of which more need not be there."""
-    if config.data.dataset in ("digits", "synthetic"):
+    if config.data.dataset in UNTRANSFORMED:
         return build_source(config)
     return build_held_out_images(config.data, config.transform)
 

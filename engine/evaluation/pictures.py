@@ -80,12 +80,13 @@ def draw_calibration(calibration: Calibration, title: str, path: Path) -> None:
     )
     diagram.plot((0, 1), (0, 1), color="gray", linestyle="--", linewidth=1, label="perfect calibration")
     diagram.bar(middles[filled], accuracy[filled], width, color=SKY, edgecolor="white", label="accuracy")
-    diagram.plot(mean_confidence[filled], accuracy[filled], color=ORANGE, marker="o", label="at the mean confidence")
+    points = {"linestyle": "", "marker": "o", "clip_on": False, "zorder": 3}
+    diagram.plot(mean_confidence[filled], accuracy[filled], color=ORANGE, label="at the mean confidence", **points)
     diagram.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     diagram.set_title(f"{title}\nECE {calibration.error:.2f} %, {calibration.BINS} bins", fontsize="medium")
-    diagram.legend(loc="upper left", frameon=False)
     histogram.bar(middles, 100 * images / images.sum(), width, color=BLUE, edgecolor="white")
-    histogram.set(xlabel="confidence (largest softmax probability)", ylabel="share of images (%)")
+    histogram.set(xlabel="confidence (largest softmax probability)", ylabel="images (%)")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     for axes in (diagram, histogram):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)

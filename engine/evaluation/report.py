@@ -1,4 +1,4 @@
-"""Results of an evaluation: printed tables, and JSON, CSV and pictures in a folder."""
+"""Results of an evaluation in a folder: JSON, CSV and pictures."""
 
 from __future__ import annotations
 
@@ -7,83 +7,16 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tabulate import tabulate
 
 from engine import atomic
 from engine.errors import RunError
 from engine.evaluation import pictures
-from engine.evaluation.measurement import Outcome
+from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures, mean_corruption_error
 
-WEIGHTS = {"": "trained", "ema_": "averaged"}  # by the prefix of their results
 MOST_CONFUSED = 25  # pairs that are listed
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What was evaluated, and how.
-
-    Attributes:
-        model: timm's name.
-        source: checkpoint, or whose weights they are.
-        data: the images in a few words.
-        image_size: pixels, square.
-        crop: share of the resized image's side that the centre crop keeps.
-        interpolation: of the resizing.
-        parameters: of the main model.
-        class_names: by label.
-    """
-
-    model: str
-    source: str
-    data: str
-    image_size: int
-    crop: float
-    interpolation: str
-    parameters: int
-    class_names: Sequence[str]
-
-
-@dataclass(frozen=True)
-class SubModelFigures:
-    """Accuracy of one sub-model; `ratio` is None for one of several augmentations."""
-
-    name: str
-    ratio: float | None
-    figures: dict[str, float]
-
-
-@dataclass
-class Evaluated:
-    """Results of one set of weights; `prefix` is "" or, for averaged ones, "ema_"."""
-
-    prefix: str
-    outcome: Outcome
-    sub_models: list[SubModelFigures] = field(default_factory=list)
-
-
-def printed(setting: Setting, evaluated: Sequence[Evaluated]) -> str:
-    """The tables for the terminal."""
-    size = f"{setting.image_size} x {setting.image_size} pixels, crop {setting.crop:g}, {setting.interpolation}"
-    headers = ["weights", "images", "top-1, %", "top-5, %", "cross-entropy", "ECE, %"]
-    rows = [
-        [WEIGHTS[one.prefix], *_cells(one.outcome.whole.figures()), f"{one.outcome.whole.calibration.error:.2f}"]
-        for one in evaluated
-    ]
-    blocks = [f"{setting.model}, {setting.source}\n{setting.data}, {size}", _table(headers, rows)]
-    if any(len(one.outcome.parts) > 1 for one in evaluated):
-        blocks += [_corruption_table(one) for one in evaluated]
-    if rows := [
-        [WEIGHTS[one.prefix], sub.name, _shown(sub.ratio), *_cells(sub.figures)]
-        for one in evaluated
-        for sub in one.sub_models
-    ]:
-        blocks.append(_table(["weights", "sub-model", "ratio", *headers[1:-1]], rows))
-    return "\n\n".join(blocks)
 
 
 def write(folder: Path, setting: Setting, evaluated: Sequence[Evaluated]) -> None:
@@ -176,25 +109,6 @@ def _as_json(setting: Setting, one: Evaluated) -> Row:
     return content
 
 
-def mean_corruption_error(outcome: Outcome) -> float:
-    """Top-1 error in percent, mean over all corruptions and severities; not divided by AlexNet's as the mCE is."""
-    return sum(100 - figures["top1"] for figures in outcome.parts.values()) / len(outcome.parts)
-
-
-def _corruption_table(one: Evaluated) -> str:
-    """Top-1 error of each corruption and severity."""
-    errors: dict[str, list[float]] = {}
-    for name, figures in one.outcome.parts.items():
-        errors.setdefault(name.partition("/")[0], []).append(100 - figures["top1"])
-    rows = [
-        [name, *(f"{error:.2f}" for error in values), f"{sum(values) / len(values):.2f}"]
-        for name, values in errors.items()
-    ]
-    rows.append(["mean", *[""] * 5, f"{mean_corruption_error(one.outcome):.2f}"])
-    title = f"top-1 error in %, {WEIGHTS[one.prefix]} weights (not divided by AlexNet's)"
-    return f"{title}\n{_table(['corruption', *'12345', 'mean'], rows)}"
-
-
 def _part_rows(one: Evaluated) -> list[Row]:
     if len(one.outcome.parts) < 2:
         return []
@@ -229,23 +143,6 @@ def _accuracies(figures: dict[str, float]) -> Row:
         for name in ("top1", "top5")
         for column, value in ((name, figures[name]), (f"{name}_err", 100 - figures[name]))
     }
-
-
-def _cells(figures: dict[str, float]) -> list[str]:
-    return [
-        str(figures["images"]),
-        f"{figures['top1']:.3f}",
-        f"{figures['top5']:.3f}",
-        f"{figures['eval_loss']:.4f}",
-    ]
-
-
-def _shown(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:g}"
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
