@@ -23,6 +23,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -95,7 +96,7 @@ def open_variant(variant: str, config: Config) -> Benchmark:
     numbers = candidates or range(NUM_CLASSES)
     names = [str(number) if variant == "v2" else _synsets()[number] for number in numbers]
     classes = {name: label for label, name in enumerate(names)}
-    folder = root if any((root / name).is_dir() for name in classes) else split_folder(root, config.data.eval_split)
+    folder = _folder_of_classes(root, classes, config.data.eval_split)
     _check_classes(folder, classes, variant)
     return Benchmark({"": _source(folder, classes, config, _descriptions(numbers))}, candidates)
 
@@ -147,6 +148,14 @@ def _open_corruptions(root: Path, config: Config) -> Benchmark:
             _check_classes(root / corruption / severity, classes, "c")
             sources[f"{corruption}/{severity}"] = _source(root / corruption / severity, classes, config, names)
     return Benchmark(sources)
+
+
+def _folder_of_classes(root: Path, classes: Classes, split: str) -> Path:
+    """The root, or the folder of the split if only that may hold classes."""
+    if not any((root / name).is_dir() for name in classes):
+        with suppress(InputError):  # what the root lacks is said of the root
+            return split_folder(root, split)
+    return root
 
 
 def _check_classes(folder: Path, classes: Classes, variant: str) -> None:
