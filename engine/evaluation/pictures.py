@@ -112,7 +112,7 @@ def draw_ratios(curves: Mapping[str, Sequence[tuple[float, float]]], main: float
 
 def _write_values(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
     for point in points:
-        axes.annotate(f"{point[1]:.1f}", point, (0, -14), textcoords="offset points", ha="center", color=colour)
+        axes.annotate(f"{point[1]:.1f}", point, (5, 5), textcoords="offset points", color=colour)
 
 
 def _short(name: str) -> str:

@@ -16,6 +16,7 @@ from engine.evaluation import pictures
 from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures, mean_corruption_error
 
 MOST_CONFUSED = 25  # pairs that are listed
+TITLE = 50  # characters of the data's name in a picture, its last ones
 Row = dict[str, Any]
 
 
@@ -33,7 +34,8 @@ def write(folder: Path, setting: Setting, evaluated: Sequence[Evaluated]) -> Non
         _write_csv(folder / "corruptions.csv", parts)
     if subs := [row for one in evaluated for row in _sub_model_rows(one)]:
         _write_csv(folder / "sub_models.csv", subs)
-    title = f"{setting.model} on {setting.data}"
+    data = setting.data if len(setting.data) <= TITLE else f"…{setting.data[1 - TITLE :]}"
+    title = f"{setting.model}\n{data}"
     with _reported(folder):
         for one in evaluated:
             measured, kind = one.outcome.whole, "" if not one.prefix else ", averaged weights"

@@ -256,6 +256,18 @@ def test_a_run_in_progress_is_evaluated_and_said_to_be_in_progress(evaluate, run
     assert evaluate(live)[2] == f"error: {live}: the run has no checkpoint\n"
 
 
+def test_a_checkpoint_does_not_say_which_code_runs(evaluate, run_folder, tmp_path, monkeypatch):
+    state = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)
+    state["config"] = state["config"].replace("plugins: []", "plugins: [intruder]")
+    torch.save(state, tmp_path / "last.pt")
+    (tmp_path / "intruder.py").write_text("open('sentinel', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate("last.pt", "--output", "results")[0] == 0
+    assert "intruder" in state["config"] and not (tmp_path / "sentinel").exists()
+    assert evaluate("last.pt", "--output", "results", "plugins=[intruder]")[0] == 0  # the user may
+    assert (tmp_path / "sentinel").exists()
+
+
 @pytest.mark.parametrize(
     ("what", "options", "message"),
     [
