@@ -62,7 +62,8 @@ def evaluate_subject(
     loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
     precision, source, evaluated = build_precision(config, process), benchmark.source, []
     for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint):
-        check_sub_models(model, (source.in_chans, *[config.data.image_size] * 2), subs)
+        if subs:
+            check_sub_models(model, (source.in_chans, *[config.data.image_size] * 2), subs)
         if process.is_main:
             make_folder(output)
         one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process))
