@@ -18,5 +18,6 @@ class DropPath(SubModelAugmentation):
     sites = ("drop_path",)
 
     def module_state(self, module: nn.Module) -> Mapping[str, Any]:
-        # timm's DropPath has `drop_prob`, the residual connections of EfficientViT (MSRA) have `drop`
-        return {"drop_prob" if hasattr(module, "drop_prob") else "drop": self.ratio}
+        # In evaluation mode too: a sub-model is one wherever it runs. timm's DropPath has `drop_prob`, the residual
+        # connections of EfficientViT (MSRA) have `drop`.
+        return {"drop_prob" if hasattr(module, "drop_prob") else "drop": self.ratio, "training": True}

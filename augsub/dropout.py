@@ -18,4 +18,4 @@ class Dropout(SubModelAugmentation):
     sites = ("dropout",)
 
     def module_state(self, module: nn.Module) -> Mapping[str, Any]:
-        return {"p": self.ratio}
+        return {"p": self.ratio, "training": True}  # in evaluation mode too: a sub-model is one wherever it runs

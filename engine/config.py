@@ -10,6 +10,8 @@ from typing import Any, Dict, List, Optional, Union  # noqa: UP035  (OmegaConf r
 
 # ruff: noqa: UP006, UP007, UP045
 
+UNTRANSFORMED = ("digits", "synthetic")  # values of data.dataset whose images are used as they are
+
 
 @dataclass
 class ModelConfig:

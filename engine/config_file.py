@@ -37,14 +37,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             wrong type or out of range.
     """
     path = find_config(path)
-    merged = read_over(Config, path)
-    for override in overrides:
-        with reported(f"override {override!r}"):
-            merged = _apply(override, merged)
     with reported(str(path)):
-        config: Config = OmegaConf.to_object(merged)
+        content = _read(path, seen=())
+    config = _complete(content, str(path), overrides)
     config.output_dir = config.output_dir or f"runs/{path.stem}"
-    check(config)
     return config
 
 
@@ -56,6 +52,22 @@ def read_over(schema: type, path: Path) -> DictConfig:
     """
     with reported(str(path)):
         return _merge(OmegaConf.structured(schema), _read(path, seen=()), str(path))
+
+
+def parse_config(text: str, place: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML text that inherits from no file, with overrides, complete and checked.
+
+    Args:
+        place: where the text stands, for messages.
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    with reported(place):
+        content = OmegaConf.create(text) if isinstance(text, str) else None
+    if not isinstance(content, DictConfig):
+        raise InputError(f"{place}: the top level must be keys with values")
+    return _complete(content, place, overrides)
 
 
 def to_yaml(config: Config) -> str:
@@ -91,6 +103,19 @@ def find_config(name: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
         raise InputError(f"config file {name} does not exist{_nearest_file(path, folders)}")
+
+
+def _complete(content: DictConfig, place: str, overrides: Sequence[str]) -> Config:
+    """What `content` and the overrides say, and the defaults of everything else."""
+    with reported(place):
+        merged = _merge(OmegaConf.structured(Config), content, place)
+    for override in overrides:
+        with reported(f"override {override!r}"):
+            merged = _apply(override, merged)
+    with reported(place):
+        config: Config = OmegaConf.to_object(merged)
+    check(config)
+    return config
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import reduce
 from typing import Any
 
-from engine.config import Config
+from engine.config import UNTRANSFORMED, Config
 from engine.errors import InputError
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -198,7 +198,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "loss.target_threshold: goes with loss.smoothing = 0 only; smoothed targets of all classes pass it"
     if config.model.drop_path_shape == "uniform" and config.model.drop_path_rate is None:
         yield "model.drop_path_shape = uniform: needs model.drop_path_rate"
-    if config.mixup.integer_pixels and config.data.dataset in ("digits", "synthetic"):
+    if config.mixup.integer_pixels and config.data.dataset in UNTRANSFORMED:
         yield f"mixup.integer_pixels: data.dataset = {config.data.dataset} has no pixels of 0 to 255"
     if config.evaluation.metric == "ema_top1" and not (config.ema.enabled and config.ema.evaluate):
         yield "evaluation.metric = ema_top1: needs ema.enabled = true and ema.evaluate = true"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -18,31 +15,27 @@ from engine.checkpoint.store import CheckpointStore
 from engine.config import Config
 from engine.config_file import to_yaml
 from engine.criterion import build_criterion
-from engine.data import DataSource, build_held_out, build_loaders, build_source
+from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
 from engine.log_file import LogFile
 from engine.mixing import build_mixup
 from engine.optim import build_optimizer
-from engine.parallel import is_sharded, replicate, shard, shards_of, synchronise_batchnorm
+from engine.parallel import is_sharded, replicate, shard, shards_of
 from engine.plan import log_plan
-from engine.plugins import import_plugins
 from engine.precision import Precision
 from engine.resume_rules import continue_from
 from engine.run_folder import RunFolder
 from engine.run_hooks import build_hooks
+from engine.run_model import build_run_model, complete, models_to_evaluate
 from engine.seeding import seed_all
 from engine.trainer import Trainer
-from models.blocks import checkpoint_gradients, innermost_blocks
-from models.build import check_image_shape, create_model, image_settings
-from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
+from models.blocks import innermost_blocks
+from models.build import check_image_shape
 from models.param_groups import param_groups
-from models.weights import load_weights
 
 LOGGER = logging.getLogger("engine")
-IF_AVAILABLE = "if_available"  # value of model.pretrained
-MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")  # null: the model's own
 
 
 def train(config: Config, process: Process, resume: bool) -> None:
@@ -82,12 +75,6 @@ def find_start(config: Config, process: Process, resume: bool) -> tuple[Checkpoi
     return store, newest, changes
 
 
-def complete(config: Config) -> None:
-    """What must be done before anything is built: import the plugins, fill in what is left to the model."""
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
-
-
 def open_source(config: Config) -> DataSource:
     """The data of a complete configuration."""
     with memory_errors(f"data.image_size = {config.data.image_size}"):
@@ -97,46 +84,24 @@ def open_source(config: Config) -> DataSource:
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     """Evaluate `evaluation.checkpoint`, else the run's last checkpoint, else what the run would start from.
 
-    Weights of a file must be complete. An average of the weights in the file is evaluated too.
+    An average of the weights in the file is evaluated too.
     """
-    complete(config)
-    source = open_source(config)
     last = RunFolder(config.output_dir).last
-    file = config.evaluation.checkpoint or (last if last.is_file() else config.model.checkpoint)
+    file = config.evaluation.checkpoint or (last if last.exists() else config.model.checkpoint)
     if file is None and not config.model.pretrained:
         raise InputError(
             f"nothing to evaluate: {last} does not exist; set evaluation.checkpoint, model.pretrained=true "
             "or output_dir"
         )
-    model = augsub.patch(create_configured_model(config, source, pretrained=file is None and config.model.pretrained))
-    model.to(process.device)
+    complete(config)
+    source = build_held_out_source(config)
     held_out, precision = build_held_out(config, source, process), build_precision(config, process)
-    if file is None:
-        results = evaluate(model, held_out, precision, process)
-        held_out.bad_files.unite(process)
-        return results
-    LOGGER.info("evaluating %s", file)
-    content, results = load(Path(file)), {}
-    hooks = content.get("hooks")
-    averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
-    for prefix, weights in (("", content), ("ema_", averaged)):
-        if weights is not None:
-            load_all_weights(model, weights, file)
-            found = evaluate(model, held_out, precision, process)
-            results |= {prefix + name: value for name, value in found.items()}
+    results = {}
+    for prefix, model in models_to_evaluate(config, source, process, file):
+        found = evaluate(model, held_out, precision, process)
+        results |= {prefix + name: value for name, value in found.items()}
     held_out.bad_files.unite(process)
     return results
-
-
-def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | Path) -> None:
-    """Load a checkpoint that must leave nothing of the model at its initial value."""
-    with input_errors("evaluation"):
-        report = load_weights(model, content, file)
-    if report.initial:
-        raise InputError(
-            f"evaluation: checkpoint {file} leaves {len(report.initial)} tensors of the model as they are initialised, "
-            f"{report.initial[0]} among them"
-        )
 
 
 def build_trainer(
@@ -188,78 +153,6 @@ def parallelise(config: Config, process: Process, bare_model: nn.Module, ema: Mo
     for model in (bare_model, *([ema.module] if ema is not None else [])):
         shard(model, innermost_blocks(model), process, config.distributed.reshard_after_forward)
     return bare_model
-
-
-def fill_in_from_model(config: Config) -> None:
-    """What the configuration leaves to the model: image size, normalisation, evaluation crop."""
-    transform = config.transform
-    left_open = [key for key in MODELS_TRANSFORM if getattr(transform, key) is None]
-    if config.data.image_size is not None and not left_open:
-        return
-    with input_errors("model.name"):
-        own = image_settings(config.model.name)
-    config.data.image_size = config.data.image_size or own.image_size
-    for key in left_open:
-        setattr(transform, key, own.transform[key])
-
-
-def build_run_model(config: Config, source: DataSource, process: Process, is_resumed: bool = False) -> nn.Module:
-    """The model of the configuration, patched, with the weights it starts from unless a checkpoint brings all."""
-    settings = config.model
-    pretrained = settings.pretrained if settings.checkpoint is None and not is_resumed else False
-    model = create_configured_model(config, source, pretrained)
-    if config.distributed.sync_batchnorm:
-        model = synchronise_batchnorm(model, process)
-    augsub.patch(model)
-    with input_errors("model"):
-        if not is_resumed:
-            start_weights(config, model)
-        freeze(model, settings.frozen)
-    if config.train.grad_checkpointing:
-        with input_errors(f"train.grad_checkpointing with model.name = {settings.name}"):
-            checkpoint_gradients(model)
-    return model
-
-
-def start_weights(config: Config, model: nn.Module) -> None:
-    """Load `model.checkpoint`, and initialise anew what is to start anew."""
-    settings = config.model
-    if settings.checkpoint is not None:
-        content = load(Path(settings.checkpoint))
-        load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
-    restart(model, settings.restart)
-    if settings.head_std is not None:
-        start_head(model, settings.head_std, settings.head_bias_bound)
-    if settings.class_token_std is not None:
-        start_class_token(model, settings.class_token_std)
-
-
-def create_configured_model(config: Config, source: DataSource, pretrained: bool | str = False) -> nn.Module:
-    """The timm model of the configuration for this data; `pretrained` as `model.pretrained`."""
-    settings = config.model
-    optional = {"drop_path_rate": settings.drop_path_rate, "drop_rate": settings.drop_rate}
-    arguments = {
-        "num_classes": source.num_classes,
-        "in_chans": source.in_chans,
-        "image_size": config.data.image_size,
-        **{name: rate for name, rate in optional.items() if rate is not None},
-    }
-    for name in ("pretrained", "img_size", *arguments):
-        if name in settings.kwargs:
-            raise InputError(f"model.kwargs.{name}: comes from other keys of the configuration or from the data")
-    create = partial(create_model, settings.name, **arguments, **settings.kwargs)
-    with input_errors("model"):
-        try:
-            model = create(pretrained=bool(pretrained))
-        except ValueError as error:
-            if pretrained != IF_AVAILABLE:
-                raise
-            settings.pretrained = False
-            model = create(pretrained=False)  # is refused too if the weights were not the reason
-            LOGGER.warning("WARNING: the model starts at random, model.pretrained is only %s: %s", IF_AVAILABLE, error)
-    if settings.drop_path_shape == "uniform" and settings.drop_path_rate:
-        make_drop_path_uniform(model, settings.drop_path_rate)
-    return model
 
 
 def build_objective(config: Config, criterion: nn.Module) -> augsub.SubModelObjective:

@@ -34,7 +34,8 @@ class LoadReport:
         loaded: names in the model of those taken over, resized ones included.
         resized: position tables and the like, with their shapes before and after.
         initial: names in the model of those that keep their initial values.
-        other_classes: those of `initial` that belong to a head for another number of classes.
+        other_classes: those of `initial` that belong to a head for another number of classes, with the checkpoint's
+            shapes.
         pretraining: names in the checkpoint that a classifier has no use for: decoder, text tower, projection.
         unexpected: names in the checkpoint that are unknown to the model.
     """
@@ -42,7 +43,7 @@ class LoadReport:
     loaded: tuple[str, ...]
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     initial: tuple[str, ...]
-    other_classes: tuple[str, ...]
+    other_classes: dict[str, tuple[int, ...]]
     pretraining: tuple[str, ...]
     unexpected: tuple[str, ...]
 
@@ -91,7 +92,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
         loaded=tuple(fitting),
         resized=_resized(needed, fitting),
         initial=tuple(name for name in own if name not in fitting and name != "mask_token"),
-        other_classes=tuple(sorted(misfits & head)),
+        other_classes={name: tuple(weights[name].shape) for name in sorted(misfits & head)},
         pretraining=tuple(sorted(pretraining)),
         unexpected=tuple(sorted(weights.keys() - own.keys())),
     )

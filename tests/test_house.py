@@ -53,7 +53,7 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", [path for path in FILES if "engine" in path.parts], ids=name)
 def test_only_the_assembly_of_the_engine_knows_models_and_augsub(path):
     known = {module.split(".")[0] for module in imported_modules(path)} & {"models", "augsub"}
-    assert not known or path.name == "defaults.py"
+    assert not known or path.name in ("defaults.py", "run_model.py")
 
 
 def test_no_import_circles():

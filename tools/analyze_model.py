@@ -24,8 +24,9 @@ import augsub
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
 from engine.data import IMAGENET, DataSource
-from engine.defaults import build_sub_models, complete, create_configured_model, open_source
+from engine.defaults import build_sub_models, open_source
 from engine.errors import InputError, RunError, input_errors
+from engine.run_model import complete, create_configured_model
 from engine.table import text_table
 from models.build import create_model
 from models.complexity import Complexity, analyze

@@ -7,19 +7,13 @@ from pathlib import Path
 from engine.checkpoint.reading import load_facts
 from engine.config import Config
 from engine.data import IMAGENET, DataSource
-from engine.defaults import (
-    build_run_model,
-    build_trainer,
-    complete,
-    create_configured_model,
-    find_start,
-    open_source,
-)
+from engine.defaults import build_trainer, find_start, open_source
 from engine.distributed import Process
 from engine.errors import InputError, RunError
 from engine.parallel import is_sharded
 from engine.plan import plan_rows, warn_of_small_batches
 from engine.run_folder import RunFolder
+from engine.run_model import build_run_model, complete, create_configured_model
 from engine.schedule import build_schedule
 from engine.schedule_picture import draw_schedule
 from engine.table import readable, text_table

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
-from engine.defaults import complete
 from engine.errors import InputError, RunError
+from engine.run_model import complete
 from engine.table import text_table
 from tools.analyze_model import data_source
 from tools.scaling_costs import WAYS, Step, memory, traffic

@@ -8,10 +8,11 @@ from torch import Tensor
 from engine.config import Config
 from engine.data import DataSource
 from engine.data.batching import accumulation_for
-from engine.defaults import build_objective, build_run_model
+from engine.defaults import build_objective
 from engine.distributed import Process
 from engine.errors import InputError, input_errors
 from engine.optim import build_optimizer
+from engine.run_model import build_run_model
 from models.param_groups import param_groups
 from tools.scaling_costs import Step
 

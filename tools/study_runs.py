@@ -12,10 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.config_file import load_config
-from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError
 from engine.resume_rules import differences
 from engine.run_folder import RunFolder
+from engine.run_model import IF_AVAILABLE
 from tools.finished_runs import refuse_if_written, why_unfinished
 from tools.study_file import PlannedRun
 

@@ -32,9 +32,9 @@ from engine.data import DataSource
 from engine.data.bad_files import UnreadableImage
 from engine.data.decoding import DecodingError, decode, reason_of
 from engine.data.transforms import build_eval_transform
-from engine.defaults import build_sub_models, create_configured_model, fill_in_from_model
+from engine.defaults import build_sub_models
 from engine.errors import InputError, RunError, input_errors
-from engine.plugins import import_plugins
+from engine.run_model import complete, create_configured_model
 from models.build import build_model, image_settings
 from models.complexity_tables import describe
 from models.seen import Seen, see
@@ -81,8 +81,7 @@ def parse_arguments() -> argparse.Namespace:
 def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubModelAugmentation]]:
     """The model of a configuration with images for it, and its sub-models."""
     config = load_config(arguments.config, arguments.overrides)
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
+    complete(config)
     sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
     source = data_source(config)
     model = augsub.patch(create_configured_model(config, source))

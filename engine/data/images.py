@@ -20,6 +20,9 @@ from engine.errors import InputError
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "test")}
 
 
+KINDS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm takes any other name for a folder
+
+
 def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
     """Open both splits; the training split decides the classes.
 
@@ -27,17 +30,14 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
         InputError: no root, no folder for a split, a class without images, splits with different
             classes, or a data set that timm cannot open.
     """
-    name = "" if data.dataset == "folder" else data.dataset
     if data.dataset == "folder":
-        if data.root is None:
-            raise InputError("data.root is not set: it names the folder with the training and the held-out images")
-        classes = _class_folders(_split_folder(Path(data.root), data.train_split))
-        held_out_classes = _class_folders(_split_folder(Path(data.root), data.eval_split))
+        classes = class_folders(split_folder(root_of(data), data.train_split))
+        held_out_classes = class_folders(split_folder(root_of(data), data.eval_split))
         if classes != held_out_classes:
             differing = sorted(set(classes) ^ set(held_out_classes))
             raise InputError(f"data.root = {data.root}: classes in one split only: {', '.join(differing[:5])}")
-    train = _open(name, data, data.train_split, build_train_transform(transform, data.image_size))
-    held_out = _open(name, data, data.eval_split, build_eval_transform(transform, data.image_size))
+    train = _open(data, data.train_split, build_train_transform(transform, data.image_size))
+    held_out = _open(data, data.eval_split, build_eval_transform(transform, data.image_size))
     if _class_to_idx(train) != _class_to_idx(held_out):
         raise InputError(
             f"data.root = {data.root}: the splits number their classes differently; images must lie directly in "
@@ -48,12 +48,35 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
         held_out=naming_bad_files(held_out, "held-out"),
         num_classes=_num_classes(train, data),
         in_chans=3,
+        class_names=_class_names(train, data),
     )
 
 
-def _open(name: str, data: DataConfig, split: str, transform: Any) -> Dataset:
+def build_held_out_images(data: DataConfig, transform: TransformConfig) -> DataSource:
+    """Open the held-out split alone, which decides the classes; the training split need not be there.
+
+    Raises:
+        InputError: as `build_images`.
+    """
+    if data.dataset == "folder":
+        class_folders(split_folder(root_of(data), data.eval_split))
+    held_out = _open(data, data.eval_split, build_eval_transform(transform, data.image_size))
+    return DataSource(
+        train=None,
+        held_out=naming_bad_files(held_out, "held-out"),
+        num_classes=_num_classes(held_out, data),
+        in_chans=3,
+        class_names=_class_names(held_out, data),
+    )
+
+
+def _open(data: DataConfig, split: str, transform: Any) -> Dataset:
+    kind = data.dataset.partition("/")[0].lower()
+    if data.dataset != "folder" and kind not in KINDS:
+        known = ", ".join(f"{kind}/NAME" for kind in KINDS)
+        raise InputError(f"data.dataset = {data.dataset}: allowed is folder, digits, synthetic, or timm's {known}")
     try:
-        dataset = create_dataset(name, root=data.root, split=split)
+        dataset = create_dataset("" if data.dataset == "folder" else data.dataset, root=data.root, split=split)
     except ImportError as error:
         raise InputError(f"data.dataset = {data.dataset}: needs a package that is not installed: {error}") from error
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
@@ -78,7 +101,25 @@ def _class_to_idx(dataset: Any) -> dict[str, int] | None:
     return getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
 
 
-def _split_folder(root: Path, split: str) -> Path:
+def _class_names(dataset: Any, data: DataConfig) -> list[str]:
+    """By number; a number that no class has is its own name."""
+    names = {number: str(name) for name, number in _class_to_idx(dataset).items()}
+    return [names.get(number, str(number)) for number in range(_num_classes(dataset, data))]
+
+
+def root_of(data: DataConfig) -> Path:
+    """`data.root`, which must be set."""
+    if data.root is None:
+        raise InputError("data.root is not set: it names the folder with the training and the held-out images")
+    return Path(data.root)
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split, under any of the names that timm knows for it.
+
+    Raises:
+        InputError: there is none.
+    """
     if not root.is_dir():
         raise InputError(f"data.root = {root}: no such folder")
     synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
@@ -88,7 +129,7 @@ def _split_folder(root: Path, split: str) -> Path:
     raise InputError(f"data.root = {root}: no folder for the split {split} (any of {', '.join({split, *synonyms})})")
 
 
-def _class_folders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
     """Names of the class folders; each must hold an image, at any depth."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from engine.config import Config
+from engine.config import UNTRANSFORMED, Config
 from engine.data.bad_files import BadFiles
 from engine.data.batches import Batches, Loader, collate
 from engine.data.batching import accumulation_for, batch_for
 from engine.data.digits import build_digits
 from engine.data.held_out import HeldOutShare
-from engine.data.images import build_images
+from engine.data.images import build_held_out_images, build_images
 from engine.data.source import DataSource
 from engine.data.stream import SeededDataset, TrainingOrder
 from engine.data.synthetic import build_synthetic
@@ -58,6 +58,13 @@ def build_source(config: Config) -> DataSource:
     if data.dataset == "synthetic":
         return build_synthetic(data.image_size, data.synthetic_samples)
     return build_images(data, config.transform)
+
+
+def build_held_out_source(config: Config) -> DataSource:
+    """The held-out images alone of the data set that `data.dataset` names, of which more need not be there."""
+    if config.data.dataset in UNTRANSFORMED:
+        return build_source(config)
+    return build_held_out_images(config.data, config.transform)
 
 
 def build_loaders(config: Config, source: DataSource, process: Process) -> DataLoaders:

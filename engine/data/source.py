@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import Dataset
@@ -9,12 +10,22 @@ from torch.utils.data import Dataset
 
 @dataclass
 class DataSource:
-    """Data sets of (image (C, H, W), label), which may raise UnreadableImage, and the shape of the task."""
+    """Data sets of (image (C, H, W), label), which may raise UnreadableImage, and the shape of the task.
 
-    train: Dataset
+    Attributes:
+        train: None where the source is for evaluation alone.
+        num_classes: outputs of the model.
+        class_names: by label; their numbers if none are given.
+    """
+
+    train: Dataset | None
     held_out: Dataset
     num_classes: int
     in_chans: int
+    class_names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.class_names = tuple(self.class_names or map(str, range(self.num_classes)))
 
 
 # In place of data that is not there, to count and to plan with: it has the size of ImageNet-1k, and no image

@@ -45,7 +45,7 @@ def test_a_head_for_other_classes_stays_new_and_is_named(make_model, caplog):
     with caplog.at_level(logging.INFO):
         report = load_weights(model, source.state_dict(), "other.pth")
         report.log("other.pth")
-    assert report.other_classes == ("head.bias", "head.weight")
+    assert report.other_classes == {"head.bias": (7,), "head.weight": (7, 64)}
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     assert "the head is new, the checkpoint's is for other classes: head.bias, head.weight" in caplog.text

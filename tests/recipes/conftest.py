@@ -17,7 +17,7 @@ import augsub
 from engine.config import Config
 from engine.config_file import load_config
 from engine.data import DataSource
-from engine.defaults import create_configured_model
+from engine.run_model import create_configured_model
 from engine.schedule import WarmupCosine, build_schedule
 from models.initialise import freeze
 

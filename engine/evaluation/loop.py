@@ -1,0 +1,52 @@
+"""The loop over held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.distributed import Process
+from engine.evaluation.meters import Accuracy, Meter
+from engine.precision import Precision
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def measure(model: nn.Module, loader: Loader, precision: Precision, process: Process, meters: Sequence[Meter]) -> None:
+    """Feed meters with all images of all processes.
+
+    Args:
+        model: without distributed wrapper; its training mode is restored.
+        loader: this process's share of the images.
+        meters: new ones; at the end each has what all processes have counted.
+    """
+    was_training = model.training
+    model.eval()
+    for images, labels in loader:
+        images, labels = images.to(process.device, non_blocking=True), labels.to(process.device, non_blocking=True)
+        with precision.autocast():
+            logits = model(images)
+        logits = logits.float()
+        for meter in meters:
+            meter.update(logits, labels)
+    model.train(was_training)
+    for meter in meters:
+        meter.reduce(process)
+
+
+def evaluate(model: nn.Module, loader: Loader, precision: Precision, process: Process) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
+
+    Args:
+        model: without distributed wrapper; its training mode is restored.
+        loader: this process's share of the images; those labelled IGNORED are not counted.
+
+    Raises:
+        InputError: no image is left to count.
+    """
+    accuracy = Accuracy(process.device)
+    measure(model, loader, precision, process, [accuracy])
+    return accuracy.result()

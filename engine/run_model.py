@@ -1,0 +1,153 @@
+"""The model of a run, from a configuration: created, patched, with the weights to start from or to evaluate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import augsub
+from engine.checkpoint.reading import load
+from engine.config import Config
+from engine.data import DataSource
+from engine.distributed import Process
+from engine.errors import InputError, input_errors
+from engine.parallel import synchronise_batchnorm
+from engine.plugins import import_plugins
+from models.blocks import checkpoint_gradients
+from models.build import check_image_shape, create_model, image_settings
+from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
+from models.weights import load_weights
+
+LOGGER = logging.getLogger("engine")
+IF_AVAILABLE = "if_available"  # value of model.pretrained
+MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")  # null: the model's own
+
+
+def complete(config: Config) -> None:
+    """What must be done before anything is built: import the plugins, fill in what is left to the model."""
+    import_plugins(config.plugins)
+    fill_in_from_model(config)
+
+
+def fill_in_from_model(config: Config) -> None:
+    """What the configuration leaves to the model: image size, normalisation, evaluation crop."""
+    transform = config.transform
+    left_open = [key for key in MODELS_TRANSFORM if getattr(transform, key) is None]
+    if config.data.image_size is not None and not left_open:
+        return
+    with input_errors("model.name"):
+        own = image_settings(config.model.name)
+    config.data.image_size = config.data.image_size or own.image_size
+    for key in left_open:
+        setattr(transform, key, own.transform[key])
+
+
+def build_run_model(config: Config, source: DataSource, process: Process, is_resumed: bool = False) -> nn.Module:
+    """The model of the configuration, patched, with the weights it starts from unless a checkpoint brings all."""
+    settings = config.model
+    pretrained = settings.pretrained if settings.checkpoint is None and not is_resumed else False
+    model = create_configured_model(config, source, pretrained)
+    if config.distributed.sync_batchnorm:
+        model = synchronise_batchnorm(model, process)
+    augsub.patch(model)
+    with input_errors("model"):
+        if not is_resumed:
+            start_weights(config, model)
+        freeze(model, settings.frozen)
+    if config.train.grad_checkpointing:
+        with input_errors(f"train.grad_checkpointing with model.name = {settings.name}"):
+            checkpoint_gradients(model)
+    return model
+
+
+def start_weights(config: Config, model: nn.Module) -> None:
+    """Load `model.checkpoint`, and initialise anew what is to start anew."""
+    settings = config.model
+    if settings.checkpoint is not None:
+        content = load(Path(settings.checkpoint))
+        load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
+    restart(model, settings.restart)
+    if settings.head_std is not None:
+        start_head(model, settings.head_std, settings.head_bias_bound)
+    if settings.class_token_std is not None:
+        start_class_token(model, settings.class_token_std)
+
+
+def create_configured_model(config: Config, source: DataSource, pretrained: bool | str = False) -> nn.Module:
+    """The timm model of the configuration for this data; `pretrained` as `model.pretrained`."""
+    settings = config.model
+    optional = {"drop_path_rate": settings.drop_path_rate, "drop_rate": settings.drop_rate}
+    arguments = {
+        "num_classes": source.num_classes,
+        "in_chans": source.in_chans,
+        "image_size": config.data.image_size,
+        **{name: rate for name, rate in optional.items() if rate is not None},
+    }
+    for name in ("pretrained", "img_size", *arguments):
+        if name in settings.kwargs:
+            raise InputError(f"model.kwargs.{name}: comes from other keys of the configuration or from the data")
+    create = partial(create_model, settings.name, **arguments, **settings.kwargs)
+    with input_errors("model"):
+        try:
+            model = create(pretrained=bool(pretrained))
+        except ValueError as error:
+            if pretrained != IF_AVAILABLE:
+                raise
+            settings.pretrained = False
+            model = create(pretrained=False)  # is refused too if the weights were not the reason
+            LOGGER.warning("WARNING: the model starts at random, model.pretrained is only %s: %s", IF_AVAILABLE, error)
+    if settings.drop_path_shape == "uniform" and settings.drop_path_rate:
+        make_drop_path_uniform(model, settings.drop_path_rate)
+    return model
+
+
+def models_to_evaluate(
+    config: Config, source: DataSource, process: Process, file: str | Path | None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The patched model with the weights in a file, and with their average if there is one: pairs (prefix, model).
+
+    Args:
+        file: a checkpoint or any file of weights, which must be complete; None: timm's pretrained ones.
+
+    Yields:
+        The prefix of the results of these weights, "" or "ema_", and the model, each time the same object.
+    """
+    model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
+    with input_errors(f"data.image_size with model.name = {config.model.name}"):
+        check_image_shape(model, (source.in_chans, *[config.data.image_size] * 2))
+    model.to(process.device)
+    if file is None:
+        own_classes = model.pretrained_cfg.get("num_classes", source.num_classes)
+        if own_classes != source.num_classes:
+            raise InputError(
+                f"evaluation: {config.model.name} is pretrained for {own_classes} classes, "
+                f"the data have {source.num_classes}"
+            )
+        yield "", model
+        return
+    LOGGER.info("evaluating %s", file)
+    content = load(Path(file))
+    hooks = content.get("hooks")
+    averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
+    for prefix, weights in (("", content), ("ema_", averaged)):
+        if weights is not None:
+            load_all_weights(model, weights, file)
+            yield prefix, model
+
+
+def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | Path) -> None:
+    """Load a checkpoint that must leave nothing of the model at its initial value."""
+    with input_errors("evaluation"):
+        report = load_weights(model, content, file)
+    for classes, *_ in report.other_classes.values():
+        raise InputError(f"evaluation: checkpoint {file} is for {classes} classes, the data have {model.num_classes}")
+    if report.initial:
+        raise InputError(
+            f"evaluation: checkpoint {file} leaves {len(report.initial)} tensors of the model as they are initialised, "
+            f"{report.initial[0]} among them"
+        )

@@ -1,0 +1,142 @@
+"""Evaluate a run, a checkpoint, a file of weights or any pretrained timm model on held-out images.
+
+    python tools/eval_net.py runs/digits_vit                                # its best checkpoint on its own data
+    python tools/eval_net.py runs/digits_vit/checkpoints/last.pt --ratios 0,0.25,0.5,0.75
+    python tools/eval_net.py model.safetensors --model vit_small_patch16_224 data.root=images
+    python tools/eval_net.py resnet50 --variant v2 data.root=imagenetv2-matched-frequency-format-val
+    torchrun --nproc_per_node=8 tools/eval_net.py runs/swin_b data.image_size=256 transform.eval_crop=1
+
+Prints accuracy, cross-entropy and expected calibration error, of averaged weights too, and writes them with accuracy
+by class, a picture of the confused classes and a reliability diagram to a folder. engine/data/imagenet_family.py says
+how the folder of a variant must look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from engine.config import UNTRANSFORMED
+from engine.data import BadFiles, build_held_out, build_held_out_source, worker_deaths
+from engine.data.imagenet_family import VARIANTS, Benchmark, open_variant
+from engine.defaults import build_precision
+from engine.distributed import Process, launched_rank, process_group
+from engine.errors import RunError, input_errors, memory_errors
+from engine.evaluation.measurement import measure_benchmark
+from engine.evaluation.report import write
+from engine.evaluation.results import Evaluated, Setting, SubModelFigures
+from engine.evaluation.subject import Subject, find_subject
+from engine.evaluation.tables import printed
+from engine.evaluation.views import SubModelView
+from engine.plugins import import_plugins
+from engine.run_model import fill_in_from_model, models_to_evaluate
+from models.build import check_image_shape
+from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model")
+    parser.add_argument("--model", metavar="NAME", help="timm model of a file of weights that has no configuration")
+    parser.add_argument("--variant", metavar="NAME", help=f"ImageNet's relatives: {', '.join(VARIANTS)}")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: evaluation/ in the run or in runs/")
+    parser.add_argument("--sub-model", action="store_true", help="evaluate the configuration's sub-models too")
+    parser.add_argument("--augsub", metavar="NAME", help="this sub-model instead, at ratio 0.5")
+    parser.add_argument("--ratios", metavar="R,R,…", help="sub-models at these ratios, for example 0,0.25,0.5,0.75")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    return parser.parse_intermixed_args()
+
+
+def evaluate_subject(
+    subject: Subject, variant: str | None, subs: list[NamedSubModel], output: Path, process: Process
+) -> tuple[Setting, list[Evaluated]]:
+    """Results of all weights of a subject. All processes must call it together."""
+    config = subject.config
+    fill_in_from_model(config)
+    benchmark = Benchmark({"": build_held_out_source(config)}) if variant is None else open_variant(variant, config)
+    bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
+    loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
+    precision, source, evaluated = build_precision(config, process), benchmark.source, []
+    for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint):
+        if subs:
+            check_sub_models(model, (source.in_chans, *[config.data.image_size] * 2), subs)
+        if process.is_main:
+            make_folder(output)
+        one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process))
+        for sub in subs:
+            view = SubModelView(model, sub.augmentation, config.seed, process)
+            figures = measure_benchmark(view, benchmark, loaders, precision, process).whole.figures()
+            one.sub_models.append(SubModelFigures(sub.name, sub.ratio, figures))
+        evaluated.append(one)
+    bad_files.unite(process)
+    data = config.data.dataset if config.data.root is None else config.data.root
+    is_transformed = config.data.dataset not in UNTRANSFORMED
+    setting = Setting(
+        model=config.model.name,
+        source=str(subject.checkpoint or "timm's pretrained weights"),
+        data=data if variant is None else f"ImageNet ({variant}), {data}",
+        image_size=config.data.image_size,
+        crop=config.transform.eval_crop if is_transformed else None,
+        interpolation=config.transform.eval_interpolation if is_transformed else None,
+        parameters=sum(tensor.numel() for name, tensor in model.named_parameters() if name != "mask_token"),
+        class_names=source.class_names,
+    )
+    return setting, evaluated
+
+
+def check_sub_models(model: nn.Module, image_shape: tuple[int, int, int], subs: list[NamedSubModel]) -> None:
+    """Refuse sub-models that the model does not have, before an hour is spent on the main model."""
+    with input_errors("--sub-model"):
+        check_image_shape(model, image_shape, [sub.augmentation for sub in subs])
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of the results, made before they are computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--output {folder}: cannot be made: {error.strerror}") from error
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if launched_rank() == 0:
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        logging.getLogger().setLevel(logging.INFO)
+    subject = find_subject(arguments.what, arguments.model, arguments.overrides)
+    config, ratios = subject.config, parse_ratios(arguments.ratios)
+    import_plugins(config.plugins)
+    wanted = arguments.sub_model or arguments.augsub is not None or ratios
+    subs = sub_models(config, arguments.augsub, ratios) if wanted else []
+    suffix = "" if arguments.variant is None else f"_{arguments.variant}"
+    output = arguments.output or subject.folder.with_name(subject.folder.name + suffix)
+    with (
+        process_group(config.distributed.timeout_minutes) as process,
+        worker_deaths(config.data.workers),
+        memory_errors("lower evaluation.batch, the images at once in a process"),
+    ):
+        setting, evaluated = evaluate_subject(subject, arguments.variant, subs, output, process)
+        if process.is_main:
+            print(printed(setting, evaluated))
+            write(output, setting, evaluated)
+            print(f"\nresults in {output}")
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error."""
+    try:
+        run(parse_arguments())
+    except RunError as error:
+        rank = launched_rank()
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
