@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
+import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 import augsub
 from engine.checkpoint.reading import load, load_facts
@@ -16,6 +18,7 @@ from engine.config import Config
 from engine.config_file import to_yaml
 from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
+from engine.data.transforms import normalisation
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
@@ -33,7 +36,10 @@ from engine.seeding import seed_all
 from engine.trainer import Trainer
 from models.blocks import innermost_blocks
 from models.build import check_image_shape
+from models.complexity_tables import describe
 from models.param_groups import param_groups
+from models.rendering import render, render_main
+from models.seen import see
 
 LOGGER = logging.getLogger("engine")
 
@@ -142,8 +148,22 @@ def build_trainer(
         mix=mixup,
         seed=config.seed,
     )
-    trainer.register_hooks(build_hooks(config, trainer, store, ema))
+    trainer.register_hooks(build_hooks(config, trainer, store, ema, partial(draw_sub_models, config, trainer)))
     return trainer
+
+
+def draw_sub_models(config: Config, trainer: Trainer, images: Tensor) -> dict[str, Tensor]:
+    """What main model and sub-models see of images (B, C, H, W): pictures (B, 3, H, W) uint8 by title.
+
+    All processes must call it together. Under train.compile nothing is compiled for it.
+    """
+    mean, std = normalisation(config)
+    pictures = {"main model": render_main(images, mean, std)}
+    with torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext():
+        for number, sub_model in enumerate(trainer.objective.sub_models):
+            seen = see(trainer.bare_model, images, sub_model.augmentation, config.seed)
+            pictures[f"sub-model {number}, {describe(sub_model.augmentation)}"] = render(seen, mean, std)
+    return pictures
 
 
 def parallelise(config: Config, process: Process, bare_model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:

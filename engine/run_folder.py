@@ -34,7 +34,7 @@ class RunFolder:
         self.previous = self.checkpoints / "previous.pt"  # what `last` was before
         self.best = self.checkpoints / "best.pt"
         self._lock_file = self.path / ".lock"
-        self.plan = self.path.with_name(f"{self.path.name}_plan.png")  # of a dry run, which leaves the folder alone
+        self.plan = Path(os.path.normpath(self.path / ".." / f"{self.path.resolve().name}_plan.png"))  # of a dry run
 
     def numbered(self, iteration: int) -> Path:
         """The checkpoint after that many steps."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
 from engine import hooks
 from engine.checkpoint.store import CheckpointStore
@@ -29,7 +30,13 @@ from engine.writers import (
 )
 
 
-def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: ModelEmaV3 | None) -> list[HookBase]:
+def build_hooks(
+    config: Config,
+    trainer: Trainer,
+    store: CheckpointStore,
+    ema: ModelEmaV3 | None,
+    draw_sub_models: Callable[[Tensor], dict[str, Tensor]],
+) -> list[HookBase]:
     """Hooks in the order in which they run."""
     process, data, stop_mixing = trainer.process, trainer.data, config.mixup.off_epoch
     folder = RunFolder(config.output_dir)
@@ -71,6 +78,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         evaluation,
         hooks.UniteBadFiles(data.bad_files, data.iterations_per_epoch),  # the evaluation finds some too
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
+        hooks.SubModelPictures(draw_sub_models, writing),  # after the writing, which opens the writers
         saving,
         hooks.Preemption(saving),
     ]

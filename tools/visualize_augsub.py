@@ -31,7 +31,7 @@ from engine.config_file import load_config
 from engine.data import DataSource
 from engine.data.bad_files import UnreadableImage
 from engine.data.decoding import DecodingError, decode, reason_of
-from engine.data.transforms import build_eval_transform
+from engine.data.transforms import build_eval_transform, normalisation
 from engine.defaults import build_sub_models
 from engine.errors import InputError, RunError, input_errors
 from engine.run_model import complete, create_configured_model
@@ -86,9 +86,7 @@ def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubM
     source = data_source(config)
     model = augsub.patch(create_configured_model(config, source))
     if source.held_out is not None and not arguments.images:
-        is_normalised = config.data.dataset not in ("digits", "synthetic")
-        mean, std = (config.transform.mean, config.transform.std) if is_normalised else (None, None)
-        return Subject(config.model.name, model, held_out_images(source), mean, std), sub_models
+        return Subject(config.model.name, model, held_out_images(source), *normalisation(config)), sub_models
     images = photographs(arguments.images, config.transform, config.data.image_size)
     if source.in_chans != len(config.transform.mean):
         grey = [(name, image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1)) for name, image in images]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -84,6 +86,12 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def examples(self, count: int) -> Tensor:
+        """At most `count` images (B, C, H, W), spread over the data, loaded by this process; black if unreadable."""
+        dataset = self._loader.dataset
+        positions = range(0, len(dataset), math.ceil(len(dataset) / count))
+        return torch.stack([image for image, _ in dataset.__getitems__(list(positions))[: len(positions)]])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         with closing(Batches(self._loader, self.bad_files)) as batches:

@@ -10,10 +10,16 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from engine.config import TransformConfig
+from engine.config import UNTRANSFORMED, Config, TransformConfig
 from engine.errors import input_errors
 
 Transform = Callable[[Any], Tensor]
+
+
+def normalisation(config: Config) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and standard deviation by which a run's images are normalised; None for images used as they are."""
+    is_normalised = config.data.dataset not in UNTRANSFORMED
+    return (config.transform.mean, config.transform.std) if is_normalised else (None, None)
 
 
 def build_train_transform(config: TransformConfig, image_size: int) -> Transform:

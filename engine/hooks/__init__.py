@@ -12,6 +12,7 @@ from engine.hooks.profiler import Profiler
 from engine.hooks.progress import ProgressBar
 from engine.hooks.report import Report
 from engine.hooks.stop_mixing import StopMixing
+from engine.hooks.sub_model_pictures import SubModelPictures
 from engine.hooks.writers import WriteRecords
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "SameBatchNormStatistics",
     "StopMixing",
+    "SubModelPictures",
     "UniteBadFiles",
     "WriteRecords",
 ]

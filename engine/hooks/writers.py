@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from engine.memory import peak_memory
 from engine.train_loop import HookBase
 from engine.writers import Record, Writer
@@ -51,6 +53,11 @@ class WriteRecords(HookBase):
         for writer in self._writers:
             writer.write(self.latest)
         self._start_interval()
+
+    def write_images(self, images: dict[str, Tensor]) -> None:
+        """Hand batches of images (B, 3, H, W) uint8, by their titles, to the writers."""
+        for writer in self._writers:
+            writer.write_images(images)
 
     def close(self) -> None:
         for writer in self._writers:

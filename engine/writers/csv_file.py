@@ -9,10 +9,10 @@ from pathlib import Path
 
 from engine import atomic
 from engine.writers.json_lines import read_lines
-from engine.writers.writer import Record, writing_errors
+from engine.writers.writer import Record, Writer, writing_errors
 
 
-class CSVWriter:
+class CSVWriter(Writer):
     """A row per record; a value that a record does not have is empty.
 
     At the start, and when a record brings a new column, the file is made anew from metrics.jsonl: a resumed
@@ -33,9 +33,6 @@ class CSVWriter:
                 file.write(_rows([record], self._columns))
         else:
             self._rewrite()
-
-    def close(self) -> None:
-        pass
 
     def _rewrite(self) -> None:
         records = read_lines(self._source)

@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from engine.writers.writer import Record, writing_errors
+from engine.writers.writer import Record, Writer, writing_errors
 
 
-class JSONLinesWriter:
+class JSONLinesWriter(Writer):
     """One JSON object per line, on the disk before the next step.
 
     Lines after `iteration` are cut off first: a resumed run writes them again. So is what an interrupted

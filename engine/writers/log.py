@@ -7,12 +7,12 @@ import time
 
 from tqdm import tqdm
 
-from engine.writers.writer import Record
+from engine.writers.writer import Record, Writer
 
 LOGGER = logging.getLogger("engine")
 
 
-class LogWriter:
+class LogWriter(Writer):
     """One line per record, with the time left at the average speed since the start of this process.
 
     Args:
@@ -37,9 +37,6 @@ class LogWriter:
             record["memory"],
             tqdm.format_interval(self._seconds_left(record["iteration"])),
         )
-
-    def close(self) -> None:
-        pass
 
     def _seconds_left(self, iteration: int) -> float:
         """Evaluations and checkpoints are part of the speed: there will be more of them."""

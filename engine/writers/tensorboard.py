@@ -1,15 +1,17 @@
-"""TensorBoard: curves, the configuration as text, and its values beside the results of other runs."""
+"""TensorBoard: curves, images, the configuration as text, and its values beside the results of other runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from engine.writers.writer import AXES, Record
+from torch import Tensor
+
+from engine.writers.writer import AXES, Record, Writer
 
 RESULTS = ("top1", "main_loss")  # beside which the HPARAMS page shows the configuration
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(Writer):
     """TensorBoard events; what an interrupted run wrote after `iteration` is hidden.
 
     Args:
@@ -31,6 +33,10 @@ class TensorBoardWriter:
         for name, value in record.items():
             if name not in AXES:
                 self._writer.add_scalar(name, value, record["iteration"])
+
+    def write_images(self, images: dict[str, Tensor]) -> None:
+        for title, batch in images.items():
+            self._writer.add_images(title, batch)
 
     def close(self) -> None:
         self._writer.close()

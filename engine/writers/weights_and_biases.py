@@ -10,10 +10,10 @@ from types import ModuleType
 
 from engine import atomic
 from engine.errors import InputError
-from engine.writers.writer import Record
+from engine.writers.writer import Record, Writer
 
 
-class WandbWriter:
+class WandbWriter(Writer):
     """Records as steps of one W&B run; a resumed run goes on with it, and W&B drops the steps that it has already.
 
     Args:

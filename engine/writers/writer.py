@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+
+from torch import Tensor
 
 from engine.errors import RunError
 
@@ -13,11 +14,15 @@ Record = dict[str, float]
 AXES = ("iteration", "epoch")  # of every record: when its other values were measured
 
 
-class Writer(Protocol):
+class Writer:
     """Takes the records of a run; each has `iteration`, `epoch`, `lr` and what was measured."""
 
     def write(self, record: Record) -> None:
         """Write one record."""
+        raise NotImplementedError
+
+    def write_images(self, images: dict[str, Tensor]) -> None:
+        """Write batches of images (B, 3, H, W) uint8 by their titles, where there is a place for them."""
 
     def close(self) -> None:
         """Nothing more will come."""

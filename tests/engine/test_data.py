@@ -214,6 +214,17 @@ def test_every_held_out_image_is_in_exactly_one_share():
     )
 
 
+def test_examples_are_spread_over_the_held_out_images():
+    config = Config()
+    config.data.dataset, config.data.image_size, config.data.workers = "digits", 8, 0
+    held_out = build_held_out(
+        config, build_source(config), SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    )
+    whole = build_digits(8).held_out.tensors[0]
+    assert torch.equal(held_out.examples(8), whole[[0, 100, 200, 300, 400, 500, 600, 700]])
+    assert torch.equal(held_out.examples(1000), whole)
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "accumulation"),
     [

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.data.digits import build_digits
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
@@ -33,6 +39,31 @@ def metrics(folder: Path) -> list[dict]:
 def without_time(records: list[dict]) -> list[dict]:
     of_the_machine = ("images_per_second", "memory")
     return [{key: value for key, value in record.items() if key not in of_the_machine} for record in records]
+
+
+def tensorboard_images(folder: Path) -> dict[str, list[np.ndarray]]:
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return {
+        title: [np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images(title)]
+        for title in events.Tags()["images"]
+    }
+
+
+def test_tensorboard_shows_once_what_the_sub_models_see(train_net, tmp_path):
+    run = ["--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=2", "--resume"]
+    assert train_net(*run)[0] == 0 and train_net(*run[:-2], "train.max_iters=3", "--resume")[0] == 0
+    pictures = tensorboard_images(tmp_path / "run")
+    (main,), (sub,) = pictures.pop("main model"), pictures.pop("sub-model 0, masking 0.5")
+    assert not pictures
+    digits = build_digits(8).held_out.tensors[0][::100, 0].numpy()
+    low, high = digits.min(axis=(1, 2), keepdims=True), digits.max(axis=(1, 2), keepdims=True)
+    stretched = (255 * (digits - low) / (high - low)).round()
+    assert np.array_equal(main[..., 0], np.concatenate(stretched, axis=1))
+    torch.manual_seed(0)
+    is_kept = (torch.rand(8, 16).argsort(dim=1).argsort(dim=1) < 8).view(8, 4, 4).numpy()
+    is_kept = np.concatenate(is_kept.repeat(2, axis=1).repeat(2, axis=2), axis=1)  # patches of 2 x 2 pixels
+    assert np.array_equal(sub[is_kept], main[is_kept])
+    assert (sub[~is_kept] == (0.15 * main[~is_kept] + 0.85 * 255).round()).all()
 
 
 def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path):
