@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-faults test-recipes study zoo recipes scaling lint
+.PHONY: demo test test-slow test-faults test-recipes study picture zoo recipes scaling lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -21,8 +21,12 @@ test-faults: $(INSTALLED)  ## real faults in real runs, then docs/reliability.md
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers
 	$(BIN)/python -m pytest -q tests/recipes
 
-study: $(INSTALLED)  ## the README's table and picture: baseline against MaskSub, three models, five seeds
-	$(BIN)/python tools/digits_study.py --picture docs/digits_study.png
+study: $(INSTALLED)  ## docs/study_families.md, which the README quotes, and docs/study_digits.md: half an hour on two cores
+	$(BIN)/python tools/compare_runs.py --study configs/studies/families.yaml
+	$(BIN)/python tools/compare_runs.py --study configs/studies/digits.yaml
+
+picture: $(INSTALLED)  ## write docs/what_the_sub_model_sees.png
+	$(BIN)/python tools/visualize_augsub.py --output docs/what_the_sub_model_sees.png
 
 zoo: $(INSTALLED)  ## follow the installed timm: its list of model classes and docs/model_support.md
 	$(BIN)/python -m models.zoo
