@@ -15,17 +15,19 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
 from tqdm import tqdm
 
 import augsub
+from engine.command_line import exit_code
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
 from engine.data import IMAGENET, DataSource
 from engine.defaults import build_sub_models, open_source
-from engine.errors import InputError, RunError, input_errors
+from engine.errors import InputError, input_errors
 from engine.run_model import complete, create_configured_model
 from engine.table import text_table
 from models.build import create_model
@@ -137,13 +139,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one line for an error that the user can mend."""
-    try:
-        run(parse_arguments())
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit code 0, or 2 with one line for an error."""
+    return exit_code(partial(run, parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
-from engine.errors import InputError, RunError
+from engine.command_line import exit_code
+from engine.errors import InputError
 from tools.comparison import check_comparable
 from tools.comparison_pictures import draw_curves
 from tools.comparison_tables import METRICS, caption, configuration_lines, summary_table
 from tools.run_groups import read_ways
 from tools.study import run_study
-
-FAILED = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,18 +59,8 @@ def make_study(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Exit code 0; 2 with one line after an error; 130 after Ctrl-C or SIGTERM, where the same command goes on."""
     arguments = parse_arguments()
-    try:
-        if arguments.study:
-            make_study(arguments)
-        else:
-            compare(arguments)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    run = make_study if arguments.study else compare
+    return exit_code(partial(run, arguments), after_interrupt="the same command goes on")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from engine.command_line import exit_code
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANTS, Benchmark, open_variant
@@ -129,13 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
-    try:
-        run(parse_arguments())
-    except RunError as error:
-        rank = launched_rank()
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(partial(run, parse_arguments()))
 
 
 if __name__ == "__main__":

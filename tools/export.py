@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine import atomic
 from engine.checkpoint.reading import load
+from engine.command_line import exit_code
 from engine.errors import InputError, RunError, input_errors
 from models.build import create_model
 
@@ -83,12 +84,7 @@ def export(checkpoint: Path, file: Path, ema: bool) -> str:
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
     arguments = parse_arguments()
-    try:
-        print(export(arguments.checkpoint, arguments.file, arguments.ema))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(export(arguments.checkpoint, arguments.file, arguments.ema)))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from engine.command_line import exit_code
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
-from engine.errors import InputError, RunError
+from engine.errors import InputError
 from engine.run_model import complete
 from engine.table import text_table
 from tools.analyze_model import data_source
@@ -103,24 +105,24 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
         print(f"{measured_table(measured)}\n\n{agreement(measured)}")
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; 1 if measured and computed differ."""
+    if not (arguments.measure or arguments.page):
+        print_step(arguments)
+        return 0
+    measured = measure(cases())
+    if arguments.page:
+        config = configured(arguments)
+        step = build_step(config, data_source(config), arguments.processes)
+        arguments.page.write_text(page(step, measured))
+    else:
+        print_measured(measured, arguments.json)
+    return int(any(item.seen != item.computed for item in measured))
+
+
 def main() -> int:
     """Exit code 0, or 2 with one line for an error that the user can mend; 1 if measured and computed differ."""
-    arguments = parse_arguments()
-    try:
-        if not (arguments.measure or arguments.page):
-            print_step(arguments)
-            return 0
-        measured = measure(cases())
-        if arguments.page:
-            config = configured(arguments)
-            step = build_step(config, data_source(config), arguments.processes)
-            arguments.page.write_text(page(step, measured))
-        else:
-            print_measured(measured, arguments.json)
-        return int(any(item.seen != item.computed for item in measured))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(partial(run, parse_arguments()))
 
 
 if __name__ == "__main__":

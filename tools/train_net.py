@@ -6,13 +6,14 @@ import argparse
 import json
 import logging
 import sys
+from functools import partial
 from itertools import pairwise
 
+from engine.command_line import exit_code
 from engine.config_file import load_config, to_yaml
 from engine.data import worker_deaths
 from engine.defaults import evaluate_only, train
-from engine.distributed import launched_rank, process_group
-from engine.errors import Preempted, RunError
+from engine.distributed import process_group
 from tools.dry_run import dry_run
 
 EXAMPLES = """\
@@ -34,9 +35,6 @@ exit codes:
   75   stopped by SIGTERM or SIGUSR1 with everything saved; --resume goes on
   130  interrupted by Ctrl-C; --resume goes on from the last checkpoint
 """
-FAILED = 2
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,28 +92,11 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Exit code 0; 2 with one line after an error; 75 after a preemption, 130 after Ctrl-C, both to be resumed."""
     arguments = parse_arguments()
-    try:
-        run(arguments)
-    except Preempted as stop:
-        return _end(PREEMPTED, f"{stop}; --resume goes on")
-    except KeyboardInterrupt:
-        return _end(INTERRUPTED, "interrupted: --resume continues from the last checkpoint")
-    except RunError as error:
-        if arguments.traceback:
-            raise
-        return _end(FAILED, f"error: {error}")
-    except Exception as error:
-        if arguments.traceback:
-            raise
-        reason = " ".join(str(error).split()) or "no reason given"
-        return _end(FAILED, f"error: {type(error).__name__}: {reason} (unforeseen; --traceback shows where)")
-    return 0
-
-
-def _end(code: int, line: str) -> int:
-    rank = launched_rank()
-    print(f"[rank {rank}] {line}" if rank else line, file=sys.stderr)
-    return code
+    return exit_code(
+        partial(run, arguments),
+        traceback=arguments.traceback,
+        after_interrupt="--resume continues from the last checkpoint",
+    )
 
 
 if __name__ == "__main__":

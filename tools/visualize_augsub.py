@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 
 import augsub
+from engine.command_line import exit_code
 from engine.config import TransformConfig
 from engine.config_file import load_config
 from engine.data import DataSource
@@ -201,13 +203,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one line for an error that the user can mend."""
-    try:
-        run(parse_arguments())
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit code 0, or 2 with one line for an error."""
+    return exit_code(partial(run, parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""How a tool ends: with an exit code and, after an error, one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from engine.distributed import launched_rank
+from engine.errors import Preempted, RunError
+
+FAILED = 2
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def exit_code(run: Callable[[], int | None], traceback: bool = False, after_interrupt: str = "") -> int:
+    """Run a tool: 0, or what it returns; 2 with one line after an error, 75 after a preemption, 130 after Ctrl-C.
+
+    Args:
+        traceback: let errors through.
+        after_interrupt: what the user can do then.
+    """
+    try:
+        return run() or 0
+    except Preempted as stop:
+        return _end(PREEMPTED, f"{stop}; --resume goes on")
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, f"interrupted: {after_interrupt}" if after_interrupt else "interrupted")
+    except Exception as error:
+        if traceback:
+            raise
+        return _end(FAILED, f"error: {error}" if isinstance(error, RunError) else f"error: {_unforeseen(error)}")
+
+
+def _unforeseen(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or "no reason given"
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    where = f"{place.tb_frame.f_code.co_filename}, line {place.tb_lineno}"
+    return f"{type(error).__name__}: {reason} (unforeseen, in {where})"
+
+
+def _end(code: int, line: str) -> int:
+    rank = launched_rank()
+    print(f"[rank {rank}] {line}" if rank else line, file=sys.stderr)
+    return code

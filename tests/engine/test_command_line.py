@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from engine.command_line import exit_code
+from engine.errors import InputError, Preempted
+
+
+def raising(error: BaseException):
+    def run() -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("seed = x: a number"), 2, "error: seed = x: a number\n"),
+        (Preempted("stopped by SIGTERM"), 75, "stopped by SIGTERM; --resume goes on\n"),
+        (KeyboardInterrupt(), 130, "interrupted: go on\n"),
+        (KeyError("two\nlines"), 2, rf"error: KeyError: 'two\nlines' (unforeseen, in {__file__}, line 11)" + "\n"),
+        (ValueError(), 2, f"error: ValueError: no reason given (unforeseen, in {__file__}, line 11)\n"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(capsys, monkeypatch, error, code, line):
+    assert exit_code(raising(error), after_interrupt="go on") == code
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("RANK", "3")
+    exit_code(raising(error), after_interrupt="go on")
+    assert capsys.readouterr().err == f"[rank 3] {line}"
+
+
+def test_the_tools_own_result_is_the_code():
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 1) == 1
+
+
+def test_errors_are_let_through_for_their_traceback():
+    with pytest.raises(InputError, match="seed"):
+        exit_code(raising(InputError("seed")), traceback=True)
+    with pytest.raises(KeyError):
+        exit_code(raising(KeyError("key")), traceback=True)
