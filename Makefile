@@ -21,7 +21,7 @@ test-faults: $(INSTALLED)  ## real faults in real runs, then docs/reliability.md
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers
 	$(BIN)/python -m pytest -q tests/recipes
 
-study: $(INSTALLED)  ## docs/study_families.md, which the README quotes, and docs/study_digits.md: half an hour on two cores
+study: $(INSTALLED)  ## write docs/study_families.md and docs/study_digits.md: half an hour on two cores
 	$(BIN)/python tools/compare_runs.py --study configs/studies/families.yaml
 	$(BIN)/python tools/compare_runs.py --study configs/studies/digits.yaml
 
