@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from engine.figure import BLUE, GREEN, PURPLE, VERMILION, save
 from engine.writers import Record
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; their yellow is too pale for lines
-OKABE_ITO = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
-)  # fmt: skip
 LOSS_COLOURS = {"main_loss": BLUE, "sub_loss": VERMILION}
 ACCURACY_COLOURS = {"top1": GREEN, "ema_top1": PURPLE}
 LABELS = {"main_loss": "main model", "sub_loss": "sub-model", "top1": "main model", "ema_top1": "EMA of the main model"}
@@ -32,8 +26,7 @@ def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
     accuracy.set(title="Held-out accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
     _mark_last(accuracy, records)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _draw(axes: Axes, records: Sequence[Record], colours: dict[str, str]) -> None:

@@ -155,7 +155,7 @@ def build_trainer(
 def draw_sub_models(config: Config, trainer: Trainer, images: Tensor) -> dict[str, Tensor]:
     """What main model and sub-models see of images (B, C, H, W): pictures (B, 3, H, W) uint8 by title.
 
-    All processes must call it together. Under train.compile nothing is compiled for it.
+    All processes must call it together if the model is sharded. Under train.compile nothing is compiled for it.
     """
     mean, std = normalisation(config)
     pictures = {"main model": render_main(images, mean, std)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class RunError(Exception):
@@ -35,6 +36,15 @@ def memory_errors(remedy: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(words in message for words in NO_MEMORY):
             raise
         raise RunError(f"{remedy}: out of memory: {message or type(error).__name__}") from error
+
+
+@contextmanager
+def writing_errors(place: str | Path, remedy: str = "") -> Iterator[None]:
+    """Report that something cannot be written, and what the user can do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{place} cannot be written: {error.strerror or error}{remedy}") from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from engine import atomic
 from engine.errors import InputError
 
 LOGGER = logging.getLogger("engine")
+CHECKPOINTS = "checkpoints"  # folder in that of a run
 
 
 class RunFolder:
@@ -29,7 +30,7 @@ class RunFolder:
         self.trace = self.path / "trace.json"
         self.curves = self.path / "curves.png"
         self.summary = self.path / "summary.json"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.last = self.checkpoints / "last.pt"
         self.previous = self.checkpoints / "previous.pt"  # what `last` was before
         self.best = self.checkpoints / "best.pt"

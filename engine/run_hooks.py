@@ -69,6 +69,7 @@ def build_hooks(
         partial(_open_writers, config, folder, trainer), config.log.period, config.train.global_batch
     )
     sharded = is_sharded(config.distributed, process)
+    pictures = hooks.SubModelPictures(draw_sub_models, writing)  # a forward: of all processes together if sharded
     everywhere = [
         *([hooks.SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
         hooks.LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
@@ -78,7 +79,7 @@ def build_hooks(
         evaluation,
         hooks.UniteBadFiles(data.bad_files, data.iterations_per_epoch),  # the evaluation finds some too
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
-        hooks.SubModelPictures(draw_sub_models, writing),  # after the writing, which opens the writers
+        *([pictures] if sharded or process.is_main else []),  # after the writing, which opens the writers
         saving,
         hooks.Preemption(saving),
     ]

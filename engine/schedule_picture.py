@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from engine.figure import BLUE, ORANGE, VERMILION, save
 from engine.schedule import WarmupCosine
 
 POINTS = 2000  # more than the picture has columns
-CURVE, WARMUP, STOP = "#0072B2", "#E69F00", "#D55E00"  # Okabe and Ito
 
 
 def draw_schedule(
@@ -30,17 +27,15 @@ def draw_schedule(
     rates = [full_rate * schedule(min(step, schedule.total - 1)) for step in steps]
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     if schedule.warmup:
-        axes.axvspan(0, (schedule.lag + schedule.warmup) / steps_per_epoch, color=WARMUP, alpha=0.2, label="warmup")
+        axes.axvspan(0, (schedule.lag + schedule.warmup) / steps_per_epoch, color=ORANGE, alpha=0.2, label="warmup")
     axes.plot(
-        epochs, rates, color=CURVE, label="learning rate", drawstyle="steps-post" if steps_per_epoch == 1 else None
+        epochs, rates, color=BLUE, label="learning rate", drawstyle="steps-post" if steps_per_epoch == 1 else None
     )
     if stop is not None:
-        axes.axvline(stop, color=STOP, linestyle="--", label=f"train.max_iters, epoch {stop:.4g}")
+        axes.axvline(stop, color=VERMILION, linestyle="--", label=f"train.max_iters, epoch {stop:.4g}")
     axes.set(title=title, xlabel="epoch", ylabel="learning rate", xlim=(0, schedule.total / steps_per_epoch))
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)

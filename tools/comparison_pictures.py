@@ -11,12 +11,10 @@ import numpy as np
 from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from engine import atomic
-from engine.curves import BLUE, OKABE_ITO, VERMILION
-from engine.errors import InputError, input_errors
+from engine.errors import InputError
+from engine.figure import BLUE, OKABE_ITO, VERMILION, save
 from tools.comparison import CONFIDENCE, Way, paired_difference
 from tools.comparison_tables import Comparisons, percent
 
@@ -28,6 +26,7 @@ LABELS = {
     "main_loss": "training loss of the main model",
 }
 STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
+DPI = 130
 MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
 MOST_MARKERS = 20  # on a line
 MOST_LETTERS = 34  # in a line of a panel's title
@@ -45,7 +44,7 @@ def draw_curves(ways: Sequence[Way], metric: str, path: Path) -> None:
         _finish(axes, quantity)
     handles, names = accuracy.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
-    _save(figure, path)
+    save(figure, path, DPI)
 
 
 def draw_panels(comparisons: Comparisons, quantity: str, path: Path) -> None:
@@ -71,7 +70,7 @@ def draw_panels(comparisons: Comparisons, quantity: str, path: Path) -> None:
     tried = {way.name for _, _, way in pairs}
     names = [pairs[0][1].name, tried.pop() if len(tried) == 1 else "the way in the title"]
     figure.legend(panels[0].lines, names, loc="outside lower center", ncols=2, frameon=False)
-    _save(figure, path)
+    save(figure, path, DPI)
 
 
 def draw_differences(comparisons: Comparisons, metric: str, path: Path) -> None:
@@ -105,7 +104,7 @@ def draw_differences(comparisons: Comparisons, metric: str, path: Path) -> None:
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    _save(figure, path)
+    save(figure, path, DPI)
 
 
 def curve(way: Way, quantity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -170,15 +169,3 @@ def _panel_title(comparisons: Comparisons, title: str, way: Way) -> str:
     if len(comparisons) == 1:
         return way.name
     return title if all(len(ways) == 2 for ways in comparisons.values()) else f"{title}, {way.name}"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with input_errors(str(path)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic.new_content(path) as file:
-                figure.savefig(file, dpi=130, format=path.suffix.removeprefix(".") or None)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            plt.close(figure)

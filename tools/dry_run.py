@@ -9,7 +9,7 @@ from engine.config import Config
 from engine.data import IMAGENET, DataSource
 from engine.defaults import build_trainer, find_start, open_source
 from engine.distributed import Process
-from engine.errors import InputError, RunError
+from engine.errors import InputError
 from engine.parallel import is_sharded
 from engine.plan import plan_rows, warn_of_small_batches
 from engine.run_folder import RunFolder
@@ -128,14 +128,11 @@ def _draw(config: Config, trainer: Trainer, picture: Path) -> None:
     per_epoch, train = trainer.data.iterations_per_epoch, config.train
     schedule = build_schedule(config.schedule, config.optimizer, train.epochs, per_epoch, train.global_batch)
     is_stopped = trainer.max_iterations < train.epochs * per_epoch
-    try:
-        draw_schedule(
-            schedule,
-            steps_per_epoch=1 if config.schedule.unit == "epoch" else per_epoch,
-            stop=trainer.max_iterations / per_epoch if is_stopped else None,
-            full_rate=max(group["lr_scale"] for group in trainer.optimizer.param_groups),
-            title=f"{Path(config.output_dir).name}: learning rate",
-            path=picture,
-        )
-    except OSError as error:
-        raise RunError(f"{picture} cannot be written: {error.strerror}") from error
+    draw_schedule(
+        schedule,
+        steps_per_epoch=1 if config.schedule.unit == "epoch" else per_epoch,
+        stop=trainer.max_iterations / per_epoch if is_stopped else None,
+        full_rate=max(group["lr_scale"] for group in trainer.optimizer.param_groups),
+        title=f"{Path(config.output_dir).name}: learning rate",
+        path=picture,
+    )

@@ -34,8 +34,7 @@ from engine.evaluation.results import Evaluated, Setting, SubModelFigures
 from engine.evaluation.subject import Subject, find_subject
 from engine.evaluation.tables import printed
 from engine.evaluation.views import SubModelView
-from engine.plugins import import_plugins
-from engine.run_model import fill_in_from_model, models_to_evaluate
+from engine.run_model import complete, models_to_evaluate
 from models.build import check_image_shape
 from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models
 
@@ -59,7 +58,6 @@ def evaluate_subject(
 ) -> tuple[Setting, list[Evaluated]]:
     """Results of all weights of a subject. All processes must call it together."""
     config = subject.config
-    fill_in_from_model(config)
     benchmark = Benchmark({"": build_held_out_source(config)}) if variant is None else open_variant(variant, config)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
     loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
@@ -112,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         logging.getLogger().setLevel(logging.INFO)
     subject = find_subject(arguments.what, arguments.model, arguments.overrides)
     config, ratios = subject.config, parse_ratios(arguments.ratios)
-    import_plugins(config.plugins)
+    complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     subs = sub_models(config, arguments.augsub, ratios) if wanted else []
     suffix = "" if arguments.variant is None else f"_{arguments.variant}"

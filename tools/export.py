@@ -19,7 +19,7 @@ from torch import Tensor
 from engine import atomic
 from engine.checkpoint.reading import load
 from engine.command_line import exit_code
-from engine.errors import InputError, RunError, input_errors
+from engine.errors import InputError, input_errors, writing_errors
 from models.build import create_model
 
 
@@ -69,14 +69,11 @@ def export(checkpoint: Path, file: Path, ema: bool) -> str:
     image_size = arguments.pop("image_size")
     if getattr(getattr(model, "patch_embed", None), "img_size", None) is not None:
         arguments["img_size"] = image_size
-    try:
-        with atomic.new_content(file) as opened:
-            if file.suffix == ".safetensors":
-                opened.write(save(weights, metadata={"format": "pt"}))
-            else:
-                torch.save(weights, opened)
-    except OSError as error:
-        raise RunError(f"{file} cannot be written: {error.strerror}") from error
+    with writing_errors(file), atomic.new_content(file) as opened:
+        if file.suffix == ".safetensors":
+            opened.write(save(weights, metadata={"format": "pt"}))
+        else:
+            torch.save(weights, opened)
     settings = "".join(f", {key}={value!r}" for key, value in arguments.items())
     return f'timm.create_model("{name}", checkpoint_path="{file}"{settings})'
 

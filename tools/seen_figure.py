@@ -7,9 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -22,6 +19,8 @@ from torch import Tensor
 
 import augsub
 from engine import atomic
+from engine.errors import writing_errors
+from engine.figure import BLUE, VERMILION
 from models.complexity_tables import describe
 from models.recording import Dropping, Fate
 from models.rendering import render, render_main
@@ -30,8 +29,8 @@ from models.seen import Seen
 PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND = 1.5, 0.2, 0.45, 0.4, 0.4, 0.3  # inches
 SMALL = 7.5  # points
 DPI = 130
-KEPT, DROPPED = "#0072B2", "#FFFFFF"  # Okabe and Ito's blue
-CROP_EDGE = "#D55E00"  # their vermillion
+KEPT, DROPPED = BLUE, "#FFFFFF"
+CROP_EDGE = VERMILION
 HATCH, HATCH_COLOUR = "/////", "0.75"  # over what is removed, which would be hard to see on a pale image
 FINE = 8  # hatched areas end within 1/8 pixel of their place
 ACTIVATIONS = (8, 2)  # of each dropout that are drawn, rows and columns
@@ -222,5 +221,5 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(drawn, dpi=DPI)
     plt.close(figure)
     picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    with atomic.new_content(path) as file:
+    with writing_errors(path), atomic.new_content(path) as file:
         picture.save(file, "PNG", optimize=True)

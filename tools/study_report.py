@@ -11,7 +11,7 @@ import torch
 
 from engine import atomic
 from engine.data import build_source
-from engine.errors import InputError
+from engine.errors import writing_errors
 from tools.comparison import CONFIDENCE, Way, estimate, paired_difference
 from tools.comparison_pictures import draw_differences, draw_panels
 from tools.comparison_tables import (
@@ -56,10 +56,8 @@ def write_report(study: Study, comparisons: Comparisons, command: str) -> list[P
         changes="\n".join(f"- **{way}**: {_in_words(overrides)}" for way, overrides in study.ways.items()),
         **{name: picture.name for name, picture in pictures.items()},
     )
-    try:
+    with writing_errors(f"{page}:"):
         atomic.write_text(page, text)
-    except OSError as error:
-        raise InputError(f"{page}: cannot be written: {error.strerror}") from error
     return [page, *pictures.values()]
 
 

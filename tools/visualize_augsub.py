@@ -35,7 +35,7 @@ from engine.data.bad_files import UnreadableImage
 from engine.data.decoding import DecodingError, decode, reason_of
 from engine.data.transforms import build_eval_transform, normalisation
 from engine.defaults import build_sub_models
-from engine.errors import InputError, RunError, input_errors
+from engine.errors import InputError, input_errors
 from engine.run_model import complete, create_configured_model
 from models.build import build_model, image_settings
 from models.complexity_tables import describe
@@ -157,9 +157,9 @@ def rows_of(
 ) -> list[Row]:
     """One row for each image of a subject; `may_lack` leaves augmentations open that the model does not offer."""
     batch = torch.stack([image for _, image in subject.images]).repeat_interleave(SAMPLES, dim=0)
+    offered = augsub.supports(subject.model)
     seen: list[Seen | None] = []
     for augmentation in sub_models:
-        offered = augsub.supports(subject.model)
         if may_lack and any(member.name not in offered for member in augmentation.members):
             seen.append(None)
             continue
@@ -195,10 +195,7 @@ def run(arguments: argparse.Namespace) -> None:
         subjects = [named(name, arguments.images) for name in ([arguments.model] if arguments.model else FAMILIES)]
     may_lack = not arguments.config and not (arguments.model and arguments.augsub)
     rows = [row for subject in subjects for row in rows_of(subject, sub_models, arguments.seed, may_lack)]
-    try:
-        draw(rows, sub_models, arguments.output)
-    except OSError as error:
-        raise RunError(f"{arguments.output} cannot be written: {error.strerror}") from error
+    draw(rows, sub_models, arguments.output)
     print(arguments.output)
 
 

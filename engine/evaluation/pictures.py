@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine import atomic
 from engine.evaluation.meters import Calibration, Confusion
+from engine.figure import BLUE, GREEN, PURPLE, SKY, VERMILION, save
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 MARKERS = "os^Dv"
 MATRIX_CLASSES = 30  # up to so many classes the matrix can be read
 NUMBERED_CLASSES = 16  # and the numbers in it
@@ -48,7 +42,7 @@ def _draw_matrix(images: np.ndarray, names: Sequence[str], title: str, path: Pat
             if count:
                 colour = "white" if shares[row, column] > 50 else "black"
                 axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_pairs(confusion: Confusion, names: Sequence[str], title: str, path: Path) -> None:
@@ -63,7 +57,7 @@ def _draw_pairs(confusion: Confusion, names: Sequence[str], title: str, path: Pa
     axes.set(xlabel="images", ylabel="true class → predicted class")
     axes.set_title(f"{title}\nthe {len(pairs)} most confused pairs of {len(names)} classes", fontsize="medium")
     axes.margins(x=0.08)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_calibration(calibration: Calibration, title: str, path: Path) -> None:
@@ -81,7 +75,7 @@ def draw_calibration(calibration: Calibration, title: str, path: Path) -> None:
     diagram.plot((0, 1), (0, 1), color="gray", linestyle="--", linewidth=1, label="perfect calibration")
     diagram.bar(middles[filled], accuracy[filled], width, color=SKY, edgecolor="white", label="accuracy")
     points = {"linestyle": "", "marker": "o", "clip_on": False, "zorder": 3}
-    diagram.plot(mean_confidence[filled], accuracy[filled], color=ORANGE, label="at the mean confidence", **points)
+    diagram.plot(mean_confidence[filled], accuracy[filled], color=VERMILION, label="at the mean confidence", **points)
     diagram.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     diagram.set_title(f"{title}\nECE {calibration.error:.2f} %, {calibration.BINS} bins", fontsize="medium")
     histogram.bar(middles, 100 * images / images.sum(), width, color=BLUE, edgecolor="white")
@@ -90,7 +84,7 @@ def draw_calibration(calibration: Calibration, title: str, path: Path) -> None:
     for axes in (diagram, histogram):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_ratios(curves: Mapping[str, Sequence[tuple[float, float]]], main: float, title: str, path: Path) -> None:
@@ -98,7 +92,7 @@ def draw_ratios(curves: Mapping[str, Sequence[tuple[float, float]]], main: float
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     axes.axhline(main, color="gray", linestyle="--", linewidth=1, label=f"main model, {main:.2f} %")
     for index, (name, points) in enumerate(curves.items()):
-        colour = (BLUE, ORANGE, GREEN, PURPLE, SKY)[index % 5]
+        colour = (BLUE, VERMILION, GREEN, PURPLE, SKY)[index % 5]
         axes.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[index % 5], label=name)
         if len(curves) == 1:
             _write_values(axes, points, colour)
@@ -107,7 +101,7 @@ def draw_ratios(curves: Mapping[str, Sequence[tuple[float, float]]], main: float
     axes.margins(y=0.15)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _write_values(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
@@ -117,9 +111,3 @@ def _write_values(axes: Axes, points: Sequence[tuple[float, float]], colour: str
 
 def _short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:23]}…"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic.new_content(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)

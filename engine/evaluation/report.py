@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine import atomic
-from engine.errors import RunError
+from engine.errors import writing_errors
 from engine.evaluation import pictures
 from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures, mean_corruption_error
 
@@ -36,20 +35,19 @@ def write(folder: Path, setting: Setting, evaluated: Sequence[Evaluated]) -> Non
         _write_csv(folder / "sub_models.csv", subs)
     data = setting.data if len(setting.data) <= TITLE else f"…{setting.data[1 - TITLE :]}"
     title = f"{setting.model}\n{data}"
-    with _reported(folder):
-        for one in evaluated:
-            measured, kind = one.outcome.whole, "" if not one.prefix else ", averaged weights"
-            pictures.draw_confusion(
-                measured.confusion, setting.class_names, f"{title}{kind}", folder / f"{one.prefix}confusion.png"
-            )
-            pictures.draw_calibration(measured.calibration, f"{title}{kind}", folder / f"{one.prefix}calibration.png")
-        curves = {
-            f"{name}{', averaged weights' if one.prefix else ''}": points
-            for one in evaluated
-            for name, points in ratio_curves(one.sub_models).items()
-        }
-        if curves:
-            pictures.draw_ratios(curves, evaluated[0].outcome.whole.figures()["top1"], title, folder / "ratios.png")
+    for one in evaluated:
+        measured, kind = one.outcome.whole, "" if not one.prefix else ", averaged weights"
+        pictures.draw_confusion(
+            measured.confusion, setting.class_names, f"{title}{kind}", folder / f"{one.prefix}confusion.png"
+        )
+        pictures.draw_calibration(measured.calibration, f"{title}{kind}", folder / f"{one.prefix}calibration.png")
+    curves = {
+        f"{name}{', averaged weights' if one.prefix else ''}": points
+        for one in evaluated
+        for name, points in ratio_curves(one.sub_models).items()
+    }
+    if curves:
+        pictures.draw_ratios(curves, evaluated[0].outcome.whole.figures()["top1"], title, folder / "ratios.png")
 
 
 def class_rows(setting: Setting, one: Evaluated) -> list[Row]:
@@ -156,13 +154,5 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _reported(path):
+    with writing_errors(path):
         atomic.write_text(path, text)
-
-
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from engine.checkpoint.sharded import PLAIN
 from engine.config import Config
 from engine.config_file import parse_config
 from engine.errors import InputError
-from engine.run_folder import RunFolder
+from engine.run_folder import CHECKPOINTS, RunFolder
 
 LOGGER = logging.getLogger("engine")
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar")
@@ -91,6 +91,6 @@ def _saved_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
 
 def _results_of(checkpoint: Path) -> Path:
     """Inside the run that a checkpoint belongs to."""
-    if checkpoint.parent.name == RunFolder("").checkpoints.name:
+    if checkpoint.parent.name == CHECKPOINTS:
         return checkpoint.parent.parent / "evaluation" / checkpoint.stem
     return Path("runs", "evaluation", checkpoint.stem)

@@ -16,7 +16,7 @@ class SubModelPictures(HookBase):
     """Hands pictures of a few held-out images to the writers, before the first step of a run.
 
     Args:
-        draw: pictures (B, 3, H, W) uint8 by title, from images (B, C, H, W). All processes call it together.
+        draw: pictures (B, 3, H, W) uint8 by title, from images (B, C, H, W).
         writing: has the writers.
     """
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine import atomic
+from engine.errors import writing_errors
 from engine.writers.json_lines import read_lines
-from engine.writers.writer import Record, Writer, writing_errors
+from engine.writers.writer import REMEDY, Record, Writer
 
 
 class CSVWriter(Writer):
@@ -29,7 +30,7 @@ class CSVWriter(Writer):
 
     def write(self, record: Record) -> None:
         if record.keys() <= set(self._columns):
-            with writing_errors(self._path), open(self._path, "a", newline="") as file:
+            with writing_errors(self._path, REMEDY), open(self._path, "a", newline="") as file:
                 file.write(_rows([record], self._columns))
         else:
             self._rewrite()
@@ -38,7 +39,7 @@ class CSVWriter(Writer):
         records = read_lines(self._source)
         self._columns = list(dict.fromkeys(name for record in records for name in record))  # as they came
         header = dict(zip(self._columns, self._columns, strict=True))
-        with writing_errors(self._path):
+        with writing_errors(self._path, REMEDY):
             atomic.write_text(self._path, _rows([header, *records], self._columns) if records else "")
 
 

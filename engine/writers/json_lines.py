@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from engine.writers.writer import Record, Writer, writing_errors
+from engine.errors import writing_errors
+from engine.writers.writer import REMEDY, Record, Writer
 
 
 class JSONLinesWriter(Writer):
@@ -18,12 +19,12 @@ class JSONLinesWriter(Writer):
 
     def __init__(self, path: Path, iteration: int) -> None:
         self._path = path
-        with writing_errors(path):
+        with writing_errors(path, REMEDY):
             self._file = open(path, "ab")  # noqa: SIM115  (closed in close)
             self._file.truncate(_size_up_to(path, iteration))
 
     def write(self, record: Record) -> None:
-        with writing_errors(self._path):
+        with writing_errors(self._path, REMEDY):
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())  # a checkpoint must not survive a power failure that its records do not

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from torch import Tensor
 
-from engine.errors import RunError
-
 Record = dict[str, float]
+REMEDY = "; the last checkpoint is still there. Make room or give write access, then continue with --resume"
 AXES = ("iteration", "epoch")  # of every record: when its other values were measured
 
 
@@ -26,15 +21,3 @@ class Writer:
 
     def close(self) -> None:
         """Nothing more will come."""
-
-
-@contextmanager
-def writing_errors(path: Path) -> Iterator[None]:
-    """Report that records cannot be written, and how the run goes on."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}; the last checkpoint is still there. "
-            "Make room or give write access, then continue with --resume"
-        ) from error

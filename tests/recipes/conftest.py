@@ -16,7 +16,7 @@ from torch import nn
 import augsub
 from engine.config import Config
 from engine.config_file import load_config
-from engine.data import DataSource
+from engine.data import IMAGENET
 from engine.run_model import create_configured_model
 from engine.schedule import WarmupCosine, build_schedule
 from models.initialise import freeze
@@ -24,7 +24,6 @@ from models.initialise import freeze
 FACTS = Path(__file__).with_name("recipes.yaml")
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINING_IMAGES = 1_281_167
-IMAGENET = DataSource(train=None, held_out=None, num_classes=1000, in_chans=3)
 CONFIG_OF = {
     **{f"deit3_{size}_{epochs}": f"deit3_{size}_{epochs}e" for size in "sblh" for epochs in (400, 800)},
     **{f"deit3_{size}_finetune": f"deit3_{size}_finetune" for size in "blh"},

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import tools.train_net
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
 
 
 @pytest.fixture
-def train_net(monkeypatch, capsys):
-    """Call main() with arguments; returns (exit code, standard output, standard error). No worker may be left."""
-    spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def call(monkeypatch, capsys):
+    """Call main() of a tool with arguments; returns (exit code, standard output, standard error).
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, arguments)])
-        code = module.main()
+    No loader worker may be left.
+    """
+
+    def run(tool: ModuleType, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [Path(tool.__file__).name, *map(str, arguments)])
+        code = tool.main()
         assert not multiprocessing.active_children()
         output = capsys.readouterr()
         return code, output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def train_net(call):
+    """Call tools/train_net.py."""
+    return partial(call, tools.train_net)
 
 
 @pytest.fixture

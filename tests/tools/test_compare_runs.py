@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +65,9 @@ def two_ways(finished) -> None:
 
 
 @pytest.fixture
-def compare(monkeypatch, capsys):
-    """Call main(); returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
-        code = compare_runs.main()
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
+def compare(call):
+    """Call the tool."""
+    return partial(call, compare_runs)
 
 
 def rows(printed: str) -> dict[str, list[str]]:

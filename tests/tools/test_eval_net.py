@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,9 @@ COUNTS = {"ant": 6, "bee": 9, "cat": 5, "dog": 7, "elk": 8, "fox": 4}  # 39 imag
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """Call main() with arguments; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval_net.py", *map(str, arguments)])
-        code = eval_net.main()
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
+def evaluate(call):
+    """Call the tool."""
+    return partial(call, eval_net)
 
 
 @pytest.fixture(scope="module")
