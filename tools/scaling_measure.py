@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import augsub
-from engine.distributed import Process, local
+from engine.distributed import Process, leave, local
 from engine.parallel import replicate, shard
 from models.blocks import innermost_blocks
 from models.build import build_model
@@ -141,7 +141,9 @@ def _measure_all(rank: int, meeting: str, result: Path, which: Sequence[Case]) -
     measured = [measure_case(case, process) for case in which]
     if process.is_main:
         torch.save(measured, result)
+    dist.barrier()
     dist.destroy_process_group()
+    leave(0)
 
 
 def measure_case(case: Case, process: Process) -> Measured:

@@ -13,7 +13,7 @@ from engine.command_line import exit_code
 from engine.config_file import load_config, to_yaml
 from engine.data import worker_deaths
 from engine.defaults import evaluate_only, train
-from engine.distributed import process_group
+from engine.distributed import launched_processes, leave, process_group
 from tools.dry_run import dry_run
 
 EXAMPLES = """\
@@ -100,4 +100,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main()) if launched_processes() > 1 else sys.exit(main())
