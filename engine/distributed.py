@@ -116,12 +116,14 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def leave(code: int) -> NoReturn:
-    """End this process, one of several, without the interpreter's own end.
+def leave(code: int, processes: int) -> NoReturn:
+    """End this process; if it is one of several, without the interpreter's own end.
 
     Under FSDP2 threads of gloo and of autograd outlive the process group, and abort the process when they want the
     interpreter while it is torn down: a run that is done would count as failed.
     """
+    if processes == 1:
+        sys.exit(code)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

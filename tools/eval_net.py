@@ -26,7 +26,7 @@ from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANTS, Benchmark, open_variant
 from engine.defaults import build_precision
-from engine.distributed import Process, launched_rank, process_group
+from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
 from engine.errors import RunError, input_errors, memory_errors
 from engine.evaluation.measurement import measure_benchmark
 from engine.evaluation.report import write
@@ -133,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main(), launched_processes())

@@ -143,7 +143,7 @@ def _measure_all(rank: int, meeting: str, result: Path, which: Sequence[Case]) -
         torch.save(measured, result)
     dist.barrier()
     dist.destroy_process_group()
-    leave(0)
+    leave(0, PROCESSES)
 
 
 def measure_case(case: Case, process: Process) -> Measured:

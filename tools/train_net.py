@@ -100,4 +100,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main()) if launched_processes() > 1 else sys.exit(main())
+    leave(main(), launched_processes())
