@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-faults test-recipes study picture zoo recipes scaling lint
+.PHONY: demo test test-slow test-faults test-recipes study first-run picture zoo recipes scaling lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -24,6 +24,13 @@ test-recipes: $(INSTALLED)  ## every recipe against its published numbers
 study: $(INSTALLED)  ## write docs/study_families.md and docs/study_digits.md: half an hour on two cores
 	$(BIN)/python tools/compare_runs.py --study configs/studies/families.yaml
 	$(BIN)/python tools/compare_runs.py --study configs/studies/digits.yaml
+
+first-run: $(INSTALLED)  ## repeat docs/first_run.md: what its commands print, and their pictures
+	rm -rf runs/digits_vit
+	$(BIN)/python tools/console_page.py docs/first_run.md
+	mkdir -p docs/first_run
+	cp runs/digits_vit_plan.png docs/first_run/plan.png
+	cp runs/digits_vit/curves.png runs/digits_vit/evaluation/*.png docs/first_run/
 
 picture: $(INSTALLED)  ## write docs/what_the_sub_model_sees.png
 	$(BIN)/python tools/visualize_augsub.py --output docs/what_the_sub_model_sees.png

@@ -27,7 +27,7 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
         RunError: the file cannot be written.
     """
     try:
-        with input_errors(str(path)), writing_errors(f"{path}:"):
+        with input_errors(str(path)), writing_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic.new_content(path) as file:
                 figure.savefig(file, dpi=dpi, format=path.suffix.removeprefix(".") or None)

@@ -53,6 +53,36 @@ def test_links_and_configs_exist():
     assert [path for path in paths if not os.path.exists(ROOT / path)] == []
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_quoted_accuracies_are_those_of_the_study():
+    study = (ROOT / "docs" / "study_families.md").read_text()
+    measured = {tuple(cells(line)[:2]): cells(line) for line in study.partition("## What can")[0].splitlines()}
+    quoted = [cells(line) for line in README.splitlines() if line.startswith("| digits_")]
+    assert len(quoted) == 6
+    for model, training, accuracy, difference, cost in quoted:
+        row = measured[model, training]
+        assert [accuracy, difference, cost] == [row[3], row[4], row[8]]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_a_page_links_to_what_exists(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_picture_of_the_documentation_is_shown_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = {
+        (page.parent / link).resolve()
+        for page in pages
+        for link in re.findall(r"!\[[^]]*\]\(([^)]+)", page.read_text())
+    }
+    assert {path.resolve() for path in (ROOT / "docs").rglob("*.png")} <= shown
+
+
 def test_every_config_is_listed():
     text = README + (ROOT / "docs" / "recipes.md").read_text()
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in text] == []

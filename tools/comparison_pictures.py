@@ -85,7 +85,14 @@ def draw_differences(comparisons: Comparisons, metric: str, path: Path) -> None:
             continue
         seeds = list(difference.by_seed.values())
         axes.plot(
-            seeds, [height + 0.25] * len(seeds), "o", color="0.6", markersize=3, label="" if height else "one seed"
+            seeds,
+            [height + 0.25] * len(seeds),
+            "o",
+            color="black",
+            alpha=0.35,  # darker where seeds coincide
+            markersize=4,
+            markeredgewidth=0,
+            label="" if height else "one seed",
         )
         axes.errorbar(
             difference.mean,

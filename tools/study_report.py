@@ -56,7 +56,7 @@ def write_report(study: Study, comparisons: Comparisons, command: str) -> list[P
         changes="\n".join(f"- **{way}**: {_in_words(overrides)}" for way, overrides in study.ways.items()),
         **{name: picture.name for name, picture in pictures.items()},
     )
-    with writing_errors(f"{page}:"):
+    with writing_errors(page):
         atomic.write_text(page, text)
     return [page, *pictures.values()]
 

@@ -98,7 +98,7 @@ def draw_ratios(curves: Mapping[str, Sequence[tuple[float, float]]], main: float
             _write_values(axes, points, colour)
     axes.set(xlabel="ratio: share that the sub-model loses", ylabel="top-1 accuracy (%)")
     axes.set_title(title, fontsize="medium")
-    axes.margins(y=0.15)
+    axes.margins(x=0.12, y=0.15)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     save(figure, path)
@@ -106,7 +106,9 @@ def draw_ratios(curves: Mapping[str, Sequence[tuple[float, float]]], main: float
 
 def _write_values(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
     for point in points:
-        axes.annotate(f"{point[1]:.1f}", point, (5, 5), textcoords="offset points", color=colour)
+        axes.annotate(
+            f"{point[1]:.1f}", point, (-4, -6), textcoords="offset points", ha="right", va="top", color=colour
+        )
 
 
 def _short(name: str) -> str:
