@@ -92,7 +92,8 @@ def paired_difference(way: Way, baseline: Way, metric: str, confidence: float = 
 def check_comparable(ways: Sequence[Way]) -> None:
     """Raise InputError if there is nothing to compare, or if runs were not measured on the same images."""
     if len(ways) < 2:
-        raise InputError(f"nothing to compare: {', '.join(way.name for way in ways) or 'no run'} is all there is")
+        given = f"here is only {ways[0].name}" if ways else "here is none"
+        raise InputError(f"nothing to compare: {given}; name the folders of runs, trained in at least two ways")
     runs = [run for way in ways for run in way.runs.values()]
     for key in SAME_IMAGES:
         _refuse_if_different(runs, [leaves(run.config)[key] for run in runs], key)

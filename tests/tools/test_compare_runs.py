@@ -175,8 +175,8 @@ def test_wrong_folders_are_one_line(finished, compare, tmp_path):
     finished("images", 90.0, NO_SUB_MODEL, images=100)
     finished("synthetic", 90.0, "data.dataset=synthetic")
     cases = {
-        (): "nothing to compare: no run is all there is",
-        ("good",): "nothing to compare: good is all there is",
+        (): "nothing to compare: here is none; name the folders of runs",
+        ("good",): "nothing to compare: here is only good; name the folders of runs",
         ("good", "none"): "none: no such folder",
         ("good", "no*"): "no*: no such folder",
         ("good", "empty"): "empty: is no folder of a run, it has no config.yaml",
