@@ -9,6 +9,13 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "augsub" / "__init__.py").read_text()).group(1)
 
 TRAIN = ["omegaconf>=2.3", "matplotlib", "numpy", "scikit-learn", "scipy", "tabulate", "tensorboard", "tqdm"]
+TRAINERS = {
+    "timm": ["timm>=1.0.24"],
+    "lightning": ["lightning>=2.2"],
+    "accelerate": ["accelerate>=1.0"],
+    "transformers": ["transformers>=5.0", "accelerate>=1.0"],
+}
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 DEVELOP = ["pytest", "ruff", "setuptools>=77"]
 
 setup(
@@ -23,5 +30,20 @@ setup(
     packages=find_packages(include=["augsub", "augsub.*"]),
     package_data={"augsub": ["py.typed"]},
     install_requires=["torch>=2.4", "timm>=1.0.20", "fvcore"],
-    extras_require={"train": TRAIN, "dev": TRAIN + DEVELOP},
+    extras_require={
+        **TRAINERS,
+        "onnx": ONNX,
+        "train": TRAIN,
+        "dev": [*TRAIN, *sorted({package for packages in TRAINERS.values() for package in packages}), *ONNX, *DEVELOP],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords=["timm", "pytorch", "image-classification", "data-augmentation", "masking"],
 )

@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from augsub.augmentation import SubModelAugmentation
-from augsub.patching import prepare_sites
+from augsub.main_loss import Criterion, main_loss
+from augsub.patching import find_patched, prepare_sites
 from augsub.registry import AugmentationSpec, build
-from augsub.soft_target import Criterion, soft_target, sub_criterion
+from augsub.soft_target import soft_target, sub_criterion
 
 
 class SubModel:
@@ -103,11 +105,23 @@ class SubModelObjective:
         """All branches in one graph; the caller runs ``out.loss.backward()``.
 
         Args:
-            model: a patched model, wrapped or not.
+            model: a patched model, wrapped or not, that returns logits (B, K) or, as those of
+                Hugging Face, an output with `logits`.
             images: (B, C, H, W).
             targets: whatever the criterion takes: labels (B,) or soft labels (B, K).
+
+        Raises:
+            ValueError: if no model is patched, or the criterion does not take the targets or returns
+                no scalar.
         """
-        return _summarise(list(self.branches(model, images, targets)))
+        branches = self.branches(model, images, targets)
+        finished: list[Branch] = []
+        for is_last in self._is_last():
+            # DDP must expect one backward, and copy BatchNorm's buffers before the first forward only:
+            # later, autograd would find them changed.
+            with _gradient_sync(model, enabled=is_last):
+                finished.append(next(branches))
+        return _summarise(finished)
 
     def backward(
         self,
@@ -129,8 +143,8 @@ class SubModelObjective:
         """
         finished: list[Branch] = []
         branches = self.branches(model, images, targets)
-        for last in [False] * len(self.sub_models) + [True]:
-            with _gradient_sync(model, enabled=sync and last):
+        for is_last in self._is_last():
+            with _gradient_sync(model, enabled=sync and is_last):
                 branch = next(branches)
                 backward(branch.weight * branch.loss)
             finished.append(Branch(branch.logits.detach(), branch.loss.detach(), branch.weight))
@@ -139,14 +153,20 @@ class SubModelObjective:
 
     def branches(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[Branch]:
         """The main model, then each sub-model. A branch's graph may be freed before the next is asked for."""
-        logits = _checked_logits(model(images))
-        yield Branch(logits, _checked_loss(self.criterion(logits, targets)), self.main_weight)
+        if self.sub_models and isinstance(model, nn.Module):
+            find_patched(model)
+        logits = _logits_of(model(images))
+        yield Branch(logits, main_loss(self.criterion, logits, targets), self.main_weight)
 
         teaching = soft_target(logits.detach(), self.criterion)
         del logits
         for sub_model in self.sub_models:
-            sub_logits = _checked_logits(model(images, augsub=sub_model.augmentation))
+            sub_logits = _logits_of(model(images, augsub=sub_model.augmentation))
             yield Branch(sub_logits, self.sub_criterion(sub_logits.float(), teaching), sub_model.weight)
+
+    def _is_last(self) -> list[bool]:
+        """For each branch, whether it is the last one."""
+        return [False] * len(self.sub_models) + [True]
 
 
 def _summarise(branches: Sequence[Branch]) -> ObjectiveOutput:
@@ -185,16 +205,11 @@ def _checked_weight(what: str, weight: float) -> float:
     return float(weight)
 
 
-def _checked_logits(logits: Tensor) -> Tensor:
+def _logits_of(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the objective needs logits (B, K) from the model, not a {type(logits).__name__}; "
             "a distilled model must return one output: set_distilled_training(False)"
         )
     return logits
-
-
-def _checked_loss(loss: Tensor) -> Tensor:
-    if loss.ndim != 0:
-        raise ValueError(f"the criterion returned a loss of shape {tuple(loss.shape)}, needed is a scalar")
-    return loss

@@ -90,8 +90,7 @@ def patch(model: Model) -> Model:
         raise TypeError(f"only a model (torch.nn.Module) can be patched, not {model!r}")
     if is_patched(model):
         raise ValueError(f"{_original_class(model).__name__} is patched already; augsub.unpatch undoes it")
-    if isinstance(model, (nn.DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        raise ValueError(f"{type(model).__name__} is a wrapper: patch the model itself, before wrapping it")
+    _refuse_wrapper(model)
     family = family_of(model)
     width = family.mask_token_width(model)
     if width is not None:
@@ -125,6 +124,21 @@ def is_patched(model: nn.Module) -> bool:
     return isinstance(model, PatchedModel)
 
 
+def find_patched(model: nn.Module) -> nn.Module:
+    """The patched model: `model` itself or, if it is a wrapper, the one inside.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for module in model.modules():
+        if is_patched(module):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} is not patched: call augsub.patch on the model first, "
+        "before DistributedDataParallel, torch.compile or any other wrapper"
+    )
+
+
 def supports(model: nn.Module) -> dict[str, str]:
     """Which registered augmentations the model offers.
 
@@ -149,13 +163,22 @@ def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation
     """Check that `model` has a site for every augmentation; freeze the mask token if none uses it.
 
     Raises:
-        ValueError: if the model is not patched, or has no site for an augmentation.
+        ValueError: if no model is patched, or it has no site for an augmentation, or DDP holds it already.
     """
-    if not is_patched(model):
-        raise ValueError(f"{type(model).__name__} is not patched: call augsub.patch on it first, before any wrapper")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("DistributedDataParallel holds this model already: call objective.prepare before wrapping it")
+    model = find_patched(model)
     used_sites = {site for augmentation in augmentations for site in model._augsub.plan(augmentation)}
     if "stem" in model._augsub.sites:
         model.mask_token.requires_grad_("stem" in used_sites)
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    classes = {base.__name__ for base in type(model).__mro__}
+    if classes & {"DataParallel", "DistributedDataParallel", "LightningModule"} or hasattr(model, "_orig_mod"):
+        raise ValueError(f"{type(model).__name__} is a wrapper: patch the model itself, before wrapping it")
+    if getattr(model, "base_model", model) is not model:  # of Hugging Face Transformers
+        raise ValueError(f"{type(model).__name__} has a head around its model: patch its base_model instead")
 
 
 @functools.cache

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+from augsub.main_loss import Criterion
 
 
 def is_binary_cross_entropy(criterion: Criterion) -> bool:

@@ -59,6 +59,7 @@ def build_hooks(
             "config": to_yaml(config),
             "model_name": config.model.name,
             "data": {"num_classes": data.num_classes, "in_chans": data.in_chans},
+            "class_names": list(data.class_names),
         },
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,

@@ -19,6 +19,7 @@ Weights = dict[str, Tensor]
 
 MOST_MISSING = 0.1  # share of a model's tensors beside its head that a checkpoint of its architecture may lack
 LISTED = 4  # names in a line
+WRAPPERS = ("model.", "timm_model.")  # where a LightningModule, and Hugging Face Transformers, have the model of timm
 MAE_DECODER = re.compile(r"decoder_.+|mask_token")  # beside the encoder in checkpoints of MAE's pretraining
 CLIP_TOWER = "visual."  # OpenAI's and open_clip's image tower; everything else belongs to the texts
 CLIP_CLASS_TOKEN, CLIP_POSITIONS, CLIP_PROJECTION = (
@@ -116,10 +117,11 @@ def _unwrapped(content: Mapping[str, Any], source: object) -> Weights:
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(map(_is_named_tensor, content.items())):
         raise ValueError(f"checkpoint {source} holds no state dict, neither by itself nor as 'model' or 'state_dict'")
-    return {
-        name: weight.float() if weight.is_floating_point() else weight
-        for name, weight in clean_state_dict(dict(content)).items()
-    }
+    content = clean_state_dict(dict(content))
+    for attribute in WRAPPERS:
+        if all(name.startswith(attribute) for name in content):
+            content = {name.removeprefix(attribute): weight for name, weight in content.items()}
+    return {name: weight.float() if weight.is_floating_point() else weight for name, weight in content.items()}
 
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:

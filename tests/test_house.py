@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -148,12 +145,3 @@ def test_every_config_loads_and_prints_itself(path, tmp_path):
     copy = tmp_path / path.name
     copy.write_text(to_yaml(config))
     assert load_config(copy) == config
-
-
-def test_the_wheel_ships_augsub_alone(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    files = zipfile.ZipFile(wheel).namelist()
-    assert {file.split("/")[0] for file in files if ".dist-info" not in file} == {"augsub"}
-    assert "augsub/py.typed" in files and "augsub/families/vit.py" in files

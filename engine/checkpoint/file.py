@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
             return load_file(path)
         if not mmap:
             verify(path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):  # timm keeps its options there
             warnings.simplefilter("ignore", UserWarning)  # of a TorchScript archive, which is refused below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except InputError:

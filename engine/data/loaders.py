@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class DataLoaders:
         micro_batch: training images at once in one process.
         accumulation: micro-batches per step.
         max_iterations: steps of the whole run.
-        num_classes, in_chans: of the data set.
+        num_classes, in_chans, class_names: of the data set.
     """
 
     train_from: Callable[[int], Batches]
@@ -48,6 +48,7 @@ class DataLoaders:
     max_iterations: int
     num_classes: int
     in_chans: int
+    class_names: Sequence[str]
 
 
 def build_source(config: Config) -> DataSource:
@@ -110,6 +111,7 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
         max_iterations=max_iterations,
         num_classes=source.num_classes,
         in_chans=source.in_chans,
+        class_names=source.class_names,
     )
 
 

@@ -1,0 +1,44 @@
+"""Plain vision transformers of Hugging Face Transformers: ViT, DeiT, DINOv2, below their heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from augsub.families.base import register_family
+from augsub.families.vit import TokenFamily
+from augsub.sites import ImageSize, TokenSite
+
+
+@dataclass
+class EmbeddingsSite(TokenSite):
+    """`embeddings` returns the sequence with its positions; `patch_embeddings` in it knows the patch's size."""
+
+    def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int]:
+        rows, columns = self.patch_embed.patch_size
+        return image_size[0] // rows, image_size[1] // columns
+
+
+class HuggingFaceViTFamily(TokenFamily):
+    """Backbones with `embeddings`, whose sequence begins with `num_prefix_tokens` and registers, if any."""
+
+    def __init__(self, num_prefix_tokens: int = 1) -> None:
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def token_site(self, model: nn.Module) -> EmbeddingsSite:
+        registers = getattr(model.config, "num_register_tokens", 0)
+        embeddings = model.embeddings
+        return EmbeddingsSite(embeddings, embeddings.patch_embeddings, self.num_prefix_tokens + registers)
+
+    def stride(self, model: nn.Module) -> int:
+        return max(model.embeddings.patch_embeddings.patch_size)
+
+
+register_family(
+    HuggingFaceViTFamily(),
+    "transformers.models.vit.modeling_vit.ViTModel",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+)
+register_family(HuggingFaceViTFamily(num_prefix_tokens=2), "transformers.models.deit.modeling_deit.DeiTModel")

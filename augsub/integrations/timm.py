@@ -1,0 +1,60 @@
+"""MaskSub as a task of timm's own training loop (timm >= 1.0.24)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from augsub.objective import SubModelObjective
+from augsub.patching import is_patched, patch
+
+try:
+    from timm.task import ClassificationTask
+except ImportError as error:
+    raise ImportError("augsub.integrations.timm needs timm.task: pip install 'timm>=1.0.24'") from error
+
+
+class SubModelTask(ClassificationTask):
+    """A `timm.task.TrainingTask` whose loss is MaskSub's.
+
+    Moving averages, compilation, DistributedDataParallel, gradient accumulation and checkpoints are timm's
+    own. Both branches are in one graph, since timm's loop calls backward: their activations exist together.
+
+    Args:
+        model: a timm model, not wrapped; patched here if it is not yet.
+        objective: the objective, with the criterion of the recipe.
+        device, dtype, verbose: as for every task.
+
+    Raises:
+        ValueError: if the model is wrapped already, or has no site for a sub-model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: SubModelObjective,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        if not is_patched(model):
+            patch(model)
+        objective.prepare(model)
+        super().__init__(model, objective.criterion, device=device, dtype=dtype, verbose=verbose)
+        self.objective = objective
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """Losses and logits of one micro-batch.
+
+        Args:
+            input: images, (B, C, H, W).
+            target: labels (B,) or soft labels (B, K).
+
+        Returns:
+            `loss`, to be backpropagated; `output`, logits (B, K) of the main model; `main_loss` and
+            `sub_losses`, unweighted.
+        """
+        out = self.objective(self.trainable_module, input, target)
+        return {"loss": out.loss, "output": out.logits, "main_loss": out.main_loss, "sub_losses": out.sub_losses}

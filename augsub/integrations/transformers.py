@@ -1,0 +1,53 @@
+"""MaskSub in the Trainer of Hugging Face Transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from augsub.objective import SubModelObjective
+
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(
+        "augsub.integrations.transformers needs transformers: pip install 'augsub[transformers]'"
+    ) from error
+
+
+class SubModelTrainer(Trainer):
+    """A Trainer whose training loss is MaskSub's. Evaluation is the model's own.
+
+    The model's backbone must be patched: ``augsub.patch(model.base_model)``, which is the timm model of a
+    `TimmWrapperForImageClassification`, and the part below the head of ViT, DeiT, DINOv2 and others. The
+    model itself stays one of Transformers, with its signature, class name and saving.
+
+    Args:
+        objective: the objective; its criterion replaces the loss that the model itself would compute.
+        args, kwargs: those of Trainer.
+
+    Raises:
+        ValueError: if no part of the model is patched, or it has no site for a sub-model.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean of the micro-batch: Trainer divides it by the accumulation
+
+    def __init__(self, *args: Any, objective: SubModelObjective, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # what earlier versions ask instead
+        self.objective = objective
+        objective.prepare(self.model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a micro-batch: `pixel_values`, images (B, C, H, W), and `labels`, (B,) or soft (B, K)."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        out = self.objective(model, inputs["pixel_values"], inputs["labels"])
+        return (out.loss, {"logits": out.logits}) if return_outputs else out.loss

@@ -1,0 +1,49 @@
+"""The main model's loss: what the user's criterion makes of logits and targets, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def main_loss(criterion: Criterion, logits: Tensor, targets: Tensor) -> Tensor:
+    """The criterion's loss, a scalar.
+
+    Args:
+        criterion: loss of (logits, targets).
+        logits: (B, K).
+        targets: labels (B,) or soft labels (B, K).
+
+    Raises:
+        ValueError: if the criterion cannot take these targets, or returns no scalar.
+    """
+    if isinstance(criterion, SoftTargetCrossEntropy) and targets.ndim == 1:
+        raise ValueError(_refusal(criterion, logits, targets, "it would broadcast them"))
+    try:
+        loss = criterion(logits, targets)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(_refusal(criterion, logits, targets, " ".join(str(error).split()))) from error
+    if loss.ndim != 0:
+        raise ValueError(
+            f"the criterion returned a loss of shape {tuple(loss.shape)}, needed is a scalar: reduction='mean'"
+        )
+    return loss
+
+
+def _refusal(criterion: Criterion, logits: Tensor, targets: Tensor, reason: str) -> str:
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    if targets.ndim == 1:
+        remedy = "labels (B,) need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy"
+    else:
+        remedy = "soft targets (B, K), as mixup makes them, need timm.loss.SoftTargetCrossEntropy or BinaryCrossEntropy"
+    return (
+        f"{name} cannot take targets {tuple(targets.shape)}, {targets.dtype}, "
+        f"with logits {tuple(logits.shape)}: {reason}; {remedy}"
+    )

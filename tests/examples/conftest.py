@@ -1,0 +1,9 @@
+"""The examples as modules: their own folder is on the path, as it is when they run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))

@@ -1,0 +1,115 @@
+"""Ten steps from the same weights, batches and seeds: every loop gives the weights of our own trainer.
+
+pytest tests/examples/test_equivalence.py -s prints the table.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import accelerate_loop
+import lightning_module
+import plain_pytorch
+import pytest
+import timm_task
+import torch
+import transformers_trainer
+from digits import adamw, small_vit
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import augsub
+from engine.checkpoint.store import CheckpointStore
+from engine.config_file import load_config
+from engine.data import build_source
+from engine.defaults import build_trainer
+from engine.distributed import Process
+from engine.run_folder import RunFolder
+from engine.run_model import complete
+from engine.seeding import derive_seed, seed_all
+
+STEPS = 10
+CONFIG = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"
+
+
+class SeededObjective(augsub.SubModelObjective):
+    """Seeds every step as our own trainer does: the other loops draw from the global generator."""
+
+    step = 0
+
+    def branches(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator:
+        seed_all(derive_seed(0, 0, self.step))
+        self.step += 1
+        return super().branches(model, images, targets)
+
+
+def objective(of: type = SeededObjective) -> augsub.SubModelObjective:
+    drops = augsub.build([{"name": "masking", "ratio": 0.25}, {"name": "drop_path", "ratio": 0.2}])
+    sub_models = [augsub.SubModel("masking", ratio=0.5, weight=0.3), augsub.SubModel(drops, weight=0.2)]
+    return of(nn.CrossEntropyLoss(label_smoothing=0.1), sub_models)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> tuple[dict[str, Tensor], TensorDataset, dict[str, Tensor]]:
+    """Our own trainer without its hooks: first weights, the batches in their order, last weights."""
+    config = load_config(CONFIG, [f"output_dir={tmp_path_factory.mktemp('run')}", f"train.max_iters={STEPS}"])
+    complete(config)
+    process = Process(rank=0, world_size=1, device=torch.device("cpu"))
+    store = CheckpointStore(RunFolder(config.output_dir), process)
+    trainer = build_trainer(config, build_source(config), process, store)
+    trainer.hooks = []
+    trainer.objective = objective(of=augsub.SubModelObjective)
+    trainer.optimizer = adamw(trainer.bare_model)
+    first = copy.deepcopy(trainer.bare_model.state_dict())
+    batches = trainer.data.train_from(0)
+    images, labels = zip(*(next(batches) for _ in range(STEPS)), strict=True)
+    batches.close()
+    trainer.train()
+    return first, TensorDataset(torch.cat(images), torch.cat(labels)), trainer.bare_model.state_dict()
+
+
+def patched_vit() -> nn.Module:
+    return augsub.patch(small_vit())
+
+
+def patched_in_transformers() -> nn.Module:
+    model = transformers_trainer.timm_in_transformers()
+    augsub.patch(model.base_model)
+    return model
+
+
+ON_CPU = {"accelerator": "cpu"}
+LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
+    "plain PyTorch": (patched_vit, plain_pytorch.train),
+    "timm's task": (small_vit, timm_task.train),
+    "Lightning, automatic": (patched_vit, partial(lightning_module.train, **ON_CPU)),
+    "Lightning, manual": (patched_vit, partial(lightning_module.train, manual=True, **ON_CPU)),
+    "Accelerate": (patched_vit, accelerate_loop.train),
+    "Transformers": (patched_in_transformers, partial(transformers_trainer.train, use_cpu=True)),
+}
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[tuple[str, str]]]:
+    rows: list[tuple[str, str]] = []
+    yield rows
+    print(f"\n\n{tabulate(rows, ['loop', f'largest difference of a weight after {STEPS} steps'], tablefmt='github')}")
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_weights_are_those_of_our_own_trainer(name, ours, table):
+    first, dataset, last = ours
+    create, train = LOOPS[name]
+    model = create()
+    vit = getattr(model, "timm_model", model)
+    vit.load_state_dict(first)
+    train(model, objective(), dataset, epochs=1, shuffle=False)
+    differences = {key: (tensor - last[key]).abs().max().item() for key, tensor in vit.state_dict().items()}
+    moved = max((tensor - first[key]).abs().max().item() for key, tensor in last.items())
+    table.append((name, f"{max(differences.values()):.1e}"))
+    assert moved > 5e-3  # ten steps of Adam at 1e-3
+    assert max(differences.values()) < 1e-6, differences

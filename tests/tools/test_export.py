@@ -1,0 +1,128 @@
+"""tools/export.py: what leaves is timm's, and gives the run's own logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from engine.checkpoint.reading import load
+from tools import export
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tool(call):
+    return partial(call, export)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """The last checkpoints of short runs with averaged weights."""
+    root, found = tmp_path_factory.mktemp("runs"), {}
+    for name in ("digits_vit", "digits_swin", "digits_resnet"):
+        command = [sys.executable, ROOT / "tools" / "train_net.py", "--config", name, f"output_dir={root}/{name}"]
+        command += ["train.max_iters=4", "ema.enabled=true", "ema.decay=0.5"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        found[name] = root / name / "checkpoints" / "last.pt"
+    return found
+
+
+@torch.no_grad()
+def logits_of(checkpoint: Path, images: torch.Tensor, ema: bool = False) -> torch.Tensor:
+    """By a model built here, without tools/export.py."""
+    name = checkpoint.parents[1].name
+    small = {
+        "digits_vit": {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "img_size": 8},
+        "digits_swin": {"patch_size": 1, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
+                        "img_size": 8},
+        "digits_resnet": {},
+    }  # fmt: skip
+    state = load(checkpoint)
+    model = timm.create_model(state["model_name"], num_classes=10, in_chans=1, **small[name])
+    weights = dict(state["hooks"]["ema"]["model"] if ema else state["model"])
+    weights.pop("mask_token", None)
+    model.load_state_dict(weights)
+    return model.eval()(images)
+
+
+def digits(checkpoint: Path, batch: int = 5) -> torch.Tensor:
+    side = 32 if "resnet" in str(checkpoint) else 8
+    return torch.randn(batch, 1, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["digits_vit", "digits_swin", "digits_resnet"])
+@pytest.mark.parametrize("ema", [False, True])
+def test_timm_loads_the_folder_and_gives_the_same_logits(tool, checkpoints, tmp_path, name, ema):
+    folder, checkpoint = tmp_path / "exported", checkpoints[name]
+    code, printed, error = tool(checkpoint, folder, *(["--ema"] if ema else []))
+    assert code == 0, error
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    model = eval(printed, {"timm": timm}).eval()
+    images = digits(checkpoint)
+    with torch.no_grad():
+        assert torch.equal(model(images), logits_of(checkpoint, images, ema))
+    data = timm.data.resolve_data_config(model=model)
+    assert data["input_size"] == (1, *images.shape[-2:]) and data["mean"] == (0.0,) and data["std"] == (1.0,)
+    assert json.loads((folder / "config.json").read_text())["label_names"] == [str(digit) for digit in range(10)]
+
+
+def test_the_card_has_recipe_figures_and_how_to_load(tool, checkpoints, tmp_path):
+    folder = tmp_path / "my_digits"
+    assert tool(checkpoints["digits_vit"], folder)[0] == 0
+    card = (folder / "README.md").read_text()
+    summary = json.loads((checkpoints["digits_vit"].parents[1] / "summary.json").read_text())
+    assert f"- top1: {summary['top1']:.4g}" in card and "after 4 steps" in card
+    assert "name: masking" in card and "lr: 0.002" in card
+    assert 'timm.create_model("hf-hub:USER/my_digits", pretrained=True)' in card
+
+
+def test_images_from_files_keep_their_preprocessing(tmp_path, tool, checkpoints):
+    state = torch.load(checkpoints["digits_vit"], weights_only=True)
+    state["config"] = state["config"].replace("dataset: digits", "dataset: folder\n  root: somewhere")
+    state["config"] = state["config"].replace("eval_crop: 0.875", "eval_crop: 1.0")
+    changed = tmp_path / "folder.pt"
+    torch.save(state, changed)
+    assert tool(changed, tmp_path / "exported")[0] == 0
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]
+    assert config["mean"] == [0.485, 0.456, 0.406] and config["crop_pct"] == 1.0
+    assert config["interpolation"] == "bicubic"
+
+
+@pytest.mark.parametrize("name", ["digits_vit", "digits_swin", "digits_resnet"])
+def test_onnx_gives_the_same_logits_for_any_batch(tool, checkpoints, tmp_path, name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file, checkpoint = tmp_path / "model.onnx", checkpoints[name]
+    code, printed, error = tool(checkpoint, file)
+    assert code == 0, error
+    assert printed.startswith(f'onnxruntime.InferenceSession("{file}")')
+    session = onnxruntime.InferenceSession(str(file))
+    for batch in (1, 7):
+        images = digits(checkpoint, batch)
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), logits_of(checkpoint, images), atol=1e-4, rtol=1e-4)
+
+
+def test_errors_are_one_line_and_leave_nothing(tool, checkpoints, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    plain = tmp_path / "plain.pt"
+    torch.save({"weight": torch.zeros(1)}, plain)
+    for checkpoint, target, complaint in (
+        (checkpoints["digits_vit"], taken, "is there already; a folder to export to must be new"),
+        (checkpoints["digits_vit"], tmp_path / "model.bin", "allowed is a name that ends in"),
+        (checkpoints["digits_vit"], tmp_path / "none" / "model", "cannot be written"),
+        (plain, tmp_path / "model.pt", "is not one of a run: it has weight"),
+        (tmp_path / "none.pt", tmp_path / "model.pt", "does not exist"),
+    ):
+        code, _, error = tool(checkpoint, target)
+        assert code == 2 and complaint in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.pt", "taken"]

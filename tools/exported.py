@@ -1,0 +1,87 @@
+"""The model in a run's checkpoint, with what others must know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint.reading import load
+from engine.config import Config
+from engine.config_file import parse_config
+from engine.errors import InputError, input_errors
+from models.build import create_model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A plain timm model in evaluation mode, with its weights.
+
+    Attributes:
+        name: its name in timm.
+        arguments: what `timm.create_model` needs beside the name.
+        config: that of the run.
+        class_names: by label; empty if the checkpoint does not know them.
+        iteration: steps of the run when the checkpoint was written.
+        figures: what the run's last evaluation found, of the averaged weights if these are they.
+    """
+
+    model: nn.Module
+    name: str
+    arguments: dict[str, Any]
+    config: Config
+    class_names: tuple[str, ...]
+    iteration: int
+    figures: dict[str, float]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the model was trained for."""
+        return self.arguments["in_chans"], self.config.data.image_size, self.config.data.image_size
+
+    def example(self, batch: int) -> Tensor:
+        """Images (batch, C, H, W) of standard normal pixels, always the same ones."""
+        return torch.randn(batch, *self.image_shape, generator=torch.Generator().manual_seed(0))
+
+
+def load_exported(checkpoint: Path, ema: bool) -> Exported:
+    """The model in a checkpoint of a run.
+
+    Args:
+        ema: the averaged weights instead of the trained ones.
+
+    Raises:
+        InputError: a checkpoint of something else, or without averaged weights.
+    """
+    state = load(checkpoint)
+    weights, name = _plain_weights(state, ema, checkpoint), state["model_name"]
+    config = parse_config(state["config"], f"the configuration in {checkpoint}", ["plugins=[]"])
+    image_size, arguments = config.data.image_size, {**state["data"], **config.model.kwargs}
+    with input_errors(f"checkpoint {checkpoint}"):
+        model = create_model(name, image_size=image_size, **arguments)
+        model.load_state_dict(weights)
+    if getattr(getattr(model, "patch_embed", None), "img_size", None) is not None:
+        arguments["img_size"] = image_size
+    latest = state["hooks"].get("evaluation", {}).get("latest", {})
+    return Exported(
+        model=model.eval(),
+        name=name,
+        arguments=arguments,
+        config=config,
+        class_names=tuple(state.get("class_names", ())),
+        iteration=state["iteration"],
+        figures={key.removeprefix("ema_"): value for key, value in latest.items() if key.startswith("ema_") == ema},
+    )
+
+
+def _plain_weights(state: dict[str, Any], ema: bool, source: Path) -> dict[str, Tensor]:
+    """The state dict of the timm model, without the mask token, which only sub-models use."""
+    if "model" not in state or "model_name" not in state:
+        raise InputError(f"checkpoint {source} is not one of a run: it has {', '.join(map(str, [*state][:5]))}")
+    if ema and "ema" not in state["hooks"]:
+        raise InputError(f"--ema: checkpoint {source} has no averaged weights, its run had ema.enabled = false")
+    weights = state["hooks"]["ema"]["model"] if ema else state["model"]
+    return {name: tensor.contiguous() for name, tensor in weights.items() if name != "mask_token"}
