@@ -13,7 +13,8 @@ from contextlib import nullcontext
 import timm
 import torch
 from digits import DIGITS, EPOCHS, accuracy, adamw, batches, masksub, small_vit
-from timm.utils import CheckpointSaver, init_distributed_device_so
+from timm.utils import CheckpointSaver
+from timm.utils.distributed import init_distributed_device_so
 from torch import distributed, nn
 from torch.utils.data import Dataset, Subset
 

@@ -112,4 +112,5 @@ def test_the_weights_are_those_of_our_own_trainer(name, ours, table):
     moved = max((tensor - first[key]).abs().max().item() for key, tensor in last.items())
     table.append((name, f"{max(differences.values()):.1e}"))
     assert moved > 5e-3  # ten steps of Adam at 1e-3
-    assert max(differences.values()) < 1e-6, differences
+    # Backward in one piece adds gradients in another order, and Adam divides by the root of tiny ones
+    assert max(differences.values()) < 1e-5, differences

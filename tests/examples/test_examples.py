@@ -6,10 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 EVERY = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "digits.py")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -57,7 +57,16 @@ def test_another_trainers_file(save, tmp_path):
     torch.manual_seed(0)
     file, expected = save(tmp_path)
     command = [sys.executable, ROOT / "tools" / "eval_net.py", file, "--model", "vit_tiny_patch16_224"]
-    command += ["data.dataset=digits", "data.image_size=8", "--ratios", "0,0.5", "--output", tmp_path / "results"]
+    command += [
+        "data.dataset=digits",
+        "data.image_size=8",
+        "--augsub",
+        "masking",
+        "--ratios",
+        "0,0.5",
+        "--output",
+        tmp_path / "results",
+    ]
     command += ["model.kwargs={patch_size: 2, embed_dim: 64, depth: 4, num_heads: 4}"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

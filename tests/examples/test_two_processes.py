@@ -19,7 +19,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
     ["timm_task vit", "timm_task resnet", "accelerate_loop vit", "lightning_module vit", "lightning_module vit manual"],
 )
 def test_one_reduction_per_step(loop):
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*LAUNCH, *loop.split()], capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -3,8 +3,6 @@
 torchrun --nproc_per_node=2 two_processes.py timm_task vit
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys
@@ -35,7 +33,7 @@ def wrap_and_count(self: DistributedDataParallel, *args, **kwargs) -> None:
     self.register_comm_hook(None, count)
 
 
-def count(state: None, bucket: distributed.GradBucket) -> torch.futures.Future:
+def count(state: None, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
     reduced[-1] += bucket.buffer().numel()
     return allreduce_hook(state, bucket)
 
@@ -47,6 +45,8 @@ class CountingObjective(augsub.SubModelObjective):
 
 
 DistributedDataParallel.__init__ = wrap_and_count
+if LOOP == "timm_task":  # as timm's script does; the other trainers do it themselves
+    distributed.init_process_group("gloo")
 torch.manual_seed(0)
 images, labels = DIGITS.train[: 2 * 50 * STEPS]
 if MODEL == "resnet":  # whose BatchNorm has buffers that DDP copies from the main process
@@ -58,7 +58,8 @@ augsub.patch(model)
 masking = [augsub.SubModel("masking", ratio=0.5, weight=0.25), augsub.SubModel("masking", ratio=0.25, weight=0.25)]
 objective = CountingObjective(nn.CrossEntropyLoss(), masking)
 train = importlib.import_module(LOOP).train
-train(model, objective, TensorDataset(images, labels), 1, **dict.fromkeys(OPTIONS, True))
+settings = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"} if LOOP == "lightning_module" else {}
+train(model, objective, TensorDataset(images, labels), 1, **settings, **dict.fromkeys(OPTIONS, True))
 
 flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 both = [torch.empty_like(flat) for _ in range(2)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 
 from engine.checkpoint.reading import load
 from tools import export
@@ -40,14 +41,10 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 def logits_of(checkpoint: Path, images: torch.Tensor, ema: bool = False) -> torch.Tensor:
     """By a model built here, without tools/export.py."""
     name = checkpoint.parents[1].name
-    small = {
-        "digits_vit": {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "img_size": 8},
-        "digits_swin": {"patch_size": 1, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
-                        "img_size": 8},
-        "digits_resnet": {},
-    }  # fmt: skip
+    settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"]
+    size = {} if "resnet" in name else {"img_size": 8}
+    model = timm.create_model(settings["name"], num_classes=10, in_chans=1, **size, **settings["kwargs"])
     state = load(checkpoint)
-    model = timm.create_model(state["model_name"], num_classes=10, in_chans=1, **small[name])
     weights = dict(state["hooks"]["ema"]["model"] if ema else state["model"])
     weights.pop("mask_token", None)
     model.load_state_dict(weights)
@@ -71,7 +68,7 @@ def test_timm_loads_the_folder_and_gives_the_same_logits(tool, checkpoints, tmp_
     with torch.no_grad():
         assert torch.equal(model(images), logits_of(checkpoint, images, ema))
     data = timm.data.resolve_data_config(model=model)
-    assert data["input_size"] == (1, *images.shape[-2:]) and data["mean"] == (0.0,) and data["std"] == (1.0,)
+    assert data["input_size"] == (1, *images.shape[-2:]) and (*data["mean"], *data["std"]) == (0.0, 1.0)
     assert json.loads((folder / "config.json").read_text())["label_names"] == [str(digit) for digit in range(10)]
 
 
@@ -87,13 +84,16 @@ def test_the_card_has_recipe_figures_and_how_to_load(tool, checkpoints, tmp_path
 
 def test_images_from_files_keep_their_preprocessing(tmp_path, tool, checkpoints):
     state = torch.load(checkpoints["digits_vit"], weights_only=True)
-    state["config"] = state["config"].replace("dataset: digits", "dataset: folder\n  root: somewhere")
-    state["config"] = state["config"].replace("eval_crop: 0.875", "eval_crop: 1.0")
+    settings = yaml.safe_load(state["config"])
+    settings["data"] |= {"dataset": "folder", "root": "somewhere"}
+    settings["transform"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "eval_crop": 1.0}
+    state["config"] = yaml.safe_dump(settings)
     changed = tmp_path / "folder.pt"
     torch.save(state, changed)
-    assert tool(changed, tmp_path / "exported")[0] == 0
+    code, _, error = tool(changed, tmp_path / "exported")
+    assert code == 0, error
     config = json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]
-    assert config["mean"] == [0.485, 0.456, 0.406] and config["crop_pct"] == 1.0
+    assert (*config["mean"], *config["std"], config["crop_pct"]) == pytest.approx((0.2, 0.5, 1.0))  # of one channel
     assert config["interpolation"] == "bicubic"
 
 
@@ -119,10 +119,10 @@ def test_errors_are_one_line_and_leave_nothing(tool, checkpoints, tmp_path):
     for checkpoint, target, complaint in (
         (checkpoints["digits_vit"], taken, "is there already; a folder to export to must be new"),
         (checkpoints["digits_vit"], tmp_path / "model.bin", "allowed is a name that ends in"),
-        (checkpoints["digits_vit"], tmp_path / "none" / "model", "cannot be written"),
+        (checkpoints["digits_vit"], plain / "model", "cannot be written"),
         (plain, tmp_path / "model.pt", "is not one of a run: it has weight"),
         (tmp_path / "none.pt", tmp_path / "model.pt", "does not exist"),
     ):
         code, _, error = tool(checkpoint, target)
-        assert code == 2 and complaint in error and error.count("\n") == 1
+        assert (code, error.count("\n")) == (2, 1) and complaint in error, (target, error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.pt", "taken"]
