@@ -29,7 +29,7 @@ setup(
     package_dir={"": "."},
     packages=find_packages(include=["augsub", "augsub.*"]),
     package_data={"augsub": ["py.typed"]},
-    install_requires=["torch>=2.4", "timm>=1.0.20", "fvcore"],
+    install_requires=["torch>=2.6", "timm>=1.0.20", "fvcore"],
     extras_require={
         **TRAINERS,
         "onnx": ONNX,

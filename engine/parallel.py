@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -36,14 +37,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], process: Process, reshar
     Args:
         units: submodules whose parameters are gathered together, when they are needed.
         reshard_after_forward: free a unit's gathered parameters until its backward gathers them again.
-
-    Raises:
-        InputError: this torch has no FSDP2.
     """
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise InputError(f"distributed.strategy = fsdp2: torch {torch.__version__} has none, 2.6 does") from error
     mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)

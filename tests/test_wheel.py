@@ -57,6 +57,13 @@ def test_it_says_what_it_is(wheel):
     assert f"## {augsub.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_nothing_optional_is_imported_with_it():
+    code = "import sys, augsub; print([name for name in sys.modules if name.split('.')[0] in sys.argv[1:]])"
+    optional = ["lightning", "pytorch_lightning", "accelerate", "transformers", "onnx", "omegaconf", "matplotlib"]
+    done = subprocess.run([sys.executable, "-c", code, *optional], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_it_works_in_an_environment_of_its_own(wheel, tmp_path):
     """Its dependencies are those installed here; the project's own folders are out of reach."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
