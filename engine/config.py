@@ -100,6 +100,7 @@ class TrainConfig:
     loss_scale_window: int = 2000  # fp16: steps without overflow after which the loss scale doubles
     clip_norm: Optional[float] = None  # global L2 norm of the gradient
     compile: bool = False  # torch.compile for the main and the sub-model
+    channels_last: bool = False  # memory layout of images and of convolutions' weights: faster on GPUs with amp
     grad_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more computation
     profile: bool = False  # trace.json of a few early steps, and what they spend most time on, as a table in the log
 

@@ -120,7 +120,7 @@ def build_trainer(
     seed_all(config.seed)  # the initial weights are the same in all processes
     data = build_loaders(config, source, process)
     bare_model = build_run_model(config, source, process, is_resumed)
-    mixup = build_mixup(config, source.num_classes, data.micro_batch)
+    mixup = build_mixup(config, source.num_classes, data.micro_batch, process.device)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
@@ -129,6 +129,8 @@ def build_trainer(
         check_image_shape(bare_model, (source.in_chans, *[config.data.image_size] * 2), augmentations)
 
     bare_model.to(process.device)
+    if config.train.channels_last and not is_sharded(config.distributed, process):  # FSDP2 shards contiguous tensors
+        bare_model.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(bare_model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.enabled else None
     if config.train.compile:
         bare_model.compile()

@@ -22,22 +22,21 @@ class IntegerMixup(Mixup):
 
     Args:
         mean, std: of the normalisation, one number per channel.
+        device: where the images are.
         kwargs: timm's.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], **kwargs: Any) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._mean = torch.tensor(mean)[:, None, None]
-        self._std = torch.tensor(std)[:, None, None]
+        self._mean, self._std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, targets = super().__call__(images, labels)
-        mean, std = self._mean.to(images), self._std.to(images)
-        pixels = ((images * std + mean) * BRIGHTEST).round()
-        return (pixels / BRIGHTEST - mean) / std, targets
+        pixels = ((images * self._std + self._mean) * BRIGHTEST).round()
+        return (pixels / BRIGHTEST - self._mean) / self._std, targets
 
 
-def build_mixup(config: Config, num_classes: int, micro_batch: int) -> Mixup | None:
+def build_mixup(config: Config, num_classes: int, micro_batch: int, device: torch.device) -> Mixup | None:
     """What mixes (images (B, C, H, W), labels (B,)) to (images, soft labels (B, K)), or None if it is off.
 
     Label smoothing moves into the soft labels.
@@ -65,5 +64,5 @@ def build_mixup(config: Config, num_classes: int, micro_batch: int) -> Mixup | N
         "num_classes": num_classes,
     }
     if mixup.integer_pixels:
-        return IntegerMixup(config.transform.mean, config.transform.std, **arguments)
+        return IntegerMixup(config.transform.mean, config.transform.std, device, **arguments)
     return Mixup(**arguments)

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.micro_batch",  # another number or size of GPUs
     "train.accumulation",
     "train.compile",
+    "train.channels_last",
     "train.grad_checkpointing",
     "train.profile",
     "ema.*",

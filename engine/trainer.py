@@ -102,8 +102,8 @@ class Trainer(TrainerBase):
         seed_all(derive_seed(self.seed, number, self.iteration))
 
     def _next_batch(self) -> Batch:
-        images, targets = (tensor.to(self.process.device, non_blocking=True) for tensor in next(self.batches))
-        return (images, targets) if self.mix is None else self.mix(images, targets)
+        images, labels = next(self.batches)
+        return (images, labels) if self.mix is None else self.mix(images, labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values. All processes must call it together."""

@@ -112,7 +112,7 @@ CONFIG_KEYS = {
     "erase_area erase_aspect eval_crop eval_crop_mode eval_interpolation mean std",
     "augsub": "main_weight sub_models",
     "train": "epochs max_iters global_batch micro_batch accumulation amp loss_scale loss_scale_window clip_norm "
-    "compile grad_checkpointing profile",
+    "compile channels_last grad_checkpointing profile",
     "optimizer": "name lr lr_reference_batch layer_decay full_lr weight_decay betas eps kwargs",
     "schedule": "unit warmup_epochs warmup_lr warmup_prefix warmup_reaches_peak min_lr cooldown_epochs lag "
     "scale_with_batch",

@@ -25,6 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import augsub
 from engine.command_line import exit_code
@@ -33,6 +34,7 @@ from engine.config_file import load_config
 from engine.data import DataSource
 from engine.data.bad_files import UnreadableImage
 from engine.data.decoding import DecodingError, decode, reason_of
+from engine.data.delivery import Delivery, Normalise, build_delivery
 from engine.data.transforms import build_eval_transform, normalisation
 from engine.defaults import build_sub_models
 from engine.errors import InputError, input_errors
@@ -88,7 +90,8 @@ def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubM
     source = data_source(config)
     model = augsub.patch(create_configured_model(config, source))
     if source.held_out is not None and not arguments.images:
-        return Subject(config.model.name, model, held_out_images(source), *normalisation(config)), sub_models
+        deliver = build_delivery(config, torch.device("cpu"), is_training=False)
+        return Subject(config.model.name, model, held_out_images(source, deliver), *normalisation(config)), sub_models
     images = photographs(arguments.images, config.transform, config.data.image_size)
     if source.in_chans != len(config.transform.mean):
         grey = [(name, image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1)) for name, image in images]
@@ -105,23 +108,24 @@ def named(name: str, paths: Sequence[Path] | None) -> Subject:
     return Subject(name, model, photographs(paths, transform, settings.image_size), transform.mean, transform.std)
 
 
-def held_out_images(source: DataSource) -> list[NamedImage]:
+def held_out_images(source: DataSource, deliver: Delivery) -> list[NamedImage]:
     """A few held-out images, from the first to the last."""
     last = len(source.held_out) - 1
     indices = np.linspace(0, last, min(SHOWN_HELD_OUT, last + 1)).astype(int).tolist()
     try:
-        return [(f"held-out image {index}", source.held_out[index][0]) for index in indices]
+        images, _ = deliver(*default_collate([source.held_out[index] for index in indices]))
     except UnreadableImage as error:
         name, reason = error.bad_file
         raise InputError(f"{name} cannot be read: {reason}") from error
+    return [(f"held-out image {index}", image) for index, image in zip(indices, images, strict=True)]
 
 
 def photographs(paths: Sequence[Path] | None, transform: TransformConfig, image_size: int) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
-    to_tensor = build_eval_transform(transform, image_size)
+    to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
     if not paths:
-        return [(BUNDLED, to_tensor(Image.fromarray(load_sample_image(BUNDLED))))]
-    return [(file.name, to_tensor(read(file))) for path in paths for file in image_files(path)]
+        return [(BUNDLED, normalise(to_bytes(Image.fromarray(load_sample_image(BUNDLED)))))]
+    return [(file.name, normalise(to_bytes(read(file)))) for path in paths for file in image_files(path)]
 
 
 def image_files(path: Path) -> list[Path]:

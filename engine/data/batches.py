@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from engine.data.bad_files import BadFile, BadFiles
 from engine.data.decoding import reason_of
+from engine.data.delivery import Delivery
 from engine.errors import InputError, RunError
 
 WORKER_DIED = "DataLoader worker (pid"  # so begins torch's message
@@ -34,15 +34,16 @@ def collate(samples: list[Any]) -> tuple[list[Tensor] | None, list[BadFile]]:
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """Pairs (images (B, C, H, W), labels (B,)) of a loader whose bad files are recorded.
+    """Delivered pairs (images (B, C, H, W), labels (B,)) of a loader whose bad files are recorded.
 
     Raises:
         InputError: more bad files than allowed.
         RunError: a worker died.
     """
 
-    def __init__(self, loader: DataLoader, bad_files: BadFiles) -> None:
+    def __init__(self, loader: DataLoader, bad_files: BadFiles, deliver: Delivery) -> None:
         self._bad_files = bad_files
+        self._deliver = deliver
         self._workers = loader.num_workers
         with worker_deaths(self._workers):
             self._batches = iter(loader)  # draws from the global generator: not to be put off to the first batch
@@ -57,8 +58,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         if batch is None:
             name, reason = found[0]
             raise InputError(f"no training image can be read in place of {name}, which cannot either: {reason}")
-        images, labels = batch
-        return images, labels
+        return self._deliver(*batch)
 
     def close(self) -> None:
         """End the workers. The garbage collector may close the queue to them before it tells them to end,
@@ -80,8 +80,9 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 class Loader:
     """A loader that can be gone through many times, as :class:`Batches`."""
 
-    def __init__(self, loader: DataLoader, bad_files: BadFiles) -> None:
+    def __init__(self, loader: DataLoader, bad_files: BadFiles, deliver: Delivery) -> None:
         self._loader = loader
+        self._deliver = deliver
         self.bad_files = bad_files
 
     def __len__(self) -> int:
@@ -91,10 +92,12 @@ class Loader:
         """At most `count` images (B, C, H, W), spread over the data, loaded by this process; black if unreadable."""
         dataset = self._loader.dataset
         positions = range(0, len(dataset), math.ceil(len(dataset) / count))
-        return torch.stack([image for image, _ in dataset.__getitems__(list(positions))[: len(positions)]])
+        pairs = dataset.__getitems__(list(positions))[: len(positions)]
+        images, _ = self._deliver(*default_collate(pairs))
+        return images
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with closing(Batches(self._loader, self.bad_files)) as batches:
+        with closing(Batches(self._loader, self.bad_files, self._deliver)) as batches:
             yield from batches
 
 

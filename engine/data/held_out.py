@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.data.bad_files import BadFile, UnreadableImage
@@ -19,14 +19,14 @@ class HeldOutShare(Dataset):
     Every process thus makes the same number of forwards, and each image is in one share only.
 
     Args:
-        shape: (C, H, W) of the images.
+        blank: stands for what is no image, (C, H, W).
     """
 
-    def __init__(self, dataset: Dataset, rank: int, world_size: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, dataset: Dataset, rank: int, world_size: int, blank: Tensor) -> None:
         self._dataset = dataset
         self._rank = rank
         self._world_size = world_size
-        self._shape = shape
+        self._blank = blank
 
     def __len__(self) -> int:
         return math.ceil(len(self._dataset) / self._world_size)
@@ -44,4 +44,4 @@ class HeldOutShare(Dataset):
                 return image, int(label)
             except UnreadableImage as error:
                 bad_files.append(error.bad_file)
-        return torch.zeros(self._shape), IGNORED
+        return self._blank, IGNORED

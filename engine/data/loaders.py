@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from engine.config import UNTRANSFORMED, Config
 from engine.data.bad_files import BadFiles
 from engine.data.batches import Batches, Loader, collate
 from engine.data.batching import accumulation_for, batch_for
+from engine.data.delivery import build_delivery
 from engine.data.digits import build_digits
 from engine.data.held_out import HeldOutShare
 from engine.data.images import build_held_out_images, build_images
@@ -99,7 +101,8 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
             last_iteration=max_iterations,
         )
         dataset = SeededDataset(source.train, attempts=config.data.bad_files + 1)
-        return Batches(DataLoader(dataset, batch_sampler=order, **_loading(config, process)), bad_files)
+        loader = DataLoader(dataset, batch_sampler=order, **_loading(config, process))
+        return Batches(loader, bad_files, build_delivery(config, process.device, is_training=True))
 
     return DataLoaders(
         train_from=train_from,
@@ -124,8 +127,10 @@ def build_held_out(config: Config, source: DataSource, process: Process, bad_fil
     if bad_files is None:
         bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
     shape = (source.in_chans, config.data.image_size, config.data.image_size)
-    share = HeldOutShare(source.held_out, process.rank, process.world_size, shape)
-    return Loader(DataLoader(share, batch_size=config.evaluation.batch, **_loading(config, process)), bad_files)
+    pixel = torch.float32 if config.data.dataset in UNTRANSFORMED else torch.uint8
+    share = HeldOutShare(source.held_out, process.rank, process.world_size, torch.zeros(shape, dtype=pixel))
+    loader = DataLoader(share, batch_size=config.evaluation.batch, **_loading(config, process))
+    return Loader(loader, bad_files, build_delivery(config, process.device, is_training=False))
 
 
 def _loading(config: Config, process: Process) -> dict[str, Any]:

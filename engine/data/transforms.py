@@ -1,14 +1,14 @@
-"""From a decoded image to a normalised tensor, by timm's transforms."""
+"""From a decoded image to a tensor of bytes, by timm's transforms, and what follows on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision.transforms import Compose
 
 from engine.config import UNTRANSFORMED, Config, TransformConfig
 from engine.errors import input_errors
@@ -23,9 +23,9 @@ def normalisation(config: Config) -> tuple[list[float] | None, list[float] | Non
 
 
 def build_train_transform(config: TransformConfig, image_size: int) -> Transform:
-    """Random crop and flips, colours, normalisation, erasing, in timm's order."""
+    """Random crop and flips, then colours: (C, H, W) uint8."""
     with input_errors("transform"):
-        transform: Compose = create_transform(
+        return create_transform(
             image_size,
             is_training=True,
             scale=tuple(config.scale),
@@ -37,14 +37,12 @@ def build_train_transform(config: TransformConfig, image_size: int) -> Transform
             interpolation=config.interpolation,
             mean=tuple(config.mean),
             std=tuple(config.std),
+            normalize=False,
         )
-    if config.random_erase:
-        transform.transforms.append(random_erasing(config))
-    return transform
 
 
 def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
-    """Resize the shorter side to image_size / eval_crop, crop the centre, normalise."""
+    """Resize the shorter side to image_size / eval_crop, crop the centre: (C, H, W) uint8."""
     with input_errors("transform"):
         return create_transform(
             image_size,
@@ -53,11 +51,12 @@ def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
             std=tuple(config.std),
             crop_pct=config.eval_crop,
             crop_mode=config.eval_crop_mode,
+            normalize=False,
         )
 
 
-def random_erasing(config: TransformConfig) -> RandomErasing:
-    """timm's random erasing with all of its ranges (create_transform would leave them at their defaults)."""
+def random_erasing(config: TransformConfig, device: torch.device) -> RandomErasing:
+    """timm's, of normalised images (B, C, H, W) on the device."""
     (min_area, max_area), (min_aspect, max_aspect) = config.erase_area, config.erase_aspect
     return RandomErasing(
         config.random_erase,
@@ -67,5 +66,5 @@ def random_erasing(config: TransformConfig) -> RandomErasing:
         max_aspect=max_aspect,
         mode=config.erase_mode,
         max_count=config.erase_count,
-        device="cpu",
+        device=device,
     )

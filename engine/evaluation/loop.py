@@ -20,13 +20,12 @@ def measure(model: nn.Module, loader: Loader, precision: Precision, process: Pro
 
     Args:
         model: without distributed wrapper; its training mode is restored.
-        loader: this process's share of the images.
+        loader: this process's share of the images, on its device.
         meters: new ones; at the end each has what all processes have counted.
     """
     was_training = model.training
     model.eval()
     for images, labels in loader:
-        images, labels = images.to(process.device, non_blocking=True), labels.to(process.device, non_blocking=True)
         with precision.autocast():
             logits = model(images)
         logits = logits.float()

@@ -26,5 +26,4 @@ class SubModelPictures(HookBase):
 
     def before_train(self) -> None:
         if self.trainer.iteration == 0:
-            images = self.trainer.data.held_out.examples(SHOWN).to(self.trainer.process.device)
-            self._writing.write_images(self._draw(images))
+            self._writing.write_images(self._draw(self.trainer.data.held_out.examples(SHOWN)))

@@ -12,7 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.data import BadFiles
 from engine.data.batches import Batches, Loader, collate
+from engine.data.delivery import Delivery
 from engine.errors import RunError
+
+AS_THEY_ARE = Delivery(torch.device("cpu"))
 
 
 class Faulty(Dataset):
@@ -34,7 +37,7 @@ class Faulty(Dataset):
 def test_a_worker_that_crashes_ends_in_one_line(code):
     loader = DataLoader(Faulty(lambda: os._exit(code)), batch_size=2, num_workers=1, collate_fn=collate)
     with pytest.raises(RunError) as error:
-        for _ in Batches(loader, BadFiles(0)):
+        for _ in Batches(loader, BadFiles(0), AS_THEY_ARE):
             pass
     assert str(error.value).startswith("a data loading worker died: DataLoader worker (pid")
     assert str(error.value).endswith("lower data.workers (now 1) or train.micro_batch")
@@ -42,7 +45,9 @@ def test_a_worker_that_crashes_ends_in_one_line(code):
 
 
 def test_an_end_is_no_fault_and_a_second_round_is_the_same():
-    loader = Loader(DataLoader(Faulty(lambda: None), batch_size=3, num_workers=2, collate_fn=collate), BadFiles(0))
+    loader = Loader(
+        DataLoader(Faulty(lambda: None), batch_size=3, num_workers=2, collate_fn=collate), BadFiles(0), AS_THEY_ARE
+    )
     assert len(loader) == 6
     for _ in range(2):
         assert torch.cat([images for images, _ in loader]).tolist() == list(range(16))
@@ -54,7 +59,7 @@ def test_closing_ends_the_workers_though_they_heed_no_signal():
 
     data = Faulty(lambda: None)
     loader = DataLoader(data, batch_size=2, num_workers=2, collate_fn=collate, worker_init_fn=ignore)
-    batches = Batches(loader, BadFiles(0))
+    batches = Batches(loader, BadFiles(0), AS_THEY_ARE)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     batches.close()
@@ -69,4 +74,4 @@ def test_an_error_of_user_code_in_a_worker_stays_what_it_is(workers, error):
 
     loader = DataLoader(Faulty(fail), batch_size=2, num_workers=workers, collate_fn=collate)
     with pytest.raises(error, match="the overlay of this transform is missing"):
-        list(Batches(loader, BadFiles(5)))
+        list(Batches(loader, BadFiles(5), AS_THEY_ARE))
