@@ -74,3 +74,11 @@ def test_one_image_or_many(shape):
     images = torch.full(shape, 255, dtype=torch.uint8)
     expected = torch.tensor([(1 - 0.5) / 0.25, (1 - 0.25) / 0.5, 1.0])[:, None, None].expand(shape)
     assert torch.equal(Normalise([0.5, 0.25, 0.0], [0.25, 0.5, 1.0])(images), expected)
+
+
+def test_channels_last_is_how_images_lie_in_memory():
+    config = Config()
+    config.train.channels_last = True
+    images, _ = build_delivery(config, CPU, is_training=True)(every_byte(), LABELS)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, delivered())

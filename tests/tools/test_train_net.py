@@ -247,6 +247,17 @@ def test_compiled_training_is_the_same_training(train_net, tmp_path):
     assert compiled[-1]["main_loss"] == pytest.approx(eager[-1]["main_loss"], rel=0.1)
 
 
+def test_channels_last_changes_rounding_alone(train_net, tmp_path):
+    config = DIGITS.with_name("digits_resnet.yaml")
+    for layout in ("false", "true"):
+        assert train_net(
+            "--config", config, f"output_dir={tmp_path}/{layout}", "train.max_iters=20", f"train.channels_last={layout}"
+        )[0] == 0  # fmt: skip
+    usual, channels_last = metrics(tmp_path / "false"), metrics(tmp_path / "true")
+    assert channels_last[-1]["main_loss"] == pytest.approx(usual[-1]["main_loss"], rel=1e-3)
+    assert channels_last[-1]["main_loss"] != usual[-1]["main_loss"]  # or the layout would not be in use
+
+
 def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
     code, output, _ = train_net("--config", DIGITS, "--print-config", "seed=4")
     assert code == 0
