@@ -21,6 +21,7 @@ class SubModelAugmentation:
     =============  ==================  ====================================================
     ``image``      :meth:`image`       the input images
     ``tokens``     :meth:`tokens`      the token sequence after position embedding
+    ``windows``    :meth:`windows`     groups of Swin's windows after the stem, each as one token
     ``stem``       :meth:`stem`        the feature map of the stem, with a learnable mask token
     ``drop_path``  :meth:`module_state`  every stochastic-depth module
     ``dropout``    :meth:`module_state`  every projection and MLP dropout
@@ -54,6 +55,10 @@ class SubModelAugmentation:
     def tokens(self, tokens: Tokens) -> Tokens:
         """Change or remove tokens of the sub-model."""
         return tokens
+
+    def windows(self, groups: Tokens) -> Tokens:
+        """Change or remove groups of windows of the sub-model."""
+        return groups
 
     def stem(self, features: StemFeatures) -> StemFeatures:
         """Change the stem features of the sub-model."""

@@ -10,28 +10,30 @@ from augsub.registry import register
 from augsub.views import Images, StemFeatures, Tokens
 
 DEFAULT_CELL = 32  # pixels; Swin's 7 x 7 cells at 224 px, as in masked image modelling (SimMIM)
-SITE_OF_MODE = {"drop_tokens": "tokens", "mask_token": "stem", "zero_pixels": "image"}
+SITE_OF_MODE = {"drop_tokens": "tokens", "drop_windows": "windows", "mask_token": "stem", "zero_pixels": "image"}
 
 
 @register("masking")
 class Masking(SubModelAugmentation):
     """Hide `ratio` of the cells of every image, drawn anew per sample.
 
-    By default in the cheapest way that the model allows: remove patch tokens, else replace stem
-    features by a learnable mask token, else set input pixels to zero. Ratio 0 equals the main model.
+    By default in the first of the paper's ways that the model allows: remove patch tokens, else replace
+    stem features by a learnable mask token, else set input pixels to zero. Ratio 0 equals the main model.
+    Of these the first alone saves computation; Swin can leave out groups of windows instead.
 
     Args:
         ratio: share of hidden cells in [0, 1); int(L * (1 - ratio)) of L cells stay visible.
         cell: side of a square cell in pixels for ``mask_token`` and ``zero_pixels`` (default 32);
-            with ``drop_tokens`` a cell is one patch.
-        mode: ``drop_tokens``, ``mask_token`` or ``zero_pixels`` to insist on one way.
+            with ``drop_tokens`` a cell is one patch, with ``drop_windows`` a group of windows.
+        mode: ``drop_tokens``, ``mask_token`` or ``zero_pixels`` to insist on one way; ``drop_windows`` for
+            Swin: a quarter of the image is a cell (112 of 224 pixels), and what is hidden is not computed.
 
     Raises:
         ValueError: for an argument out of range and, in the sub-forward, for a cell larger than
             the image or a ratio that leaves no cell.
     """
 
-    sites = tuple(SITE_OF_MODE.values())
+    sites = ("tokens", "stem", "image")
 
     def __init__(self, ratio: float = 0.5, cell: int | None = None, mode: str | None = None) -> None:
         super().__init__(ratio)
@@ -46,11 +48,14 @@ class Masking(SubModelAugmentation):
 
     def tokens(self, tokens: Tokens) -> Tokens:
         if self.cell is not None:
-            raise ValueError(f"masking: cell = {self.cell} px, but this model drops patch tokens: leave cell unset")
+            raise ValueError(f"masking: cell = {self.cell} px, but here the model says what a cell is: leave it unset")
         if self.ratio == 0:
             return tokens
         batch = tokens.values.shape[0]
         return tokens.keep(random_keep(batch, tokens.num_patches, self.ratio, tokens.values.device))
+
+    def windows(self, groups: Tokens) -> Tokens:
+        return self.tokens(groups)
 
     def stem(self, features: StemFeatures) -> StemFeatures:
         if self.ratio == 0:

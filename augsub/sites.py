@@ -6,7 +6,7 @@ It holds modules, never parameters, so that it stays true when a model is moved,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +17,7 @@ from augsub.views import Images, StemFeatures, Tokens
 
 ImageSize = tuple[int, int]
 Layout = Literal["NLC", "NHWC", "NCHW"]
+Assignment = tuple[nn.Module, str, Any]  # this module's attribute has this value
 
 
 View = TypeVar("View", Images, Tokens, StemFeatures)
@@ -50,19 +51,32 @@ class ImageSite:
     def serves(self, augmentation: SubModelAugmentation) -> bool:
         return self.resizable or not augmentation.resizes_images
 
+    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
+        return ()
+
     def apply(self, augmentations: Sequence[SubModelAugmentation], images: Tensor) -> Tensor:
         return augmented(Images(images, self.stride), augmentations, "image").values
 
 
 class HookedSite:
-    """The output of `module`, changed by a forward hook."""
+    """The output of `module`, changed by a forward hook, and if need be that of a later module, `end`."""
 
     module: nn.Module
+    end: nn.Module | None = None
 
     def serves(self, augmentation: SubModelAugmentation) -> bool:
         return True
 
+    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
+        """Attributes that modules have during the sub-forward."""
+        return ()
+
     def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
+        """The output of `module` in the sub-forward."""
+        raise NotImplementedError
+
+    def leave(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
+        """The output of `end` in the sub-forward."""
         raise NotImplementedError
 
 
@@ -131,6 +145,12 @@ class ModuleSite:
 
     def serves(self, augmentation: SubModelAugmentation) -> bool:
         return True
+
+    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
+        for augmentation in augmentations:
+            for module in self.modules:
+                for attribute, value in augmentation.module_state(module).items():
+                    yield module, attribute, value
 
 
 Site = ImageSite | HookedSite | ModuleSite

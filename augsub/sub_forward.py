@@ -14,9 +14,7 @@ from torch.utils._pytree import tree_leaves
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
 from augsub.registry import AUGSUB_REGISTRY
-from augsub.sites import HookedSite, ModuleSite
-
-Assignment = tuple[nn.Module, str, Any]  # this module's attribute has this value
+from augsub.sites import Assignment, HookedSite
 
 
 class SubForward:
@@ -35,9 +33,11 @@ class SubForward:
         self._checkpointed = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
         self._held: list[Assignment] = []
         self._hooks = [
-            site.module.register_forward_hook(_SiteHook(name, site, self))
+            module.register_forward_hook(_SiteHook(name, change, self))
             for name, site in self.sites.items()
             if isinstance(site, HookedSite)
+            for module, change in ((site.module, site.apply), (site.end, site.leave))
+            if module is not None
         ]
 
     def main(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -55,17 +55,9 @@ class SubForward:
         self._release()
         plan = self.plan(augmentation)
         augmented = self.sites["image"].apply(plan.get("image", ()), images)
-        state = [
-            (module, attribute, value)
-            for name, members in plan.items()
-            if isinstance(self.sites[name], ModuleSite)
-            for member in members
-            for module in self.sites[name].modules
-            for attribute, value in member.module_state(module).items()
-        ]
         image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
-        if augmented.shape[-2:] != images.shape[-2:]:
-            state += self._resized_state(image_size)
+        state = list(self._resized_state(image_size)) if augmented.shape[-2:] != images.shape[-2:] else []
+        state += [assignment for name, members in plan.items() for assignment in self.sites[name].state(members)]
         try:
             self.active = plan
             self.image_size = image_size
@@ -156,13 +148,13 @@ class SubForward:
 
 
 class _SiteHook:
-    """Forward hook that hands a module's output to the augmentations active at its site."""
+    """Forward hook that lets a site change a module's output by the augmentations active there."""
 
-    def __init__(self, name: str, site: HookedSite, sub_forward: SubForward) -> None:
+    def __init__(self, name: str, change: Callable[..., Any], sub_forward: SubForward) -> None:
         self.name = name
-        self.site = site
+        self.change = change
         self.sub_forward = sub_forward
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         augmentations = self.sub_forward.active.get(self.name)
-        return self.site.apply(augmentations, output, self.sub_forward.image_size) if augmentations else None
+        return self.change(augmentations, output, self.sub_forward.image_size) if augmentations else None

@@ -100,7 +100,7 @@ class RecordedAugmentation(augsub.SubModelAugmentation):
     def __init__(self, augmentation: augsub.SubModelAugmentation, recording: Recording) -> None:
         self._augmentation = augmentation
         self._recording = recording
-        self.name, self.sites = augmentation.name, augmentation.sites
+        self.name, self.sites, self.ratio = augmentation.name, augmentation.sites, augmentation.ratio
         self.resizes_images = augmentation.resizes_images
         self.module_state = augmentation.module_state
 
@@ -124,7 +124,13 @@ class RecordedAugmentation(augsub.SubModelAugmentation):
         return augmented
 
     def tokens(self, tokens: Tokens) -> Tokens:
-        augmented, recording = self._augmentation.tokens(tokens), self._recording
+        return self._note_removed(tokens, self._augmentation.tokens(tokens))
+
+    def windows(self, groups: Tokens) -> Tokens:
+        return self._note_removed(groups, self._augmentation.windows(groups))
+
+    def _note_removed(self, tokens: Tokens, augmented: Tokens) -> Tokens:
+        recording = self._recording
         if tokens.kept is None:
             recording.token_grid = tokens.grid
         if augmented.kept is None or recording.token_grid is None:

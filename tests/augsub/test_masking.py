@@ -137,7 +137,7 @@ def test_a_mode_can_be_insisted_on(mode, make_model, images):
         ("swin", {"ratio": 0.5, "cell": 33}, "cell = 33 px is larger than the image of (32, 32) px"),
         ("resnet", {"ratio": 0.5}, "ratio = 0.5 leaves none of 1 cells visible"),
         ("vit", {"ratio": 0.95}, "ratio = 0.95 leaves none of 16 cells visible"),
-        ("vit", {"ratio": 0.5, "cell": 8}, "drops patch tokens: leave cell unset"),
+        ("vit", {"ratio": 0.5, "cell": 8}, "the model says what a cell is: leave it unset"),
         ("swin", {"ratio": 0.5, "mode": "drop_tokens"}, "masking has no site in SwinTransformer"),
     ],
 )

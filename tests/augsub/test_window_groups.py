@@ -1,0 +1,122 @@
+"""Groups of windows of Swin: what is left out is not computed, and the rest is computed as it would be alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import augsub
+from models.complexity import analyze
+
+SIDE = 16  # pixels of a group: the second of three stages has windows of 4 x 4 positions of 4 pixels
+SMALL = {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2, 2), "num_heads": (1, 2, 4)}
+VARIANTS = {  # biases of V2 are a function of the distance, in parts of the window unless that of the pretraining is given
+    "swin_tiny_patch4_window7_224": {},
+    "swinv2_tiny_window8_256": {"pretrained_window_sizes": (4, 4, 4)},
+}
+
+
+def swin(name: str = "swin_tiny_patch4_window7_224", image_size: int = 64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, img_size=image_size, **SMALL, **VARIANTS[name]).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def of_group_size(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The same weights in a model that timm builds for images of the size of a group, with windows that fit."""
+    small = swin(name, image_size=SIDE)
+    state = model.state_dict()
+    for key, own in small.state_dict().items():
+        if own.shape != state[key].shape:  # a table of position biases, (offsets, heads), for a smaller window
+            (built, side), heads = (round(len(table) ** 0.5) for table in (state[key], own)), own.shape[1]
+            border = (built - side) // 2
+            inner = state[key].view(built, built, heads)[border : built - border, border : built - border]
+            state[key] = inner.reshape(own.shape)
+    small.load_state_dict({key: state[key] for key in small.state_dict()})
+    return small
+
+
+def drop_windows(ratio: float = 0.5) -> augsub.SubModelAugmentation:
+    return augsub.build("masking", ratio=ratio, mode="drop_windows")
+
+
+def kept_groups(batch: int, groups: int, kept: int, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.rand(batch, groups).topk(kept, largest=False).indices
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 8), (0.25, 12), (0.9, 1)])
+def test_every_group_is_computed_as_an_image_of_its_own(name, ratio, kept):
+    images = torch.randn(3, 3, 64, 64)
+    model = augsub.patch(swin(name))
+    torch.manual_seed(7)
+    logits = model(images, augsub=drop_windows(ratio))
+
+    small = of_group_size(model, name)
+    cells = images.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).flatten(2, 3).transpose(1, 2)  # (B, 16, 3, 16, 16)
+    chosen = kept_groups(3, 16, kept, seed=7)
+    features = [
+        torch.stack([small.forward_features(sample[cell][None])[0] for cell in cells_of]).mean(dim=(0, 1, 2))
+        for sample, cells_of in zip(cells, chosen, strict=True)
+    ]
+    torch.testing.assert_close(logits, small.head.fc(torch.stack(features)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ratio_0_is_the_main_model_and_the_main_model_stays_what_it_was(name):
+    images = torch.randn(2, 3, 64, 64)
+    plain = swin(name)(images)
+    model = augsub.patch(swin(name))
+    assert torch.equal(model(images, augsub=drop_windows(0.0)), plain)
+    assert not torch.allclose(model(images, augsub=drop_windows()), plain)
+    assert torch.equal(model(images), plain)
+
+
+def test_the_published_swin_saves_what_it_leaves_out():
+    sub_models = [drop_windows(), augsub.build("masking", ratio=0.5)]
+    cost = analyze(timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224), sub_models)
+    windows, mask_token = (sub.flops / cost.main.flops for sub in cost.subs)
+    assert windows < 0.53 and mask_token > 0.99
+
+
+def test_gradients_are_the_same_with_gradient_checkpointing_and_in_a_copy():
+    images = torch.randn(2, 3, 64, 64)
+    model = augsub.patch(swin())
+
+    def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(images, augsub=drop_windows()).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients(model)
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing(True)
+    for one, other in zip(expected, gradients(twin), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_each_sample_has_groups_of_its_own():
+    images = torch.randn(1, 3, 64, 64).expand(8, -1, -1, -1)
+    torch.manual_seed(0)
+    logits = augsub.patch(swin())(images, augsub=drop_windows())
+    assert len(logits.unique(dim=0)) == 8
+
+
+def test_where_there_are_no_groups_it_is_said():
+    with pytest.raises(ValueError, match="masking has no site in ResNet: it acts at windows"):
+        augsub.patch(timm.create_model("resnet18"))(torch.randn(1, 3, 64, 64), augsub=drop_windows())
+    model = augsub.patch(swin())
+    with pytest.raises(ValueError, match="a map of 20 x 20 positions does not divide into groups of windows of 8 x 8"):
+        crop = augsub.build("random_crop", ratio=0.6)
+        model(torch.randn(1, 3, 64, 64), augsub=augsub.Compose([crop, drop_windows()]))
+    with pytest.raises(ValueError, match=r"ratio = 0\.95 leaves none of 16 cells"):
+        model(torch.randn(1, 3, 64, 64), augsub=drop_windows(0.95))
+    with pytest.raises(ValueError, match="masking: cell = 8 px"):
+        model(torch.randn(1, 3, 64, 64), augsub=augsub.build("masking", ratio=0.5, mode="drop_windows", cell=8))
