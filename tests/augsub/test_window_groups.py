@@ -13,7 +13,7 @@ from models.complexity import analyze
 
 SIDE = 16  # pixels of a group: the second of three stages has windows of 4 x 4 positions of 4 pixels
 SMALL = {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2, 2), "num_heads": (1, 2, 4)}
-VARIANTS = {  # biases of V2 are a function of the distance, in parts of the window unless that of the pretraining is given
+VARIANTS = {  # without pretrained_window_sizes the biases of V2 would depend on the size of the window
     "swin_tiny_patch4_window7_224": {},
     "swinv2_tiny_window8_256": {"pretrained_window_sizes": (4, 4, 4)},
 }
