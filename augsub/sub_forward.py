@@ -97,9 +97,10 @@ class SubForward:
 
     def site_of(self, augmentation: SubModelAugmentation | type[SubModelAugmentation]) -> str | None:
         """Name of the first site of the augmentation that serves it in this model, None if there is none."""
-        return next(
-            (name for name in augmentation.sites if name in self.sites and self.sites[name].serves(augmentation)), None
-        )
+        for name in augmentation.sites:
+            if name in self.sites and self.sites[name].serves(augmentation):
+                return name
+        return None
 
     def support(self) -> dict[str, str]:
         """Registered augmentations that have a site in this model, with the site's name."""

@@ -59,7 +59,8 @@ class WindowGroupSite(HookedSite):
                 f"a map of {resolution[0]} x {resolution[1]} positions does not divide into groups of windows "
                 f"of {rows} x {columns}"
             )
-        (rows, columns), grid = self.side, tuple(map(int.__floordiv__, resolution, self.side))
+        rows, columns = self.side
+        grid = (int(resolution[0]) // rows, int(resolution[1]) // columns)  # tensors while torch.jit traces
         groups = (
             output.view(batch, grid[0], rows, grid[1], columns, width)
             .transpose(2, 3)
