@@ -64,15 +64,19 @@ class TrainerBase:
         """One optimiser step."""
         raise NotImplementedError
 
+    def run_iteration(self) -> None:
+        """One step with its hooks."""
+        self._call("before_step")
+        self.run_step()
+        self.iteration += 1
+        self._call("after_step")
+
     def train(self) -> None:
         """All steps that are left, with their hooks."""
         try:
             self._call("before_train")
             while not self.is_last:
-                self._call("before_step")
-                self.run_step()
-                self.iteration += 1
-                self._call("after_step")
+                self.run_iteration()
             self._call("after_train")
         finally:
             self._call("close")

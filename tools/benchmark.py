@@ -1,0 +1,141 @@
+"""What training costs, beside what it must cost by arithmetic.
+
+    python tools/benchmark.py --quick                                   # all parts on small models, minutes on two cores
+    python tools/benchmark.py --device cuda --amp bf16 --compile --parts steps --models vit_base_patch16_224:224:256
+    python tools/benchmark_page.py runs/benchmark.json                  # docs/performance.md from one or more files
+
+Contenders of one table are measured in turns; ratios are medians over pairs of rounds, with quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+
+from engine import atomic
+from engine.command_line import exit_code
+from engine.errors import InputError, input_errors, writing_errors
+from models.build import image_settings
+from tools.benchmark_data import measure_data
+from tools.benchmark_figures import Figure, table
+from tools.benchmark_memory import measure_memory
+from tools.benchmark_optimizer import measure_equality, measure_optimizer
+from tools.benchmark_processes import measure_processes
+from tools.benchmark_steps import Setting, Timing, measure_steps
+
+PARTS = ("steps", "memory", "optimizer", "data", "processes")
+QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
+WHOLE_CPU = ("vit_base_patch16_224:224:4", "swin_tiny_patch4_window7_224:224:4", "resnet50:224:4")
+WHOLE_GPU = ("vit_base_patch16_224:224:128", "swin_tiny_patch4_window7_224:224:128", "resnet50:224:128")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="small models and few rounds")
+    parser.add_argument("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="timm models, pixels, images per step")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision of forwards")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--channels-last", action="store_true", help="memory layout of images and convolutions")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the steps: 'our trainer', 'masking 0.5' …")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), help="file to write")
+    return parser.parse_args()
+
+
+def settings_of(arguments: argparse.Namespace) -> list[Setting]:
+    """What is trained; the arguments of NAME:SIZE:BATCH are checked."""
+    usual = QUICK if arguments.quick else WHOLE_GPU if arguments.device.type == "cuda" else WHOLE_CPU
+    settings = []
+    for text in arguments.models or usual:
+        name, *sizes = text.split(":")
+        if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+            raise InputError(f"--models {text}: allowed is NAME:SIZE:BATCH, for example resnet50:224:64")
+        with input_errors(f"--models {text}"):
+            image_settings(name)
+        settings.append(Setting(name, *map(int, sizes), arguments.amp, arguments.compile, arguments.channels_last))
+    return settings
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What was measured on, and with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def measure(arguments: argparse.Namespace) -> list[Figure]:
+    """All parts, each printed when it is done."""
+    settings, device = settings_of(arguments), arguments.device
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no such device")
+    rounds = arguments.rounds or (5 if arguments.quick else 10)
+    timing = Timing(device, rounds, warm_up=3 if arguments.compile else 1, repeats=10 if device.type == "cuda" else 1)
+    plain = Timing(device, rounds, warm_up=1, repeats=timing.repeats)
+    small = "vit_tiny_patch16_224"
+    jobs: dict[str, list[Callable[[], list[Figure]]]] = {
+        "steps": [lambda setting=setting: measure_steps(setting, timing, arguments.only) for setting in settings],
+        "memory": [lambda setting=setting: measure_memory(setting, device) for setting in settings],
+        "optimizer": [
+            lambda: measure_optimizer("vit_base_patch16_224", plain),
+            lambda: measure_equality(small if arguments.quick else "vit_base_patch16_224", device),
+        ],
+        "data": [lambda: measure_data(192 if arguments.quick else 2048, 32, arguments.workers, plain)],
+        "processes": [measure_processes],
+    }
+    figures: list[Figure] = []
+    for part in arguments.parts:
+        for job in jobs[part]:
+            found = job()
+            print(f"\n{table(found)}", flush=True)
+            figures += found
+    return figures
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, save."""
+    facts = machine(arguments.device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    figures = measure(arguments)
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    content = {"machine": facts, "command": " ".join(words), "figures": [asdict(figure) for figure in figures]}
+    with writing_errors(arguments.json):
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(arguments.json, json.dumps(content, indent=1))
+    print(f"\n{arguments.json}")
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error."""
+    arguments = parse_arguments()
+    return exit_code(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

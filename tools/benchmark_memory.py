@@ -1,0 +1,70 @@
+"""Peak memory of plain training and of MaskSub, each in a process of its own.
+
+python tools/benchmark_memory.py NAME MODEL IMAGE_SIZE BATCH AMP DEVICE    # prints bytes
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from engine.memory import MAXRSS_BYTES
+from tools.benchmark_figures import Figure
+from tools.benchmark_steps import PLAIN, Setting, build
+
+STEPS = 3
+TARGET = 1.03
+# glibc gives freed blocks of that size back at once, so that resident memory follows the tensors
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def measure_memory(setting: Setting, device: torch.device) -> list[Figure]:
+    """Weights, gradients, optimiser states and activations, at most, in a few steps."""
+    peaks = {name: _in_a_process(name, setting, device) for name in (PLAIN, "masking 0.5")}
+    figures = []
+    for name, peak in peaks.items():
+        ratio = peak / peaks[PLAIN]
+        compared = {} if name == PLAIN else {"ratio": ratio, "low": ratio, "high": ratio, "against": PLAIN,
+                                             "limit": 1.0, "target": TARGET}  # fmt: skip
+        figures.append(Figure("memory", str(setting), name, peak / 1e6, "MB", **compared))
+    return figures
+
+
+def _in_a_process(name: str, setting: Setting, device: torch.device) -> int:
+    words = [name, setting.model, setting.image_size, setting.batch, setting.amp, device]
+    command = [sys.executable, "-m", "tools.benchmark_memory", *map(str, words)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **EXACT}, cwd=root, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def peak(name: str, setting: Setting, device: torch.device) -> int:
+    """Bytes that training needed at most, beyond what the process had before."""
+    before = _resident()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(name, setting, device, Path(folder))
+        for _ in range(STEPS):
+            trainer.run_iteration()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES - before
+
+
+def _resident() -> int:
+    """Bytes of this process in memory now; Linux tells, elsewhere the peak so far stands for it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
+    return pages * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    what, model, image_size, batch, amp, where = sys.argv[1:]
+    print(peak(what, Setting(model, int(image_size), int(batch), amp), torch.device(where)))
