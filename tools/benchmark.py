@@ -1,6 +1,6 @@
 """What training costs, beside what it must cost by arithmetic.
 
-    python tools/benchmark.py --quick                                   # all parts on small models, minutes on two cores
+    python tools/benchmark.py --quick                                   # all parts, minutes on two cores
     python tools/benchmark.py --device cuda --amp bf16 --compile --parts steps --models vit_base_patch16_224:224:256
     python tools/benchmark_page.py runs/benchmark.json                  # docs/performance.md from one or more files
 

@@ -81,7 +81,8 @@ def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None 
             name: _step(name, setting, timing.device, Path(folder) / str(index)) for index, name in enumerate(chosen)
         }
         seconds = in_turns(steps, timing.rounds, timing.warm_up, timing.device, timing.repeats)
-        waits = {name: count_synchronisations(steps[name], timing.device) for name in chosen}
+        is_gpu = timing.device.type == "cuda"  # on a CPU there is nothing to wait for
+        waits = {name: count_synchronisations(step, timing.device) for name, step in steps.items() if is_gpu}
     del steps
     gc.collect()
     peak = peak_flops(setting, timing.device)
@@ -92,7 +93,7 @@ def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None 
         cost = costs.get(name, Cost(costs.main, 1.0))
         if peak:
             note += f", MFU {100 * 3 * 2 * cost.main * cost.training * setting.batch / median / peak:.1f} %"
-        if name not in (BARE, TIMM):
+        if name in waits:
             note += f", {waits[name]} waits for the device"
         against = "" if name == BARE else BARE if name in (TIMM, PLAIN) else PLAIN
         limit = None if name == BARE else cost.training
@@ -153,7 +154,7 @@ def build(name: str, setting: Setting, device: torch.device, folder: Path) -> Tr
         f"model.name={setting.model}",
         f"data.image_size={setting.image_size}",
         f"train.global_batch={setting.batch}",
-        f"train.amp={setting.amp}",
+        f"train.amp='{setting.amp}'",
         f"train.compile={setting.compiled}",
         f"train.channels_last={setting.channels_last}",
         f"augsub.sub_models={sub_models}",
@@ -186,7 +187,7 @@ def _step(name: str, setting: Setting, device: torch.device, folder: Path) -> St
 
 def _plain_steps(name: str, setting: Setting, device: torch.device) -> Iterator[None]:
     """The step that everybody writes, or that of timm's train.py, with the optimiser and precision of our trainer."""
-    config = load_config(CONFIG, [f"train.amp={setting.amp}"])
+    config = load_config(CONFIG, [f"train.amp='{setting.amp}'"])
     precision = build_precision(config, Process(rank=0, world_size=1, device=device))
     model: nn.Module = create_model(setting.model, image_size=setting.image_size, num_classes=10).to(device)
     if setting.channels_last:

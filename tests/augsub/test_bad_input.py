@@ -71,7 +71,7 @@ def test_images_that_do_not_fit(images, message, make_model):
         ("vit", {"ratio": 0.99}, "ratio = 0.99 leaves none of 16 cells visible"),
         ("resnet", {"ratio": 0.5}, "ratio = 0.5 leaves none of 1 cells visible"),
         ("swin", {"ratio": 0.5, "cell": 64}, r"cell = 64 px is larger than the image of \(32, 32\) px"),
-        ("vit", {"ratio": 0.5, "cell": 8}, "leave cell unset"),
+        ("vit", {"ratio": 0.5, "cell": 8}, "leave it unset"),
         ("resnet", {"ratio": 0.5, "mode": "drop_tokens"}, "masking has no site in ResNet: it acts at tokens; "),
     ],
 )

@@ -37,7 +37,7 @@ def test_build_takes_a_name_a_mapping_a_list_or_an_instance():
         ("masking", {"ratio": "half"}, "ratio = 'half'"),
         ("masking", {"ratio": float("nan")}, "ratio = nan"),
         ("masking", {"cell": 0}, "cell = 0, allowed is a whole number of pixels"),
-        ("masking", {"mode": "drop"}, "mode = 'drop', allowed are drop_tokens, mask_token, zero_pixels"),
+        ("masking", {"mode": "drop"}, "mode = 'drop', allowed are drop_tokens, drop_windows, mask_token, zero_pixels"),
         ({"name": "masking"}, {"ratio": 0.5}, "ratio can only be given beside an augmentation's name"),
         ([], {}, "at least one is needed"),
     ],
