@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import timm
@@ -34,6 +34,7 @@ from tools.benchmark_steps import Setting, Timing, measure_steps
 
 PARTS = ("steps", "memory", "optimizer", "data", "processes")
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
+ENOUGH = 16  # images
 WHOLE_CPU = ("vit_base_patch16_224:224:4", "swin_tiny_patch4_window7_224:224:4", "resnet50:224:4")
 WHOLE_GPU = ("vit_base_patch16_224:224:128", "swin_tiny_patch4_window7_224:224:128", "resnet50:224:128")
 
@@ -69,6 +70,11 @@ def settings_of(arguments: argparse.Namespace) -> list[Setting]:
     return settings
 
 
+def larger(setting: Setting) -> Setting:
+    """With as many images that activations outweigh gradients, as they do in a training on GPUs."""
+    return replace(setting, batch=max(setting.batch, ENOUGH))
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """What was measured on, and with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -101,7 +107,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     small = "vit_tiny_patch16_224"
     jobs: dict[str, list[Callable[[], list[Figure]]]] = {
         "steps": [lambda setting=setting: measure_steps(setting, timing, arguments.only) for setting in settings],
-        "memory": [lambda setting=setting: measure_memory(setting, device) for setting in settings],
+        "memory": [lambda setting=setting: measure_memory(larger(setting), device) for setting in settings],
         "optimizer": [
             lambda: measure_optimizer("vit_base_patch16_224", plain),
             lambda: measure_equality(small if arguments.quick else "vit_base_patch16_224", device),

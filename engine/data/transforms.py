@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.data import create_transform
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
@@ -14,12 +15,26 @@ from engine.config import UNTRANSFORMED, Config, TransformConfig
 from engine.errors import input_errors
 
 Transform = Callable[[Any], Tensor]
+POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
 
 
 def normalisation(config: Config) -> tuple[list[float] | None, list[float] | None]:
     """Mean and standard deviation by which a run's images are normalised; None for images used as they are."""
     is_normalised = config.data.dataset not in UNTRANSFORMED
     return (config.transform.mean, config.transform.std) if is_normalised else (None, None)
+
+
+def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """Keep the highest bits of every pixel; of none it is black.
+
+    RandAugment asks for 0 bits at the magnitude 10. Earlier versions of Pillow gave a black image, Pillow 13 refuses.
+    """
+    if bits == 0:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(POSTERIZING, posterize))
 
 
 def build_train_transform(config: TransformConfig, image_size: int) -> Transform:

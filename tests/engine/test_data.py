@@ -19,6 +19,7 @@ from engine.data.held_out import IGNORED
 from engine.data.images import build_images
 from engine.data.loaders import build_held_out, build_loaders, build_source
 from engine.data.stream import SeededDataset, TrainingOrder
+from engine.data.transforms import build_train_transform
 from engine.errors import InputError
 
 
@@ -250,3 +251,15 @@ def test_accumulation_follows_from_the_batch_and_the_processes(changes, world_si
 )  # fmt: skip
 def test_a_batch_that_follows_from_the_data(images, processes, batch):
     assert batch_for(images, processes) == batch
+
+
+def test_posterizing_to_no_bits_is_black_and_no_error():
+    """As RandAugment asks for at its highest magnitude; Pillow 13 alone refuses it."""
+    config = TransformConfig(auto_augment="rand-m10-inc1-n15", scale=[1, 1], color_jitter=0.0)
+    (augment,) = [op for op in build_train_transform(config, 8).transforms if hasattr(op, "ops")]
+    (posterize,) = [op for op in augment.ops if op.name == "PosterizeIncreasing"]
+    posterize.prob = 1.0
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    assert not np.asarray(posterize(Image.fromarray(pixels))).any()
+    posterize.magnitude = 5  # two bits stay
+    assert (np.asarray(posterize(Image.fromarray(pixels))) == pixels & 0b11000000).all()
