@@ -15,6 +15,8 @@ from engine.checkpoint.likeness import check_alike
 from engine.config import OptimizerConfig
 from engine.errors import InputError, input_errors
 
+FUSED = ("adam", "adamw", "sgd")  # of torch's own optimisers; timm's LAMB and others work on many tensors at once
+
 # These have the shape of their parameter, or are one number for it (NovoGrad)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
@@ -30,9 +32,11 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     arguments = {name: value for name, value in optional.items() if value is not None}
+    if config.name in FUSED and groups[0]["params"][0].is_cuda:
+        arguments["fused"] = True  # one kernel instead of a dozen
     with input_errors("optimizer"):
         return create_optimizer_v2(
-            groups, opt=config.name, lr=config.lr, weight_decay=0.0, **arguments, **config.kwargs
+            groups, opt=config.name, lr=config.lr, weight_decay=0.0, **{**arguments, **config.kwargs}
         )
 
 

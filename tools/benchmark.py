@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
             lambda: measure_optimizer("vit_base_patch16_224", plain),
             lambda: measure_equality(small if arguments.quick else "vit_base_patch16_224", device),
         ],
-        "data": [lambda: measure_data(192 if arguments.quick else 2048, 32, arguments.workers, plain)],
+        "data": [lambda: measure_data(192 if arguments.quick else 1024, 64, arguments.workers, plain)],
         "processes": [measure_processes],
     }
     figures: list[Figure] = []

@@ -37,4 +37,4 @@ def count_synchronisations(step: Callable[[], None], device: torch.device) -> in
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from augsub.augmentation import SubModelAugmentation
@@ -81,10 +82,23 @@ def _removes(augmentations: Sequence[SubModelAugmentation]) -> bool:
 def fitting_windows(block: nn.Module, resolution: Sequence[int]) -> Iterator[Assignment]:
     """A block's windows, cut to a map of that resolution."""
     window = tuple(map(min, block.window_size, resolution))
-    shifts = (
+    shift = tuple(
         shift if side < length else 0 for shift, side, length in zip(block.shift_size, window, resolution, strict=True)
     )
-    yield from with_windows(block, window, tuple(shifts))
+    yield from with_windows(block, window, shift)
+    if all(shift) and block.attn_mask is not None:
+        yield block, "attn_mask", _mask_of_part(block, resolution)
+        yield block, "dynamic_mask", False  # it would be computed anew in every forward
+
+
+def _mask_of_part(block: nn.Module, resolution: Sequence[int]) -> Tensor:
+    """The built attention mask (windows, N, N) for a smaller map: only its last row and column are special."""
+    rows, columns = (length // side for length, side in zip(block.input_resolution, block.window_size, strict=True))
+    kept_rows, kept_columns = (length // side for length, side in zip(resolution, block.window_size, strict=True))
+    mask = block.attn_mask.unflatten(0, (rows, columns))
+    mask = torch.cat([mask[: kept_rows - 1], mask[-1:]])
+    mask = torch.cat([mask[:, : kept_columns - 1], mask[:, -1:]], dim=1)
+    return mask.flatten(0, 1)
 
 
 def with_windows(block: nn.Module, window: tuple[int, ...], shift: tuple[int, ...]) -> Iterator[Assignment]:
