@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-faults test-recipes study first-run picture zoo recipes scaling lint
+.PHONY: demo test test-slow test-faults test-recipes study first-run picture zoo recipes scaling performance lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -44,6 +44,10 @@ recipes: $(INSTALLED)  ## write docs/recipes.md
 
 scaling: $(INSTALLED)  ## write docs/scaling.md: traffic and memory of a step, computed and measured
 	$(BIN)/python tools/scaling.py --page docs/scaling.md
+
+performance: $(INSTALLED)  ## measure this machine for docs/performance.md: minutes, with nothing else running
+	$(BIN)/python tools/benchmark.py --quick --json docs/performance/cpu_quick.json
+	$(BIN)/python tools/benchmark_page.py docs/performance/*.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,9 +17,9 @@ def derive_seed(*key: int) -> int:
 
 def seed_all(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators, those of all devices included."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_cpu(seed)
+    if torch.cuda.is_available():  # torch.manual_seed writes down a stack trace for every kind of device that is not
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager

@@ -91,3 +91,11 @@ def test_every_config_is_listed():
 def test_every_make_command_exists():
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"\bmake (demo|test-slow|test|study|\w+)\b(?=`|\s+#)", README)) <= set(targets)
+
+
+def test_the_quoted_speeds_are_those_of_the_benchmark():
+    section = README.partition("On an NVIDIA H200")[2].partition("## What it does")[0]
+    measured = (ROOT / "docs" / "performance.md").read_text()
+    quoted = re.findall(r"\b1\.\d{3}\b|\d+ images/s|(?<=step )\d+", section)
+    assert len(quoted) == 14
+    assert [figure for figure in quoted if figure not in measured] == []

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -99,9 +100,9 @@ def _processor() -> str:
 def measure(arguments: argparse.Namespace) -> list[Figure]:
     """All parts, each printed when it is done."""
     settings, device = settings_of(arguments), arguments.device
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no such device")
-    rounds = arguments.rounds or (5 if arguments.quick else 10)
+    rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds
+    if rounds < 1:
+        raise InputError(f"--rounds {rounds}: allowed is 1 or more")
     timing = Timing(device, rounds, warm_up=3 if arguments.compile else 1, repeats=10 if device.type == "cuda" else 1)
     plain = Timing(device, rounds, warm_up=1, repeats=timing.repeats)
     small = "vit_tiny_patch16_224"
@@ -126,11 +127,13 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, save."""
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no such device")
     facts = machine(arguments.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     figures = measure(arguments)
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    content = {"machine": facts, "command": " ".join(words), "figures": [asdict(figure) for figure in figures]}
+    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    content = {"machine": facts, "command": command, "figures": [asdict(figure) for figure in figures]}
     with writing_errors(arguments.json):
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(arguments.json, json.dumps(content, indent=1))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from functools import partial
+from collections import deque
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from timm.data import create_dataset, create_loader
 from engine.config_file import load_config
 from engine.data import build_loaders, build_source
 from engine.distributed import Process
-from tools.benchmark_figures import Figure, in_turns, ratio_of
+from tools.benchmark_figures import Figure, Step, in_turns, ratio_of
 from tools.benchmark_steps import CONFIG, Timing
 
 HEIGHT, WIDTH = 375, 500  # pixels, as most of ImageNet's
@@ -28,11 +29,10 @@ ERASING = 0.25
 def measure_data(images: int, batch: int, workers: int, timing: Timing) -> list[Figure]:
     """An epoch of training images on the device, from the start of the workers to the last batch."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        _write_images(root, images)
+        _write_images(Path(folder), images)
         steps = {
-            "timm's create_loader": partial(_timm_epoch, root, batch, workers, timing.device),
-            "our loader": partial(_our_epoch, root, batch, workers, timing.device),
+            "timm's create_loader": _timm_epoch(Path(folder), batch, workers, timing.device),
+            "our loader": _our_epoch(Path(folder), batch, workers, timing.device),
         }
         seconds = in_turns(steps, timing.rounds, warm_up=1, device=timing.device)
     reference, ours = seconds.values()
@@ -44,7 +44,7 @@ def measure_data(images: int, batch: int, workers: int, timing: Timing) -> list[
     ]  # fmt: skip
 
 
-def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> None:
+def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Step:
     loader = create_loader(
         create_dataset("", root=str(root), split="train"),
         input_size=(3, IMAGE_SIZE, IMAGE_SIZE),
@@ -58,11 +58,10 @@ def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> N
         persistent_workers=False,
         **RECIPE,
     )
-    for _ in loader:
-        pass
+    return lambda: deque(loader, maxlen=0)
 
 
-def _our_epoch(root: Path, batch: int, workers: int, device: torch.device) -> None:
+def _our_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Step:
     overrides = [
         "data.dataset=folder",
         f"data.root={root}",
@@ -76,10 +75,12 @@ def _our_epoch(root: Path, batch: int, workers: int, device: torch.device) -> No
     ]
     config = load_config(CONFIG, overrides)
     loaders = build_loaders(config, build_source(config), Process(rank=0, world_size=1, device=device))
-    batches = loaders.train_from(0)
-    for _ in batches:
-        pass
-    batches.close()
+
+    def epoch() -> None:
+        with closing(loaders.train_from(0)) as batches:
+            deque(batches, maxlen=0)
+
+    return epoch
 
 
 def _write_images(root: Path, count: int) -> None:

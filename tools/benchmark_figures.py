@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)

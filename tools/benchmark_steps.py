@@ -32,7 +32,7 @@ from tools.benchmark_figures import Figure, Step, in_turns, ratio_of
 from tools.benchmark_synchronisation import count_synchronisations
 
 CONFIG = Path(__file__).parent.parent / "configs" / "_base_" / "benchmark.yaml"
-BARE, TIMM, PLAIN = "bare loop", "timm's task", "our trainer"
+BARE, TIMM, PLAIN = "bare loop", "timm task", "our trainer"
 SUB_MODELS = {
     "masking 0.5": "{name: masking, ratio: 0.5}",
     "masking 0.5, windows left out": "{name: masking, ratio: 0.5, mode: drop_windows}",
