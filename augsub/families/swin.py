@@ -26,8 +26,12 @@ class SwinTransformerFamily(StemFamily):
     def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[Assignment]:
         yield model.patch_embed, "strict_img_size", False
         for block in model.modules():
-            if hasattr(block, "dynamic_mask"):
+            if not hasattr(block, "dynamic_mask"):
+                continue
+            if hasattr(block.attn, "relative_position_index"):
                 yield from scaled_windows(block, model.patch_embed.img_size, image_size)
+            else:
+                yield block, "dynamic_mask", True  # the stored attention mask fits the built size only
 
 
 def scaled_windows(block: nn.Module, built_size: ImageSize, image_size: ImageSize) -> Iterator[Assignment]:

@@ -109,10 +109,9 @@ def with_windows(block: nn.Module, window: tuple[int, ...], shift: tuple[int, ..
     values: dict[str, Any] = {"window_size": window, "window_area": window[0] * window[1]}
     yield block, "dynamic_mask", True  # the stored attention mask fits the built size only
     yield block, "shift_size", shift
-    if hasattr(block.attn, "relative_position_index"):
-        (rows, columns), built = window, block.attn.window_size
-        index = block.attn.relative_position_index.view(*built, *built)[:rows, :columns, :rows, :columns]
-        yield block.attn, "relative_position_index", index.reshape(rows * columns, rows * columns)
+    (rows, columns), built = window, block.attn.window_size
+    index = block.attn.relative_position_index.view(*built, *built)[:rows, :columns, :rows, :columns]
+    yield block.attn, "relative_position_index", index.reshape(rows * columns, rows * columns)
     for module in (block, block.attn):
         for name, value in values.items():
             if hasattr(module, name):

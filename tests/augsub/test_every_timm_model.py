@@ -121,6 +121,8 @@ def test_variants_of_other_traits(name: str) -> None:
 
 def test_every_family_serves_classes_that_timm_has() -> None:
     for name in registered_classes():
+        if name.startswith("transformers."):
+            continue  # Hugging Face's
         file, _, model_class = name.partition(".")
         assert hasattr(importlib.import_module(f"timm.models.{file}"), model_class), name
 

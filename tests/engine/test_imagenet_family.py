@@ -16,6 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config
 from engine.data import IGNORED, build_held_out
+from engine.data.delivery import Normalise
 from engine.data.imagenet_family import CORRUPTIONS, open_variant
 from engine.distributed import Process
 from engine.errors import InputError
@@ -120,6 +121,7 @@ def test_real_accuracy_is_that_of_timm(tmp_path):
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50001)]
     evaluator = timm.data.RealLabelsImagenet(names)
     images = torch.stack([benchmark.source.held_out[index][0] for index in range(30)])
+    images = Normalise(config.transform.mean, config.transform.std)(images)
     evaluator.add_result(model(images))
     assert figures["images"] == sum(map(bool, right[:30]))
     assert 0 < figures["top1"] < figures["top5"]
