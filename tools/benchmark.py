@@ -31,7 +31,7 @@ from tools.benchmark_figures import Figure, table
 from tools.benchmark_memory import measure_memory
 from tools.benchmark_optimizer import measure_equality, measure_optimizer
 from tools.benchmark_processes import measure_processes
-from tools.benchmark_steps import Setting, Timing, measure_steps
+from tools.benchmark_steps import NAMES, Setting, Timing, measure_steps
 
 PARTS = ("steps", "memory", "optimizer", "data", "processes")
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision of forwards")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--channels-last", action="store_true", help="memory layout of images and convolutions")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the steps: 'our trainer', 'masking 0.5' …")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of the steps: {', '.join(NAMES)}")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")

@@ -40,6 +40,7 @@ SUB_MODELS = {
     "drop_path 0.2": "{name: drop_path, ratio: 0.2}",
     "dropout 0.2": "{name: dropout, ratio: 0.2}",
 }
+NAMES = (BARE, TIMM, PLAIN, *SUB_MODELS)
 CHEAP = ("masking 0.5, windows left out", "random_crop 0.5")
 OVERHEAD, MASKSUB, HIERARCHICAL = 1.02, 1.05, 1.65  # targets: our trainer; beyond the FLOPs; a cheap sub-model
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
