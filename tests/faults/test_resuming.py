@@ -25,7 +25,7 @@ class Poison(augsub.SubModelAugmentation):
     forwards = 0
 
     def tokens(self, tokens):
-        Poison.forwards += 1
+        Poison.forwards += torch.is_grad_enabled()  # not those that only look at shapes or draw pictures
         if Poison.forwards >= int(os.environ["POISON_AT"]) and os.environ.get("RANK", "0") == os.environ["POISON_RANK"]:
             tokens.values = tokens.values * float(os.environ["POISON"])
         return tokens
