@@ -1,6 +1,6 @@
 """Peak memory of plain training and of MaskSub, each in a process of its own.
 
-python tools/benchmark_memory.py NAME MODEL IMAGE_SIZE BATCH AMP DEVICE    # prints bytes
+python -m tools.benchmark_memory NAME MODEL IMAGE_SIZE BATCH AMP DEVICE    # prints bytes
 """
 
 from __future__ import annotations

@@ -126,10 +126,10 @@ class Costs(dict[str, Cost]):
 def training_costs(setting: Setting) -> Costs:
     """By counting the FLOPs of the forwards; what the model does not allow is left out."""
     costs = Costs()
+    model = create_model(setting.model, image_size=setting.image_size, num_classes=10)
     for name, spec in SUB_MODELS.items():
         config = load_config(CONFIG, [f"augsub.sub_models=[{{augmentations: [{spec}]}}]"])
         (augmentations,) = [sub.augmentations for sub in config.augsub.sub_models]
-        model = create_model(setting.model, image_size=setting.image_size, num_classes=10)
         try:
             found = analyze(model, (3, setting.image_size, setting.image_size), [augsub.build(augmentations)])
         except ValueError:

@@ -17,7 +17,7 @@ class SwinTransformerFamily(StemFamily):
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
         sites = super().sites(model)
-        if type(model).__name__ != "SwinTransformerV2Cr" and len(model.layers) > 1:
+        if len(model.layers) > 1:
             windows = WindowGroupSite(model)
             if windows.divides(model.patch_embed.grid_size):
                 sites["windows"] = windows
@@ -26,11 +26,17 @@ class SwinTransformerFamily(StemFamily):
     def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[Assignment]:
         yield model.patch_embed, "strict_img_size", False
         for block in model.modules():
-            if not hasattr(block, "dynamic_mask"):
-                continue
-            if hasattr(block.attn, "relative_position_index"):
+            if hasattr(block, "dynamic_mask"):
                 yield from scaled_windows(block, model.patch_embed.img_size, image_size)
-            else:
+
+
+class SwinTransformerV2CrFamily(StemFamily):
+    """As Swin, but position biases of this one are computed for its built windows."""
+
+    def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[Assignment]:
+        yield model.patch_embed, "strict_img_size", False
+        for block in model.modules():
+            if hasattr(block, "dynamic_mask"):
                 yield block, "dynamic_mask", True  # the stored attention mask fits the built size only
 
 
@@ -53,4 +59,4 @@ register_family(
     "swin_transformer.SwinTransformer",
     "swin_transformer_v2.SwinTransformerV2",
 )
-register_family(SwinTransformerFamily("patch_embed", "NCHW"), "swin_transformer_v2_cr.SwinTransformerV2Cr")
+register_family(SwinTransformerV2CrFamily("patch_embed", "NCHW"), "swin_transformer_v2_cr.SwinTransformerV2Cr")
