@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import digits
 import pytest
+import timm
+import timm_task
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EVERY = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "digits.py")
@@ -23,3 +27,17 @@ def test_an_example_ends_with_its_accuracies(name):
     assert done.returncode == 0, done.stderr[-2000:]
     accuracies = [float(figure) for figure in re.findall(r": ([\d.]+) % of the held-out digits", done.stdout)]
     assert accuracies and min(accuracies) > 85, done.stdout
+
+
+@pytest.mark.slow
+def test_timms_task_compiles_keeps_an_average_and_saves(tmp_path):
+    torch.manual_seed(0)
+    model = digits.small_vit()
+    settings = {"average": True, "compiled": True, "folder": str(tmp_path)}
+    timm_task.train(model, digits.masksub(), digits.DIGITS.train, epochs=8, **settings)
+    assert digits.accuracy(model.eval()) > 60
+    saved, averaged = digits.small_vit(), digits.small_vit()
+    timm.models.load_checkpoint(saved, str(tmp_path / "last.pth.tar"), use_ema=False)
+    timm.models.load_checkpoint(averaged, str(tmp_path / "last.pth.tar"), use_ema=True)
+    assert digits.accuracy(saved.eval()) == pytest.approx(digits.accuracy(model))
+    assert digits.accuracy(averaged.eval()) > 40
