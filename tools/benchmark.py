@@ -26,12 +26,13 @@ from engine import atomic
 from engine.command_line import exit_code
 from engine.errors import InputError, input_errors, writing_errors
 from models.build import image_settings
+from tools.benchmark_costs import Setting
 from tools.benchmark_data import measure_data
 from tools.benchmark_figures import Figure, table
 from tools.benchmark_memory import measure_memory
 from tools.benchmark_optimizer import measure_equality, measure_optimizer
 from tools.benchmark_processes import measure_processes
-from tools.benchmark_steps import NAMES, Setting, Timing, measure_steps
+from tools.benchmark_steps import NAMES, Timing, measure_steps
 
 PARTS = ("steps", "memory", "optimizer", "data", "processes")
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")

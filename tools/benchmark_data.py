@@ -16,8 +16,9 @@ from timm.data import create_dataset, create_loader
 from engine.config_file import load_config
 from engine.data import build_loaders, build_source
 from engine.distributed import Process
+from tools.benchmark_costs import CONFIG
 from tools.benchmark_figures import Figure, Step, in_turns, ratio_of
-from tools.benchmark_steps import CONFIG, Timing
+from tools.benchmark_steps import Timing
 
 HEIGHT, WIDTH = 375, 500  # pixels, as most of ImageNet's
 CLASSES = 4

@@ -16,8 +16,9 @@ import torch
 
 from engine.memory import MAXRSS_BYTES
 from models.build import create_model
+from tools.benchmark_costs import Setting
 from tools.benchmark_figures import Figure
-from tools.benchmark_steps import PLAIN, Setting, build
+from tools.benchmark_steps import PLAIN, build
 
 STEPS = 3
 TARGET = 1.03

@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-import augsub
 from engine.checkpoint.store import CheckpointStore
 from engine.config_file import load_config
 from engine.data import build_source
@@ -26,41 +26,15 @@ from engine.run_folder import RunFolder
 from engine.run_model import complete
 from engine.trainer import Trainer
 from models.build import create_model
-from models.complexity import analyze
 from models.param_groups import param_groups
+from tools.benchmark_costs import CONFIG, SUB_MODELS, Costs, Setting, peak_flops, training_costs
 from tools.benchmark_figures import Figure, Step, in_turns, ratio_of
 from tools.benchmark_synchronisation import count_synchronisations
 
-CONFIG = Path(__file__).parent.parent / "configs" / "_base_" / "benchmark.yaml"
 BARE, TIMM, PLAIN = "bare loop", "timm task", "our trainer"
-SUB_MODELS = {
-    "masking 0.5": "{name: masking, ratio: 0.5}",
-    "masking 0.5, windows left out": "{name: masking, ratio: 0.5, mode: drop_windows}",
-    "random_crop 0.5": "{name: random_crop, ratio: 0.5}",
-    "drop_path 0.2": "{name: drop_path, ratio: 0.2}",
-    "dropout 0.2": "{name: dropout, ratio: 0.2}",
-}
 NAMES = (BARE, TIMM, PLAIN, *SUB_MODELS)
 CHEAP = ("masking 0.5, windows left out", "random_crop 0.5")
 OVERHEAD, MASKSUB, HIERARCHICAL = 1.02, 1.05, 1.65  # targets: our trainer; beyond the FLOPs; a cheap sub-model
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained, and how."""
-
-    model: str
-    image_size: int
-    batch: int
-    amp: str = "off"
-    compiled: bool = False
-    channels_last: bool = False
-
-    def __str__(self) -> str:
-        switches = [name for name in ("compiled", "channels_last") if getattr(self, name)]
-        precision = "fp32" if self.amp == "off" else self.amp
-        return ", ".join([self.model, f"{self.image_size} px", f"batch {self.batch}", precision, *switches])
 
 
 @dataclass(frozen=True)
@@ -76,75 +50,65 @@ class Timing:
 def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None = None) -> list[Figure]:
     """A step of everything that the model allows, or of `names` among it, in turns."""
     costs = training_costs(setting)
-    chosen = [name for name in (BARE, TIMM, PLAIN, *costs) if names is None or name in names]
+    chosen = [name for name in (BARE, TIMM, PLAIN, *costs.ratios) if names is None or name in names]
+    seconds, waits = _take_turns(chosen, setting, timing)
+    peak = peak_flops(setting, timing.device)
+    return [
+        Figure(
+            part="steps",
+            case=str(setting),
+            name=name,
+            value=1e3 * statistics.median(seconds[name]),
+            unit="ms",
+            limit=None if name == BARE else costs.ratio(name),
+            target=_target(name, setting, costs),
+            note=_note(setting.batch / statistics.median(seconds[name]), costs.flops(name), peak, waits.get(name)),
+            **_compared(name, seconds),
+        )
+        for name in chosen
+    ]
+
+
+def _take_turns(
+    names: Sequence[str], setting: Setting, timing: Timing
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every round, and on a GPU how often a step waits for it; on a CPU there is nothing to wait for."""
     with tempfile.TemporaryDirectory() as folder:
         steps = {
-            name: _step(name, setting, timing.device, Path(folder) / str(index)) for index, name in enumerate(chosen)
+            name: _step(name, setting, timing.device, Path(folder) / str(index)) for index, name in enumerate(names)
         }
         seconds = in_turns(steps, timing.rounds, timing.warm_up, timing.device, timing.repeats)
-        is_gpu = timing.device.type == "cuda"  # on a CPU there is nothing to wait for
+        is_gpu = timing.device.type == "cuda"
         waits = {name: count_synchronisations(step, timing.device) for name, step in steps.items() if is_gpu}
     del steps
-    gc.collect()
-    peak = peak_flops(setting, timing.device)
-    figures = []
-    for name in chosen:
-        median = statistics.median(seconds[name])
-        note = f"{setting.batch / median:.0f} images/s"
-        cost = costs.get(name, Cost(costs.main, 1.0))
-        if peak:
-            note += f", MFU {100 * 3 * 2 * cost.main * cost.training * setting.batch / median / peak:.1f} %"
-        if name in waits:
-            note += f", {waits[name]} waits for the device"
-        against = "" if name == BARE else BARE if name in (TIMM, PLAIN) else PLAIN
-        limit = None if name == BARE else cost.training
-        target = OVERHEAD if name == PLAIN else None
-        if name in costs:
-            target = min(MASKSUB * cost.training, HIERARCHICAL if _is_cheap(name, setting) else float("inf"))
-        compared = ratio_of(seconds[name], seconds[against]) if against in seconds else {}
-        figures.append(
-            Figure("steps", str(setting), name, 1e3 * median, "ms", **compared, against=against, limit=limit,
-                   target=target, note=note)
-        )  # fmt: skip
-    return figures
+    gc.collect()  # so that the next setting finds the memory free
+    return seconds, waits
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds of the main model's forward for one image, and of a step in parts of plain training's."""
-
-    main: int
-    training: float
-
-
-class Costs(dict[str, Cost]):
-    """Of every sub-model that a model allows, by name."""
-
-    main: int
+def _compared(name: str, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The line that this one is compared with, and the ratio, as fields of a `Figure`."""
+    against = BARE if name in (TIMM, PLAIN) else PLAIN
+    if name == BARE or against not in seconds:
+        return {}
+    return {"against": against, **ratio_of(seconds[name], seconds[against])}
 
 
-def training_costs(setting: Setting) -> Costs:
-    """By counting the FLOPs of the forwards; what the model does not allow is left out."""
-    costs = Costs()
-    model = create_model(setting.model, image_size=setting.image_size, num_classes=10)
-    for name, spec in SUB_MODELS.items():
-        config = load_config(CONFIG, [f"augsub.sub_models=[{{augmentations: [{spec}]}}]"])
-        (augmentations,) = [sub.augmentations for sub in config.augsub.sub_models]
-        try:
-            found = analyze(model, (3, setting.image_size, setting.image_size), [augsub.build(augmentations)])
-        except ValueError:
-            continue
-        costs.main = found.main.flops
-        costs[name] = Cost(found.main.flops, found.training_cost)
-    return costs
-
-
-def peak_flops(setting: Setting, device: torch.device) -> float | None:
-    """What the device could do in the setting's precision at most, if it is known."""
-    if device.type != "cuda" or setting.amp == "off":
+def _target(name: str, setting: Setting, costs: Costs) -> float | None:
+    if name in (BARE, TIMM):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for board, flops in PEAK.items() if board in name), None)
+    if name == PLAIN:
+        return OVERHEAD
+    is_cheap = name in CHEAP and setting.model.startswith(("swin", "resnet"))
+    return min(MASKSUB * costs.ratio(name), HIERARCHICAL if is_cheap else float("inf"))
+
+
+def _note(images_per_second: float, flops: float, peak: float | None, waits: int | None) -> str:
+    words = [f"{images_per_second:.0f} images/s"]
+    if peak is not None:
+        words.append(f"MFU {100 * images_per_second * flops / peak:.1f} %")
+    if waits is not None:
+        words.append(f"{waits} waits for the device")
+    return ", ".join(words)
 
 
 def build(name: str, setting: Setting, device: torch.device, folder: Path) -> Trainer:
@@ -209,7 +173,3 @@ def _plain_steps(name: str, setting: Setting, device: torch.device) -> Iterator[
         scaler.update()
         optimizer.zero_grad()
         yield
-
-
-def _is_cheap(name: str, setting: Setting) -> bool:
-    return name in CHEAP and setting.model.startswith(("swin", "resnet"))

@@ -237,14 +237,24 @@ def test_an_image_folder_trains_with_the_imagenet_recipes(train_net, image_folde
 
 
 @pytest.mark.slow
-def test_compiled_training_is_the_same_training(train_net, tmp_path):
+@pytest.mark.parametrize("strategy", [None, "ddp", "fsdp2"], ids=["one process", "DDP", "FSDP2"])
+def test_compiled_training_is_the_same_training(command, torchrun, tmp_path, strategy):
+    """With a lower precision, checkpointing and an average, which all take part in what is compiled."""
+    launcher = [sys.executable] if strategy is None else torchrun
+    options = ["train.max_iters=40", "train.amp=bf16", "train.grad_checkpointing=true"]
+    options += ["ema.enabled=true", "ema.decay=0.9"]
+    options += [f"distributed.strategy={strategy}"] if strategy else []
     for compile in ("false", "true"):
-        assert train_net(
-            "--config", DIGITS, f"output_dir={tmp_path}/{compile}", "train.max_iters=40", f"train.compile={compile}"
-        )[0] == 0  # fmt: skip
+        finished = command(
+            *launcher, TRAIN_NET, "--config", DIGITS, f"output_dir={tmp_path}/{compile}", *options,
+            f"train.compile={compile}", timeout=900,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
     eager, compiled = metrics(tmp_path / "false"), metrics(tmp_path / "true")
     # compiled kernels draw other random masks, so the comparison is of learning, not of bits
     assert compiled[-1]["main_loss"] == pytest.approx(eager[-1]["main_loss"], rel=0.1)
+    ends = [json.loads((tmp_path / compile / "summary.json").read_text()) for compile in ("false", "true")]
+    assert ends[1]["ema_top1"] == pytest.approx(ends[0]["ema_top1"], abs=5)
 
 
 def test_channels_last_changes_rounding_alone(train_net, tmp_path):
