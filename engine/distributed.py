@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import InputError, Preempted, RunError
+from engine.rendezvous import fresh_store, is_restartable
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
         return
     timeout = timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _join(device, timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
         with _leaving_together(control):
             yield Process(dist.get_rank(), world_size, device, control)
@@ -159,6 +161,16 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not is_restartable():
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    agent, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = fresh_store(agent, os.environ["MASTER_ADDR"], rank, timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 @contextmanager
@@ -179,7 +191,9 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 
 def _lost_contact(error: RuntimeError, timeout_minutes: float) -> str:
     reason = str(error).strip().splitlines()[0]
-    if "timed out" in reason.lower() or "timeout" in reason.lower():
+    if "refused" in reason.lower():
+        what = "another process could not be reached where it said to be"
+    elif "timed out" in reason.lower() or "timeout" in reason.lower():
         what = (
             f"another process did not take part for {timeout_minutes:g} minutes (distributed.timeout_minutes): "
             "it hangs, or it is that much slower"
