@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-faults test-recipes study first-run picture zoo recipes scaling performance lint
+.PHONY: demo test test-slow test-faults test-recipes study first-run pictures docs zoo recipes scaling performance lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -32,8 +32,18 @@ first-run: $(INSTALLED)  ## repeat docs/first_run.md: what its commands print, a
 	cp runs/digits_vit_plan.png docs/first_run/plan.png
 	cp runs/digits_vit/curves.png runs/digits_vit/evaluation/*.png docs/first_run/
 
-picture: $(INSTALLED)  ## write docs/what_the_sub_model_sees.png
+VIT := $(BIN)/python tools/visualize_augsub.py --model vit_small_patch16_224
+pictures: $(INSTALLED)  ## what sub-models see, for the documentation
 	$(BIN)/python tools/visualize_augsub.py --output docs/what_the_sub_model_sees.png
+	$(VIT) --augsub masking --ratio 0.25 0.5 0.75 --output docs/augmentations/masking.png
+	$(VIT) --augsub drop_path --ratio 0.1 0.2 0.4 --output docs/augmentations/drop_path.png
+	$(VIT) --augsub dropout --ratio 0.1 0.2 0.4 --output docs/augmentations/dropout.png
+	$(BIN)/python tools/visualize_augsub.py --model resnet50 --augsub random_crop --ratio 0.25 0.5 0.75 \
+		--output docs/augmentations/random_crop.png
+
+docs: $(INSTALLED)  ## the documentation as a site in site/; a warning is an error
+	$(BIN)/python tools/configuration_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 zoo: $(INSTALLED)  ## follow the installed timm: its list of model classes and docs/model_support.md
 	$(BIN)/python -m models.zoo

@@ -223,7 +223,8 @@ class Config:
 
     output_dir: Optional[str] = None  # null: runs/<name of the config file>
     seed: int = 0  # of the initial weights, the data order and everything random
-    plugins: List[str] = field(default_factory=list)  # modules to import; they register augmentations (they run code!)
+    plugins: List[str] = field(default_factory=list)  # modules to import, with augmentations and hooks (they run code!)
+    hooks: List[Any] = field(default_factory=list)  # of the plugins: [{name: MyHook, …its arguments}, …]
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)

@@ -14,7 +14,7 @@ from engine.errors import InputError
 
 
 def import_plugins(modules: Sequence[str]) -> None:
-    """Import the user's modules, which register augmentations; the working folder is searched too.
+    """Import the user's modules, which register augmentations and hooks; the working folder is searched too.
 
     Raises:
         InputError: a module is missing, or cannot be imported.

@@ -18,6 +18,7 @@ from engine.errors import InputError
 MAY_CHANGE = (
     "output_dir",
     "plugins",
+    "hooks",
     "model.pretrained",  # where the run started matters no more
     "model.checkpoint",
     "data.root",

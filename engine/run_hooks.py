@@ -13,6 +13,7 @@ from engine import hooks
 from engine.checkpoint.store import CheckpointStore
 from engine.config import Config
 from engine.config_file import leaves, to_yaml
+from engine.errors import input_errors
 from engine.evaluation import evaluate
 from engine.parallel import is_sharded
 from engine.run_folder import RunFolder
@@ -69,6 +70,8 @@ def build_hooks(
     writing = hooks.WriteRecords(
         partial(_open_writers, config, folder, trainer), config.log.period, config.train.global_batch
     )
+    with input_errors("hooks"):
+        own_hooks = hooks.build_own_hooks(config.hooks)
     sharded = is_sharded(config.distributed, process)
     pictures = hooks.SubModelPictures(draw_sub_models, writing)  # a forward: of all processes together if sharded
     everywhere = [
@@ -78,6 +81,7 @@ def build_hooks(
         *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
         guard,  # before anything looks at weights that may be ruined
         evaluation,
+        *own_hooks,  # before the writing, which writes their results too
         hooks.UniteBadFiles(data.bad_files, data.iterations_per_epoch),  # the evaluation finds some too
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
         *([pictures] if sharded or process.is_main else []),  # after the writing, which opens the writers

@@ -1,4 +1,4 @@
-"""Pages of the documentation: their Python runs as it stands, their links exist."""
+"""Pages of the documentation: their Python runs as it stands, their links exist, their figures are those measured."""
 
 from __future__ import annotations
 
@@ -10,12 +10,33 @@ from pathlib import Path
 
 import pytest
 
+import augsub
+from tools import configuration_page
+
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+HOW_TO = sorted((DOCS / "howto").glob("*.md"))
+ACCURACY = r"\d\d\.\d\d ± \d\.\d\d"
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
 BLOCKS = [
-    pytest.param(code, id=f"{page.stem}-{number}")
+    pytest.param(code, id=f"{name(page)}-{number}")
     for page in PAGES
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    for number, code in enumerate(code_blocks(page, "python"))
+    if page.parent != ROOT
 ]
 
 
@@ -25,7 +46,83 @@ def test_the_python_runs_as_it_stands(code, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", HOW_TO, ids=name)
+def test_a_how_to_is_a_file_and_the_command_that_trains_with_it(page, tmp_path):
+    (code,), (command,) = code_blocks(page, "python"), code_blocks(page, "bash")
+    (tmp_path / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
+    command = command.strip().replace("python tools", f"{sys.executable} {ROOT}/tools")
+    result = subprocess.run(f"{command} train.max_iters=20", shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+    assert ("distance" in metrics.read_text()) == (page.stem == "hook")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_exist(page):
     links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
     assert [link for link in links if not os.path.exists(page.parent / link)] == []
+
+
+def test_every_picture_is_shown_somewhere():
+    shown = {
+        (page.parent / link).resolve()
+        for page in PAGES
+        for link in re.findall(r"!\[[^]]*\]\(([^)]+)", page.read_text())
+    }
+    assert {path.resolve() for path in DOCS.rglob("*.png")} <= shown
+
+
+def test_every_augmentation_has_a_card_with_the_same_headings():
+    own = [path.stem for path in (ROOT / "augsub").glob("*.py") if "@register(" in path.read_text()]
+    assert set(own) <= set(augsub.list_augmentations())
+    for augmentation in own:
+        card = (DOCS / "augmentations" / f"{augmentation}.md").read_text()
+        assert re.findall(r"^## (.+)", card, re.MULTILINE) == [
+            "What it does", "When to use it", "Cost", "Measured", "Code",
+        ]  # fmt: skip
+        assert f"]({augmentation}.png)" in card and f'"{augmentation}"' in card
+
+
+def test_the_accuracies_on_the_cards_are_those_of_the_study():
+    study = (DOCS / "study_digits.md").read_text().partition("## What can")[0]
+    rows = [cells(line) for line in study.splitlines() if line.startswith("| ") and "±" in line]
+    measured = {row[0]: [row[2], row[3], row[7]] for row in rows}
+    measured["none"], measured["none, as many FLOPs as masking 0.5"] = (
+        measured["baseline"],
+        measured["baseline, 90 epochs"],
+    )
+    quoted = [
+        cells(line)
+        for page in (DOCS / "augmentations").glob("*.md")
+        for line in page.read_text().splitlines()
+        if re.match(rf"\| .* \| {ACCURACY} \|", line)
+    ]
+    assert len(quoted) == 17
+    for way, *figures in quoted:
+        assert figures == measured[way][: len(figures)]
+    for page in (DOCS / "augmentations").glob("*.md"):
+        assert set(re.findall(ACCURACY, page.read_text())) <= {accuracy for accuracy, *_ in measured.values()}
+
+
+def test_the_costs_on_the_cards_are_those_of_the_benchmark():
+    performance = (DOCS / "performance.md").read_text()
+    quoted = [
+        figure for page in DOCS.glob("augmentations/*.md") for figure in re.findall(r"\b1\.\d{3}\b", page.read_text())
+    ]
+    assert len(quoted) == 8 and [figure for figure in quoted if figure not in performance] == []
+
+
+def test_the_reference_of_the_configuration_is_written_from_the_schema():
+    assert (DOCS / "configuration.md").read_text() == configuration_page.page()
+    assert "str or null" in configuration_page.page() and "name of the config file" in configuration_page.page()
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path / "site"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    assert "SubModelObjective" in api and "weighted sum of all branches" in api
+    assert (tmp_path / "site" / "source" / "configs" / "swin_b.yaml" / "index.html").exists()

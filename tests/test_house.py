@@ -103,7 +103,7 @@ def test_the_public_names():
 
 
 CONFIG_KEYS = {
-    "": "output_dir seed plugins model data transform augsub train optimizer schedule loss mixup ema evaluation "
+    "": "output_dir seed plugins hooks model data transform augsub train optimizer schedule loss mixup ema evaluation "
     "checkpoint distributed log published",
     "model": "name pretrained checkpoint pos_embed_antialias restart frozen drop_path_rate drop_path_shape drop_rate "
     "class_token_std head_std head_bias_bound kwargs",

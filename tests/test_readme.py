@@ -67,22 +67,6 @@ def test_the_quoted_accuracies_are_those_of_the_study():
         assert [accuracy, difference, cost] == [row[3], row[4], row[8]]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_a_page_links_to_what_exists(page):
-    links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
-    assert [link for link in links if not (page.parent / link).exists()] == []
-
-
-def test_every_picture_of_the_documentation_is_shown_somewhere():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    shown = {
-        (page.parent / link).resolve()
-        for page in pages
-        for link in re.findall(r"!\[[^]]*\]\(([^)]+)", page.read_text())
-    }
-    assert {path.resolve() for path in (ROOT / "docs").rglob("*.png")} <= shown
-
-
 def test_every_config_is_listed():
     text = README + (ROOT / "docs" / "recipes.md").read_text()
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in text] == []

@@ -25,7 +25,9 @@ class SubModelTask(ClassificationTask):
     Args:
         model: a timm model, not wrapped; patched here if it is not yet.
         objective: the objective, with the criterion of the recipe.
-        device, dtype, verbose: as for every task.
+        device: where the model is trained, as for every task.
+        dtype: of its weights, as for every task.
+        verbose: whether the task logs what it does, as for every task.
 
     Raises:
         ValueError: if the model is wrapped already, or has no site for a sub-model.

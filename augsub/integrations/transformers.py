@@ -24,8 +24,9 @@ class SubModelTrainer(Trainer):
     model itself stays one of Transformers, with its signature, class name and saving.
 
     Args:
+        *args: those of Trainer.
         objective: the objective; its criterion replaces the loss that the model itself would compute.
-        args, kwargs: those of Trainer.
+        **kwargs: those of Trainer.
 
     Raises:
         ValueError: if no part of the model is patched, or it has no site for a sub-model.

@@ -7,6 +7,7 @@ from engine.hooks.ema import ExponentialMovingAverage
 from engine.hooks.evaluation import Evaluation
 from engine.hooks.lr_schedule import LearningRateSchedule
 from engine.hooks.nan_guard import NaNGuard
+from engine.hooks.own import HOOK_REGISTRY, build_own_hooks
 from engine.hooks.preemption import Preemption
 from engine.hooks.profiler import Profiler
 from engine.hooks.progress import ProgressBar
@@ -16,6 +17,7 @@ from engine.hooks.sub_model_pictures import SubModelPictures
 from engine.hooks.writers import WriteRecords
 
 __all__ = [
+    "HOOK_REGISTRY",
     "Checkpoint",
     "Evaluation",
     "ExponentialMovingAverage",
@@ -30,4 +32,5 @@ __all__ = [
     "SubModelPictures",
     "UniteBadFiles",
     "WriteRecords",
+    "build_own_hooks",
 ]
