@@ -138,6 +138,9 @@ class SubModelObjective:
         Until then every process of FSDP2 holds whole gradients, not its shard of them.
 
         Args:
+            model: as for `__call__`.
+            images: (B, C, H, W).
+            targets: as for `__call__`.
             backward: called with each branch's weighted loss, for example to scale it.
             sync: False on all but the last micro-batch of gradient accumulation: no reduction at all.
         """
@@ -152,7 +155,13 @@ class SubModelObjective:
         return _summarise(finished)
 
     def branches(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[Branch]:
-        """The main model, then each sub-model. A branch's graph may be freed before the next is asked for."""
+        """The main model, then each sub-model. A branch's graph may be freed before the next is asked for.
+
+        Args:
+            model: as for `__call__`.
+            images: (B, C, H, W).
+            targets: as for `__call__`.
+        """
         if self.sub_models and isinstance(model, nn.Module):
             find_patched(model)
         logits = _logits_of(model(images))

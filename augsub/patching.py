@@ -38,15 +38,17 @@ class PatchedModel:
         """Main model, or the sub-model under the augmentation `augsub`.
 
         Args:
-            args, kwargs: passed on to the model's own forward; images (B, C, H, W) first.
+            *args: images (B, C, H, W) first, passed on to the model's own forward.
             augsub: whatever `augsub.build` takes; None is the main model.
             augsub_ratio: the augmentation's ratio if `augsub` is a name.
+            **kwargs: passed on too.
 
         Returns:
             What the model's own forward returns: logits (B, K).
 
         Raises:
-            TypeError, ValueError: if the augmentation, or the images for it, do not fit this model.
+            TypeError: if `augsub` is no description of an augmentation.
+            ValueError: if the augmentation, or the images for it, do not fit this model.
         """
         if augsub is None:
             if augsub_ratio is not None:

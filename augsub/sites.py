@@ -85,6 +85,11 @@ class TokenSite(HookedSite):
     """Output (B, P + N, D) of `module`, the last one before the blocks.
 
     Families whose module returns more than the tokens override `unpack` and `pack`.
+
+    Attributes:
+        module: its output is the token sequence.
+        patch_embed: tells the grid of patches of an image.
+        num_prefix_tokens: P, class and register tokens in front, which always stay.
     """
 
     module: nn.Module
@@ -108,7 +113,7 @@ class TokenSite(HookedSite):
         return tokens.values
 
     def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int] | None:
-        """(rows, columns) of the patches of an image."""
+        """(rows, columns) of the `num_patches` patches of an image of `image_size`, (H, W)."""
         return self.patch_embed.dynamic_feat_size(image_size)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -115,6 +117,29 @@ def test_the_costs_on_the_cards_are_those_of_the_benchmark():
 def test_the_reference_of_the_configuration_is_written_from_the_schema():
     assert (DOCS / "configuration.md").read_text() == configuration_page.page()
     assert "str or null" in configuration_page.page() and "name of the config file" in configuration_page.page()
+
+
+def public_callables():
+    """What docs/api.md lists: functions, and of classes the constructor and the methods that are defined there."""
+    for path in re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(), re.MULTILINE):
+        found = pydoc.locate(path)
+        assert found is not None, path
+        if inspect.isfunction(found):
+            yield pytest.param(found, found.__doc__, id=path)
+        for key, member in vars(found).items() if inspect.isclass(found) else ():
+            if inspect.isfunction(member) and (key == "__init__" or not key.startswith("_")):
+                inherited = inspect.getdoc(getattr(found, key)) or ""
+                text = found.__doc__ if key == "__init__" else inherited
+                yield pytest.param(member, text, id=f"{path}.{key}")
+
+
+@pytest.mark.parametrize(("function", "docstring"), list(public_callables()))
+def test_docstrings_of_the_api_name_every_parameter(function, docstring):
+    parameters = set(inspect.signature(function).parameters) - {"self"}
+    if not function.__doc__ and function.__name__ != "__init__":
+        return  # an override, which is documented where it is defined
+    missing = [parameter for parameter in parameters if not re.search(rf"\b{parameter}\b", docstring)]
+    assert missing == []
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):

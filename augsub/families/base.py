@@ -24,7 +24,7 @@ class Family:
         plant_drop_paths(model)
 
     def uproot(self, model: nn.Module) -> None:
-        """Undo `plant`."""
+        """Undo what `plant` did to `model`."""
         uproot_drop_paths(model)
 
     def sites(self, model: nn.Module) -> dict[str, Site]:
@@ -45,11 +45,11 @@ class Family:
         return True
 
     def mask_token_width(self, model: nn.Module) -> int | None:
-        """Width D of the mask token that `patch` must create, None if the family needs none."""
+        """Width D of the mask token that `patch` must create in `model`, None if the family needs none."""
         return None
 
     def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[tuple[nn.Module, str, Any]]:
-        """Module attributes (module, name, value) with which the model takes images of that size."""
+        """Module attributes (module, name, value) with which `model` takes images of `image_size`, (H, W)."""
         return iter(())
 
 
