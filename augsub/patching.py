@@ -152,7 +152,8 @@ def supports(model: nn.Module) -> dict[str, str]:
         ``image``, ``drop_path`` or ``dropout``.
 
     Raises:
-        TypeError, ValueError: as `patch`.
+        TypeError: as `patch`.
+        ValueError: as `patch`.
     """
     if is_patched(model):
         return model._augsub.support()
