@@ -49,7 +49,7 @@ def test_every_start_of_torchrun_begins_anew(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import os, sys
+        import os
         import torch.distributed as dist
         from engine.distributed import process_group
 
@@ -60,11 +60,13 @@ def test_every_start_of_torchrun_begins_anew(tmp_path):
             if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and process.rank == 1:
                 os._exit(1)
             process.barrier()
-            print("all are here", process.gather(process.rank))
+            everyone = process.gather(process.rank)
+            if process.is_main:
+                print("all are here", everyone)
         """)
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, script], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all are here [0, 1]") == 2
+    assert "all are here [0, 1]" in done.stdout
