@@ -59,9 +59,10 @@ performance: $(INSTALLED)  ## measure this machine for docs/performance.md: minu
 	$(BIN)/python tools/benchmark.py --quick --json docs/performance/cpu_quick.json
 	$(BIN)/python tools/benchmark_page.py docs/performance/*.json
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## ruff, and mypy --strict of augsub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(INSTALLED): setup.py augsub/__init__.py
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed: make PYTHON=python3.11 …')"

@@ -16,7 +16,7 @@ TRAINERS = {
     "transformers": ["transformers>=5.0", "accelerate>=1.0"],
 }
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
-DEVELOP = ["mkdocs-material", "mkdocstrings[python]", "pytest", "ruff", "setuptools>=77"]
+DEVELOP = ["mkdocs-material", "mkdocstrings[python]", "mypy", "pytest", "ruff", "setuptools>=77"]
 
 setup(
     name="augsub",
@@ -29,7 +29,7 @@ setup(
     package_dir={"": "."},
     packages=find_packages(include=["augsub", "augsub.*"]),
     package_data={"augsub": ["py.typed"]},
-    install_requires=["torch>=2.6", "timm>=1.0.20", "fvcore"],
+    install_requires=["torch>=2.6", "timm>=1.0.20", "fvcore", "typing_extensions>=4.10"],
     extras_require={
         **TRAINERS,
         "onnx": ONNX,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ class Masking(SubModelAugmentation):
             the image or a ratio that leaves no cell.
     """
 
-    sites = ("tokens", "stem", "image")
+    sites: Sequence[str] = ("tokens", "stem", "image")
 
     def __init__(self, ratio: float = 0.5, cell: int | None = None, mode: str | None = None) -> None:
         super().__init__(ratio)
@@ -73,7 +75,9 @@ class Masking(SubModelAugmentation):
         visible = self._visible(batch, size, size, images.values.device)
         return Images(images.values * visible.unsqueeze(1), images.stride)
 
-    def _visible(self, batch: int, image_size, resolution, device: torch.device) -> Tensor:
+    def _visible(
+        self, batch: int, image_size: Sequence[int], resolution: Sequence[int], device: torch.device
+    ) -> Tensor:
         """Visible positions (B, rows, columns) of a map of that resolution; cells lie on the image."""
         cell = self.cell or DEFAULT_CELL
         if cell > min(image_size):

@@ -185,7 +185,7 @@ def _summarise(branches: Sequence[Branch]) -> ObjectiveOutput:
 
 
 @contextmanager
-def _gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+def _gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
     """Whether a backward in this context reduces gradients over the processes, if there are any."""
     if enabled:
         yield

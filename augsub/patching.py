@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import TypeIs
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import family_of
@@ -22,8 +23,13 @@ from augsub.sub_forward import SubForward
 Model = TypeVar("Model", bound=nn.Module)
 MASK_TOKEN_STD = 0.02  # as timm initialises every other token
 
+if TYPE_CHECKING:
+    _Base = nn.Module  # of the generated classes, which have the model's own class as their other base
+else:
+    _Base = object
 
-class PatchedModel:
+
+class PatchedModel(_Base):
     """What `patch` adds to a model's class."""
 
     _augsub: SubForward
@@ -69,10 +75,10 @@ class PatchedModel:
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: the model's own and the mask token."""
-        own = super().no_weight_decay() if hasattr(super(), "no_weight_decay") else set()
-        return {*own, "mask_token"}
+        own = getattr(super(), "no_weight_decay", set)
+        return {*own(), "mask_token"}
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Callable, tuple, dict[str, Any]]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         # The generated class cannot be imported by name: pickle and deepcopy make it anew.
         return _new_patched, (_original_class(self),), self.__dict__
 
@@ -98,8 +104,8 @@ def patch(model: Model) -> Model:
     if width is not None:
         _add_mask_token(model, width)
     family.plant(model)
-    model._augsub = SubForward(model, family)
-    model.__class__ = _patched_class(type(model))
+    cast(PatchedModel, model)._augsub = SubForward(model, family)
+    model.__class__ = _patched_class(type(model))  # type: ignore[arg-type, assignment]
     return model
 
 
@@ -113,7 +119,7 @@ def unpatch(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} is not patched; augsub.patch does it")
     model._augsub.remove_hooks()
     del model._augsub
-    model.__class__ = _original_class(model)
+    model.__class__ = _original_class(model)  # type: ignore[assignment]
     family = family_of(model)
     family.uproot(model)
     if family.mask_token_width(model) is not None:
@@ -121,12 +127,12 @@ def unpatch(model: Model) -> Model:
     return model
 
 
-def is_patched(model: nn.Module) -> bool:
+def is_patched(model: nn.Module) -> TypeIs[PatchedModel]:
     """Whether the model takes `augsub=` in its forward."""
     return isinstance(model, PatchedModel)
 
 
-def find_patched(model: nn.Module) -> nn.Module:
+def find_patched(model: nn.Module) -> PatchedModel:
     """The patched model: `model` itself or, if it is a wrapper, the one inside.
 
     Raises:
@@ -157,7 +163,8 @@ def supports(model: nn.Module) -> dict[str, str]:
     """
     if is_patched(model):
         return model._augsub.support()
-    support = patch(model)._augsub.support()
+    patch(model)
+    support = supports(model)
     unpatch(model)
     return support
 
@@ -170,10 +177,10 @@ def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation
     """
     if isinstance(model, DistributedDataParallel):
         raise ValueError("DistributedDataParallel holds this model already: call objective.prepare before wrapping it")
-    model = find_patched(model)
-    used_sites = {site for augmentation in augmentations for site in model._augsub.plan(augmentation)}
-    if "stem" in model._augsub.sites:
-        model.mask_token.requires_grad_("stem" in used_sites)
+    patched = find_patched(model)
+    used_sites = {site for augmentation in augmentations for site in patched._augsub.plan(augmentation)}
+    if "stem" in patched._augsub.sites:
+        patched.mask_token.requires_grad_("stem" in used_sites)
 
 
 def _refuse_wrapper(model: nn.Module) -> None:
@@ -196,7 +203,7 @@ def _original_class(model: nn.Module) -> type[nn.Module]:
 
 
 def _new_patched(original: type[nn.Module]) -> nn.Module:
-    patched = _patched_class(original)
+    patched = _patched_class(original)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
     return patched.__new__(patched)
 
 

@@ -15,7 +15,7 @@ AugmentationClass = TypeVar("AugmentationClass", bound=type[SubModelAugmentation
 AugmentationSpec = str | Mapping[str, Any] | SubModelAugmentation | Sequence[Any]  # a sequence of these
 
 
-class AugmentationRegistry(Registry):
+class AugmentationRegistry(Registry):  # type: ignore[misc]  # fvcore is untyped
     """fvcore's registry, keyed by the augmentation's own name rather than its class name."""
 
     def __init__(self, name: str) -> None:
@@ -35,7 +35,8 @@ class AugmentationRegistry(Registry):
         name = self._aliases.get(name, name)
         if name not in self:
             raise ValueError(f"unknown augmentation {name!r}{self._suggestion(name)}; known: {', '.join(self.names())}")
-        return super().get(name)
+        augmentation: type[SubModelAugmentation] = super().get(name)
+        return augmentation
 
     def names(self) -> list[str]:
         """Registered names without aliases, sorted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,8 +17,9 @@ from augsub.views import Images, StemFeatures, Tokens
 
 ImageSize = tuple[int, int]
 Layout = Literal["NLC", "NHWC", "NCHW"]
-Assignment = tuple[nn.Module, str, Any]  # this module's attribute has this value
-
+ForeignModule: TypeAlias = Any  # a module of timm or another project: which attributes it has, its family knows
+Assignment = tuple[ForeignModule, str, Any]  # this module's attribute has this value
+AugmentationOrClass = SubModelAugmentation | type[SubModelAugmentation]
 
 View = TypeVar("View", Images, Tokens, StemFeatures)
 
@@ -48,7 +49,7 @@ class ImageSite:
     stride: int
     resizable: bool
 
-    def serves(self, augmentation: SubModelAugmentation) -> bool:
+    def serves(self, augmentation: AugmentationOrClass) -> bool:
         return self.resizable or not augmentation.resizes_images
 
     def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
@@ -64,7 +65,7 @@ class HookedSite:
     module: nn.Module
     end: nn.Module | None = None
 
-    def serves(self, augmentation: SubModelAugmentation) -> bool:
+    def serves(self, augmentation: AugmentationOrClass) -> bool:
         return True
 
     def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
@@ -84,7 +85,7 @@ class HookedSite:
 class TokenSite(HookedSite):
     """Output (B, P + N, D) of `module`, the last one before the blocks.
 
-    Families whose module returns more than the tokens override `unpack` and `pack`.
+    Families whose module returns more than the tokens override `pack`, and `unpack` if the tokens are not first.
 
     Attributes:
         module: its output is the token sequence.
@@ -93,7 +94,7 @@ class TokenSite(HookedSite):
     """
 
     module: nn.Module
-    patch_embed: nn.Module
+    patch_embed: ForeignModule
     num_prefix_tokens: int
 
     def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
@@ -106,7 +107,8 @@ class TokenSite(HookedSite):
 
     def unpack(self, output: Any) -> Tensor:
         """The tokens in the module's output."""
-        return output
+        tokens: Tensor = output[0] if isinstance(output, tuple) else output
+        return tokens
 
     def pack(self, tokens: Tokens, output: Any) -> Any:
         """The module's output with these tokens instead."""
@@ -114,7 +116,8 @@ class TokenSite(HookedSite):
 
     def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int] | None:
         """(rows, columns) of the `num_patches` patches of an image of `image_size`, (H, W)."""
-        return self.patch_embed.dynamic_feat_size(image_size)
+        grid: tuple[int, int] = self.patch_embed.dynamic_feat_size(image_size)
+        return grid
 
 
 @dataclass
@@ -122,7 +125,7 @@ class StemSite(HookedSite):
     """Output of `module`, the stem; `owner` has the parameter `mask_token`."""
 
     module: nn.Module
-    owner: nn.Module
+    owner: ForeignModule
     layout: Layout
 
     def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
@@ -139,7 +142,8 @@ class StemSite(HookedSite):
         if self.layout == "NHWC":
             return features
         rows = round((features.shape[1] * image_size[0] / image_size[1]) ** 0.5)
-        return features.unflatten(1, (rows, features.shape[1] // rows))
+        as_map: Tensor = features.unflatten(1, (rows, features.shape[1] // rows))
+        return as_map
 
 
 @dataclass
@@ -148,7 +152,7 @@ class ModuleSite:
 
     modules: list[nn.Module]
 
-    def serves(self, augmentation: SubModelAugmentation) -> bool:
+    def serves(self, augmentation: AugmentationOrClass) -> bool:
         return True
 
     def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:

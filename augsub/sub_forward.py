@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
 from augsub.registry import AUGSUB_REGISTRY
-from augsub.sites import Assignment, HookedSite
+from augsub.sites import Assignment, AugmentationOrClass, HookedSite, ImageSite
 
 
 class SubForward:
@@ -26,7 +26,7 @@ class SubForward:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model_name = type(model).__name__
         self.sites = family.sites(model)
-        self.patch_embed = getattr(model, "patch_embed", None)
+        self.patch_embed: Any = getattr(model, "patch_embed", None)
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
         self._resized_state = functools.partial(family.resized_state, model)
@@ -40,7 +40,7 @@ class SubForward:
             if module is not None
         ]
 
-    def main(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    def main(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         self._release()
         logits = forward(*args, **kwargs)
@@ -48,13 +48,18 @@ class SubForward:
         return logits
 
     def run(
-        self, augmentation: SubModelAugmentation, forward: Callable, images: Any = None, *args: Any, **kwargs: Any
+        self,
+        augmentation: SubModelAugmentation,
+        forward: Callable[..., Any],
+        images: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """The model's own forward under `augmentation`."""
         self._check_images(images)
         self._release()
         plan = self.plan(augmentation)
-        augmented = self.sites["image"].apply(plan.get("image", ()), images)
+        augmented = cast(ImageSite, self.sites["image"]).apply(plan.get("image", ()), images)
         image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
         state = list(self._resized_state(image_size)) if augmented.shape[-2:] != images.shape[-2:] else []
         state += [assignment for name, members in plan.items() for assignment in self.sites[name].state(members)]
@@ -95,7 +100,7 @@ class SubForward:
             plan.setdefault(site, []).append(member)
         return plan
 
-    def site_of(self, augmentation: SubModelAugmentation | type[SubModelAugmentation]) -> str | None:
+    def site_of(self, augmentation: AugmentationOrClass) -> str | None:
         """Name of the first site of the augmentation that serves it in this model, None if there is none."""
         for name in augmentation.sites:
             if name in self.sites and self.sites[name].serves(augmentation):

@@ -53,7 +53,7 @@ def test_it_says_what_it_is(wheel):
     assert facts["Version"] == augsub.__version__ and facts["Requires-Python"] == ">=3.10"
     assert {"timm", "lightning", "accelerate", "transformers", "onnx", "train"} <= set(facts.get_all("Provides-Extra"))
     needed = {re.match(r"[\w-]+", line)[0] for line in facts.get_all("Requires-Dist") if "extra ==" not in line}
-    assert needed == {"torch", "timm", "fvcore"}
+    assert needed == {"torch", "timm", "fvcore", "typing_extensions"}
     assert f"## {augsub.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

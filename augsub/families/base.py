@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-from torch import nn
 
 from augsub.families.modules import find_drop_paths, find_dropouts, plant_drop_paths, uproot_drop_paths
-from augsub.sites import ImageSite, ImageSize, ModuleSite, Site
+from augsub.sites import Assignment, ForeignModule, ImageSite, ImageSize, ModuleSite, Site
 
 DEFAULT_STRIDE = 32  # total stride of nearly all hierarchical models
 
@@ -19,15 +16,15 @@ class Family:
     A subclass adds the sites that its models have inside.
     """
 
-    def plant(self, model: nn.Module) -> None:
+    def plant(self, model: ForeignModule) -> None:
         """Make places exist that the model would have with other rates; the main model stays what it is."""
         plant_drop_paths(model)
 
-    def uproot(self, model: nn.Module) -> None:
+    def uproot(self, model: ForeignModule) -> None:
         """Undo what `plant` did to `model`."""
         uproot_drop_paths(model)
 
-    def sites(self, model: nn.Module) -> dict[str, Site]:
+    def sites(self, model: ForeignModule) -> dict[str, Site]:
         """The sites of a planted model by name; a site without modules is left out."""
         sites: dict[str, Site] = {"image": ImageSite(self.stride(model), self.takes_other_sizes(model))}
         for name, modules in (("drop_path", find_drop_paths(model)), ("dropout", find_dropouts(model))):
@@ -35,20 +32,22 @@ class Family:
                 sites[name] = ModuleSite(modules)
         return sites
 
-    def stride(self, model: nn.Module) -> int:
+    def stride(self, model: ForeignModule) -> int:
         """The model's total stride in pixels."""
         feature_info = getattr(model, "feature_info", None)
-        return feature_info[-1]["reduction"] if isinstance(feature_info, list) and feature_info else DEFAULT_STRIDE
+        if isinstance(feature_info, list) and feature_info:
+            return int(feature_info[-1]["reduction"])
+        return DEFAULT_STRIDE
 
-    def takes_other_sizes(self, model: nn.Module) -> bool:
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
         """Whether the sub-model may see images of another size than the main model."""
         return True
 
-    def mask_token_width(self, model: nn.Module) -> int | None:
+    def mask_token_width(self, model: ForeignModule) -> int | None:
         """Width D of the mask token that `patch` must create in `model`, None if the family needs none."""
         return None
 
-    def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[tuple[nn.Module, str, Any]]:
+    def resized_state(self, model: ForeignModule, image_size: ImageSize) -> Iterator[Assignment]:
         """Module attributes (module, name, value) with which `model` takes images of `image_size`, (H, W)."""
         return iter(())
 
@@ -72,7 +71,7 @@ def registered_classes() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: ForeignModule) -> Family:
     """The family registered for the nearest base class of the model, else the one for every model."""
     for model_class in type(model).__mro__:
         name = f"{model_class.__module__}.{model_class.__qualname__}".removeprefix("timm.models.")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from augsub.families.base import register_family
-from augsub.families.vit import TokenFamily
-from augsub.sites import ImageSize, TokenSite
+from augsub.families.vit import TokenFamily, patch_side
+from augsub.sites import ForeignModule, ImageSize, TokenSite
 
 
 class StreamSite(TokenSite):
@@ -24,13 +22,13 @@ class StreamSite(TokenSite):
 class CrossVitFamily(TokenFamily):
     """Both streams have one class token in front."""
 
-    def token_site(self, model: nn.Module) -> TokenSite:
+    def token_site(self, model: ForeignModule) -> TokenSite:
         return StreamSite(model.pos_drop, model.patch_embed, num_prefix_tokens=1)
 
-    def stride(self, model: nn.Module) -> int:
-        return max(max(patch_embed.patch_size) for patch_embed in model.patch_embed)
+    def stride(self, model: ForeignModule) -> int:
+        return max(map(patch_side, model.patch_embed))
 
-    def takes_other_sizes(self, model: nn.Module) -> bool:
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
         return True
 
 

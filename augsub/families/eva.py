@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from augsub.families.base import register_family
 from augsub.families.vit import TokenFamily
-from augsub.sites import TokenSite
+from augsub.sites import ForeignModule, TokenSite
 from augsub.views import Tokens
 
 
@@ -22,9 +22,6 @@ class AllTokens(nn.Module):
 class IndexedTokenSite(TokenSite):
     """The module returns (tokens, indices): the rotary embeddings are gathered by the indices of the kept patches."""
 
-    def unpack(self, output: Any) -> Tensor:
-        return output[0]
-
     def pack(self, tokens: Tokens, output: Any) -> Any:
         indices = output[1]  # of timm's own patch dropout
         if tokens.kept is not None:
@@ -35,18 +32,18 @@ class IndexedTokenSite(TokenSite):
 class EvaFamily(TokenFamily):
     """`patch_drop` is None in most models, and its place is called in training and evaluation."""
 
-    def plant(self, model: nn.Module) -> None:
+    def plant(self, model: ForeignModule) -> None:
         super().plant(model)
         if model.patch_drop is None:
             model.patch_drop = AllTokens().train(model.training)
 
-    def uproot(self, model: nn.Module) -> None:
+    def uproot(self, model: ForeignModule) -> None:
         super().uproot(model)
         if isinstance(model.patch_drop, AllTokens):
             del model.patch_drop
             model.patch_drop = None
 
-    def token_site(self, model: nn.Module) -> TokenSite:
+    def token_site(self, model: ForeignModule) -> TokenSite:
         return IndexedTokenSite(model.patch_drop, model.patch_embed, model.num_prefix_tokens)
 
 

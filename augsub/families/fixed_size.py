@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from augsub.families.base import Family, register_family
+from augsub.sites import ForeignModule
 
 POSITION_BOUND = frozenset({"BottleneckAttn", "HaloAttn"})  # attention of ByobNet with tables of a fixed size
 
@@ -12,14 +11,14 @@ POSITION_BOUND = frozenset({"BottleneckAttn", "HaloAttn"})  # attention of ByobN
 class FixedSizeFamily(Family):
     """Their attention biases or position embeddings fit one resolution."""
 
-    def takes_other_sizes(self, model: nn.Module) -> bool:
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
         return False
 
 
 class ByobNetFamily(Family):
     """Of the networks built from blocks, those with position-bound attention take one size only."""
 
-    def takes_other_sizes(self, model: nn.Module) -> bool:
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
         return not any(
             type(module).__name__ in POSITION_BOUND or getattr(module, "pos_emb", None) is not None
             for module in model.modules()

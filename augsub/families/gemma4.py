@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
 from augsub.families.base import register_family
-from augsub.families.vit import TokenFamily
-from augsub.sites import ImageSize, TokenSite
+from augsub.families.vit import TokenFamily, patch_side
+from augsub.sites import ForeignModule, ImageSize, TokenSite
 from augsub.views import Tokens
 
 
 class PositionedTokenSite(TokenSite):
     """`patch_embed` returns (tokens, positions (B, N, 2), padding (B, N) or None)."""
-
-    def unpack(self, output: Any) -> Tensor:
-        return output[0]
 
     def pack(self, tokens: Tokens, output: Any) -> Any:
         _, positions, padding = output
@@ -33,20 +28,20 @@ class PositionedTokenSite(TokenSite):
 class Gemma4VitFamily(TokenFamily):
     """The encoder stands alone, or as `encoder` of a classifier. Rotary embedding goes by positions."""
 
-    def token_site(self, model: nn.Module) -> TokenSite | None:
+    def token_site(self, model: ForeignModule) -> TokenSite | None:
         encoder = encoder_of(model)
         if encoder.global_pool == "soft":  # pools k x k patches of the whole grid
             return None
         return PositionedTokenSite(encoder.patch_embed, encoder.patch_embed, num_prefix_tokens=0)
 
-    def stride(self, model: nn.Module) -> int:
-        return max(encoder_of(model).patch_embed.patch_size)
+    def stride(self, model: ForeignModule) -> int:
+        return patch_side(encoder_of(model).patch_embed)
 
-    def takes_other_sizes(self, model: nn.Module) -> bool:
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
         return model is not encoder_of(model)  # an encoder alone returns as many tokens as the image has
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
+def encoder_of(model: ForeignModule) -> ForeignModule:
     """The encoder of a classifier, or the model itself."""
     return getattr(model, "encoder", model)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from augsub.families.base import register_family
 from augsub.families.stem import StemFamily
-from augsub.sites import ImageSize, Site, TokenSite
+from augsub.sites import ForeignModule, ImageSize, Site, TokenSite
 from augsub.views import Tokens
 
 
@@ -18,14 +18,15 @@ class MaskUnitSite(TokenSite):
     The augmentation sees a mask unit as one token of width M * D.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: ForeignModule) -> None:
         super().__init__(model.unroll, model.patch_embed, num_prefix_tokens=0)
         self.unit_tokens = model.mu_size
         self.units = tuple(model.mask_spatial_shape)
 
     def unpack(self, output: Any) -> Tensor:
-        batch, _, width = output.shape
-        return output.view(batch, self.unit_tokens, -1, width).transpose(1, 2).flatten(2)
+        tokens = super().unpack(output)
+        batch, _, width = tokens.shape
+        return tokens.view(batch, self.unit_tokens, -1, width).transpose(1, 2).flatten(2)
 
     def pack(self, tokens: Tokens, output: Any) -> Any:
         batch, units, _ = tokens.values.shape
@@ -39,7 +40,7 @@ class MaskUnitSite(TokenSite):
 class HieraFamily(StemFamily):
     """Mask units are dropped where `unroll` has put the tokens of one unit side by side."""
 
-    def sites(self, model: nn.Module) -> dict[str, Site]:
+    def sites(self, model: ForeignModule) -> dict[str, Site]:
         return {**super().sites(model), "tokens": MaskUnitSite(model)}
 
 

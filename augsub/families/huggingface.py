@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from augsub.families.base import register_family
-from augsub.families.vit import TokenFamily
-from augsub.sites import ImageSize, TokenSite
+from augsub.families.vit import TokenFamily, patch_side
+from augsub.sites import ForeignModule, ImageSize, TokenSite
 
 
 @dataclass
@@ -26,13 +24,13 @@ class HuggingFaceViTFamily(TokenFamily):
     def __init__(self, num_prefix_tokens: int = 1) -> None:
         self.num_prefix_tokens = num_prefix_tokens
 
-    def token_site(self, model: nn.Module) -> EmbeddingsSite:
+    def token_site(self, model: ForeignModule) -> EmbeddingsSite:
         registers = getattr(model.config, "num_register_tokens", 0)
         embeddings = model.embeddings
         return EmbeddingsSite(embeddings, embeddings.patch_embeddings, self.num_prefix_tokens + registers)
 
-    def stride(self, model: nn.Module) -> int:
-        return max(model.embeddings.patch_embeddings.patch_size)
+    def stride(self, model: ForeignModule) -> int:
+        return patch_side(model.embeddings.patch_embeddings)
 
 
 register_family(

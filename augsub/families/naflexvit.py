@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
 from augsub.families.base import register_family
-from augsub.families.vit import TokenFamily
-from augsub.sites import TokenSite
+from augsub.families.vit import TokenFamily, patch_side
+from augsub.sites import ForeignModule, TokenSite
 from augsub.views import Tokens
 
 
 class EmbedsSite(TokenSite):
     """The module returns (tokens with prefix and position embedding, grid size)."""
-
-    def unpack(self, output: Any) -> Tensor:
-        return output[0]
 
     def pack(self, tokens: Tokens, output: Any) -> Any:
         return tokens.values, *output[1:]
@@ -28,15 +23,15 @@ class NaFlexVitFamily(TokenFamily):
     With rotary embeddings, whose indices only that place passes on, tokens stay and pixels are masked.
     """
 
-    def token_site(self, model: nn.Module) -> TokenSite | None:
+    def token_site(self, model: ForeignModule) -> TokenSite | None:
         if model.rope is not None:
             return None
         return EmbedsSite(model.embeds, model.embeds, model.num_prefix_tokens)
 
-    def stride(self, model: nn.Module) -> int:
-        return max(model.embeds.patch_size)
+    def stride(self, model: ForeignModule) -> int:
+        return patch_side(model.embeds)
 
-    def takes_other_sizes(self, model: nn.Module) -> bool:
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
         return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from augsub.families.base import Family, register_family
-from augsub.sites import Layout, Site, StemSite
+from augsub.sites import ForeignModule, Layout, Site, StemSite
 
 
 class StemFamily(Family):
@@ -22,13 +22,13 @@ class StemFamily(Family):
         self.layout = layout
         self.fixed_size = fixed_size
 
-    def sites(self, model: nn.Module) -> dict[str, Site]:
+    def sites(self, model: ForeignModule) -> dict[str, Site]:
         return {**super().sites(model), "stem": StemSite(model.get_submodule(self.stem), model, self.layout)}
 
-    def takes_other_sizes(self, model: nn.Module) -> bool:
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
         return not self.fixed_size
 
-    def mask_token_width(self, model: nn.Module) -> int:
+    def mask_token_width(self, model: ForeignModule) -> int:
         return output_width(model.get_submodule(self.stem))
 
 
@@ -38,7 +38,7 @@ def output_width(stem: nn.Module) -> int:
         for attribute in ("out_channels", "num_features", "normalized_shape", "out_features"):
             width = getattr(module, attribute, None)
             if width is not None and not callable(width):
-                return width[-1] if isinstance(width, tuple) else width
+                return int(width[-1] if isinstance(width, tuple) else width)
     raise ValueError(f"{type(stem).__name__} has no convolution, linear layer or norm that tells its output width")
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
 from augsub.families.base import register_family
 from augsub.families.stem import StemFamily
 from augsub.families.window_groups import WindowGroupSite, with_windows
-from augsub.sites import Assignment, ImageSize, Site
+from augsub.sites import Assignment, ForeignModule, ImageSize, Site
 
 
 class SwinTransformerFamily(StemFamily):
     """The stem is `patch_embed`, its norm included."""
 
-    def sites(self, model: nn.Module) -> dict[str, Site]:
+    def sites(self, model: ForeignModule) -> dict[str, Site]:
         sites = super().sites(model)
         if len(model.layers) > 1:
             windows = WindowGroupSite(model)
@@ -23,7 +21,7 @@ class SwinTransformerFamily(StemFamily):
                 sites["windows"] = windows
         return sites
 
-    def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[Assignment]:
+    def resized_state(self, model: ForeignModule, image_size: ImageSize) -> Iterator[Assignment]:
         yield model.patch_embed, "strict_img_size", False
         for block in model.modules():
             if hasattr(block, "dynamic_mask"):
@@ -33,14 +31,14 @@ class SwinTransformerFamily(StemFamily):
 class SwinTransformerV2CrFamily(StemFamily):
     """As Swin, but position biases of this one are computed for its built windows."""
 
-    def resized_state(self, model: nn.Module, image_size: ImageSize) -> Iterator[Assignment]:
+    def resized_state(self, model: ForeignModule, image_size: ImageSize) -> Iterator[Assignment]:
         yield model.patch_embed, "strict_img_size", False
         for block in model.modules():
             if hasattr(block, "dynamic_mask"):
                 yield block, "dynamic_mask", True  # the stored attention mask fits the built size only
 
 
-def scaled_windows(block: nn.Module, built_size: ImageSize, image_size: ImageSize) -> Iterator[Assignment]:
+def scaled_windows(block: ForeignModule, built_size: ImageSize, image_size: ImageSize) -> Iterator[Assignment]:
     """Windows with the same share of the map as in the main model, as timm's `set_input_size` gives them.
 
     Windows of the built size would need padding: at 160 of 224 pixels they cost Swin-B 65 % of the main

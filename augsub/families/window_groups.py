@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from augsub.augmentation import SubModelAugmentation
-from augsub.sites import Assignment, HookedSite, ImageSize, augmented
+from augsub.sites import Assignment, ForeignModule, HookedSite, ImageSize, augmented
 from augsub.views import Tokens
 
 
@@ -27,7 +27,7 @@ class WindowGroupSite(HookedSite):
         model: a Swin with at least two stages.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: ForeignModule) -> None:
         self.module, self.end = model.patch_embed, model.norm
         self._stages = [list(stage.blocks) for stage in model.layers]
         halvings = 2 ** (len(self._stages) - 2)
@@ -79,7 +79,7 @@ def _removes(augmentations: Sequence[SubModelAugmentation]) -> bool:
     return any(augmentation.ratio for augmentation in augmentations)
 
 
-def fitting_windows(block: nn.Module, resolution: Sequence[int]) -> Iterator[Assignment]:
+def fitting_windows(block: ForeignModule, resolution: Sequence[int]) -> Iterator[Assignment]:
     """A block's windows, cut to a map of that resolution."""
     window = tuple(map(min, block.window_size, resolution))
     shift = tuple(
@@ -91,7 +91,7 @@ def fitting_windows(block: nn.Module, resolution: Sequence[int]) -> Iterator[Ass
         yield block, "dynamic_mask", False  # it would be computed anew in every forward
 
 
-def _mask_of_part(block: nn.Module, resolution: Sequence[int]) -> Tensor:
+def _mask_of_part(block: ForeignModule, resolution: Sequence[int]) -> Tensor:
     """The built attention mask (windows, N, N) for a smaller map: only its last row and column are special."""
     rows, columns = (length // side for length, side in zip(block.input_resolution, block.window_size, strict=True))
     kept_rows, kept_columns = (length // side for length, side in zip(resolution, block.window_size, strict=True))
@@ -101,7 +101,7 @@ def _mask_of_part(block: nn.Module, resolution: Sequence[int]) -> Tensor:
     return mask.flatten(0, 1)
 
 
-def with_windows(block: nn.Module, window: tuple[int, ...], shift: tuple[int, ...]) -> Iterator[Assignment]:
+def with_windows(block: ForeignModule, window: tuple[int, ...], shift: tuple[int, ...]) -> Iterator[Assignment]:
     """A block of Swin with smaller windows.
 
     Position biases depend on the distance alone, so those of a smaller window are a part of the built ones.

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from augsub.objective import ObjectiveOutput, SubModelObjective
 
+if TYPE_CHECKING:
+    from lightning import LightningModule as _Base
+else:
+    _Base = object  # importing this module needs no Lightning, and both of its names for itself will do
 
-class SubModelMixin:
+
+class SubModelMixin(_Base):
     """The training step of a LightningModule: ``class Mine(SubModelMixin, LightningModule)``.
 
     With automatic optimisation both branches are in one graph, and Lightning calls backward. With
@@ -35,11 +40,24 @@ class SubModelMixin:
         return out.loss
 
     def branchwise_step(self, images: Tensor, targets: Tensor) -> ObjectiveOutput:
-        """Backward of every branch, then a step of the one optimiser."""
+        """Backward of every branch, then a step of the one optimiser.
+
+        Args:
+            images: (B, C, H, W).
+            targets: labels (B,) or soft labels (B, K).
+
+        Raises:
+            ValueError: if the module has several optimisers.
+        """
         optimizer = self.optimizers()
+        if isinstance(optimizer, list):
+            raise ValueError(
+                f"{type(self).__name__} has {len(optimizer)} optimisers, SubModelMixin steps one: "
+                "call self.objective.backward in a training_step of your own"
+            )
         optimizer.zero_grad()
         model = _WithSync(self.model, self.trainer.strategy.model)
-        out = self.objective.backward(model, images, targets, backward=self.manual_backward)
+        out = self.objective.backward(cast(nn.Module, model), images, targets, backward=self.manual_backward)
         optimizer.step()
         return out
 
@@ -47,9 +65,10 @@ class SubModelMixin:
 class _WithSync:
     """The model, with the `no_sync` of the wrapper that Lightning put around the whole module."""
 
-    def __init__(self, model: nn.Module, wrapper: nn.Module) -> None:
+    def __init__(self, model: nn.Module, wrapper: nn.Module | None) -> None:
         self.model = model
-        self.no_sync: Callable[[], AbstractContextManager] = getattr(wrapper, "no_sync", nullcontext)
+        self.no_sync: Callable[[], AbstractContextManager[None]] = getattr(wrapper, "no_sync", nullcontext)
 
     def __call__(self, images: Tensor, **augsub: Any) -> Tensor:
-        return self.model(images, **augsub)
+        logits: Tensor = self.model(images, **augsub)
+        return logits

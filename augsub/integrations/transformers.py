@@ -37,8 +37,8 @@ class SubModelTrainer(Trainer):
     def __init__(self, *args: Any, objective: SubModelObjective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # what earlier versions ask instead
-        self.objective = objective
-        objective.prepare(self.model)
+        self.objective: SubModelObjective = objective
+        objective.prepare(self.model)  # type: ignore[arg-type]  # it has one by now
 
     def compute_loss(
         self,

@@ -8,13 +8,15 @@ import textwrap
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 import augsub
+from augsub.integrations.lightning import SubModelMixin
 
 HALF = augsub.SubModel("masking", ratio=0.5)
 PATCH_FIRST = r"is not patched: call augsub.patch on the model first, before DistributedDataParallel, torch.compile"
@@ -63,6 +65,24 @@ def test_patching_a_wrapper(one_process, make_model):
             augsub.patch(wrap(make_model("vit")))
     with pytest.raises(ValueError, match="ViTForImageClassification has a head around its model: patch its base_model"):
         augsub.patch(in_transformers(make_model("vit")))
+
+
+class TwoOptimisers(SubModelMixin, Module):
+    automatic_optimization = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(augsub.patch(model))
+        self.objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [HALF])
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=rate) for rate in (0.1, 0.01)]
+
+
+def test_branch_by_branch_lightning_steps_one_optimiser(tmp_path, make_model, images, labels):
+    module = TwoOptimisers(make_model("vit"))
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"TwoOptimisers has 2 optimisers, SubModelMixin steps one: call self\.objective"):
+        trainer.fit(module, DataLoader(list(zip(images, labels, strict=True)), batch_size=4))
 
 
 @pytest.mark.parametrize(
