@@ -139,7 +139,7 @@ def _bases(content: DictConfig, path: Path) -> list[str]:
         bases = content.pop("_base_", [])
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list | ListConfig) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: _base_ = {bases}: must be the name of a file, or a list of such names")
+        raise InputError(f"{path}: _base_ = {bases!r}: must be the name of a file, or a list of such names")
     return list(names)
 
 
@@ -149,7 +149,7 @@ def _merge(config: DictConfig, content: DictConfig, place: str) -> DictConfig:
     for key in SECTIONS:
         section = sections.get(key, {})
         if not isinstance(section, dict) and not (isinstance(section, str) and section.startswith("${")):
-            raise InputError(f"{place}: {key} = {section}: must be keys with values")
+            raise InputError(f"{place}: {key} = {section!r}: must be keys with values")
     try:
         return OmegaConf.merge(config, content)
     except REFUSALS as error:

@@ -86,6 +86,8 @@ def test_interpolation(write):
         ("train: [", [], "not a readable YAML file"),
         ("- 1", [], "top level"),
         ("!!python/object/apply:os.system ['true']", [], "not a readable YAML file"),
+        ('transform: "a\\nb"', [], r"transform = 'a\nb': must be keys with values"),
+        ('_base_: {"a\\nb": 1}', [], "must be the name of a file"),
         ("_base_: missing.yaml", [], "missing.yaml does not exist"),
         ("_base_: run.yaml", [], "_base_ leads back"),
     ],
