@@ -154,8 +154,8 @@ def supports(model: nn.Module) -> dict[str, str]:
         model: a timm model or any other, patched or not; it stays as it is.
 
     Returns:
-        For each augmentation that acts in this model the site where it does: ``tokens``, ``stem``,
-        ``image``, ``drop_path`` or ``dropout``.
+        For each augmentation that acts in this model, the site where it does, by its name in
+        :class:`SubModelAugmentation`.
 
     Raises:
         TypeError: as `patch`.

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from engine import atomic
 from engine.errors import InputError
@@ -94,7 +95,7 @@ class RunFolder:
                 raise InputError(f"output_dir = {self.path}: cannot be written: {error.strerror}") from error
             yield
 
-    def _lock(self, lock) -> None:
+    def _lock(self, lock: TextIO) -> None:
         try:
             # of this process alone: loading workers that outlive a killed one for seconds do not inherit it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

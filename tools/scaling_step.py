@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.data import DataSource
-from engine.data.batching import accumulation_for
+from engine.data.batch_sizes import accumulation_for
 from engine.defaults import build_objective
 from engine.distributed import Process
 from engine.errors import InputError, input_errors

@@ -77,8 +77,8 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             raise RuntimeError(f"{WORKER_DIED} unknown) is gone: {reason_of(error)}") from error
 
 
-class Loader:
-    """A loader that can be gone through many times, as :class:`Batches`."""
+class HeldOutLoader:
+    """This process's held-out images, to be gone through many times, as :class:`Batches`."""
 
     def __init__(self, loader: DataLoader, bad_files: BadFiles, deliver: Delivery) -> None:
         self._loader = loader

@@ -18,8 +18,6 @@ from engine.errors import InputError
 
 # The names under which timm looks for a split's folder
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "test")}
-
-
 KINDS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm takes any other name for a folder
 
 
@@ -43,13 +41,7 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
             f"data.root = {data.root}: the splits number their classes differently; images must lie directly in "
             "the class folders, or in the same folders below them in both splits"
         )
-    return DataSource(
-        train=naming_bad_files(train, "training"),
-        held_out=naming_bad_files(held_out, "held-out"),
-        num_classes=_num_classes(train, data),
-        in_chans=3,
-        class_names=_class_names(train, data),
-    )
+    return _source(data, held_out, naming_bad_files(train, "training"))
 
 
 def build_held_out_images(data: DataConfig, transform: TransformConfig) -> DataSource:
@@ -61,8 +53,13 @@ def build_held_out_images(data: DataConfig, transform: TransformConfig) -> DataS
     if data.dataset == "folder":
         class_folders(split_folder(root_of(data), data.eval_split))
     held_out = _open(data, data.eval_split, build_eval_transform(transform, data.image_size))
+    return _source(data, held_out, train=None)
+
+
+def _source(data: DataConfig, held_out: Dataset, train: Dataset | None) -> DataSource:
+    """Both splits number their classes alike, so that the held-out one tells them."""
     return DataSource(
-        train=None,
+        train=train,
         held_out=naming_bad_files(held_out, "held-out"),
         num_classes=_num_classes(held_out, data),
         in_chans=3,

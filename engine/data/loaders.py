@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from engine.config import UNTRANSFORMED, Config
 from engine.data.bad_files import BadFiles
-from engine.data.batches import Batches, Loader, collate
-from engine.data.batching import accumulation_for, batch_for
+from engine.data.batch_sizes import accumulation_for, batch_for
+from engine.data.batches import Batches, HeldOutLoader, collate
 from engine.data.delivery import build_delivery
 from engine.data.digits import build_digits
 from engine.data.held_out import HeldOutShare
@@ -23,6 +23,7 @@ from engine.data.images import build_held_out_images, build_images
 from engine.data.source import DataSource
 from engine.data.stream import SeededDataset, TrainingOrder
 from engine.data.synthetic import build_synthetic
+from engine.data.transforms import pixel_dtype
 from engine.distributed import Process
 from engine.errors import InputError
 
@@ -42,7 +43,7 @@ class DataLoaders:
     """
 
     train_from: Callable[[int], Batches]
-    held_out: Loader
+    held_out: HeldOutLoader
     bad_files: BadFiles
     micro_batch: int
     accumulation: int
@@ -118,7 +119,9 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
     )
 
 
-def build_held_out(config: Config, source: DataSource, process: Process, bad_files: BadFiles | None = None) -> Loader:
+def build_held_out(
+    config: Config, source: DataSource, process: Process, bad_files: BadFiles | None = None
+) -> HeldOutLoader:
     """This process's share of the held-out images; what is no image has the label IGNORED.
 
     Args:
@@ -127,10 +130,10 @@ def build_held_out(config: Config, source: DataSource, process: Process, bad_fil
     if bad_files is None:
         bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
     shape = (source.in_chans, config.data.image_size, config.data.image_size)
-    pixel = torch.float32 if config.data.dataset in UNTRANSFORMED else torch.uint8
-    share = HeldOutShare(source.held_out, process.rank, process.world_size, torch.zeros(shape, dtype=pixel))
+    blank = torch.zeros(shape, dtype=pixel_dtype(config))
+    share = HeldOutShare(source.held_out, process.rank, process.world_size, blank)
     loader = DataLoader(share, batch_size=config.evaluation.batch, **_loading(config, process))
-    return Loader(loader, bad_files, build_delivery(config, process.device, is_training=False))
+    return HeldOutLoader(loader, bad_files, build_delivery(config, process.device, is_training=False))
 
 
 def _loading(config: Config, process: Process) -> dict[str, Any]:

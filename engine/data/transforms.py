@@ -18,9 +18,14 @@ Transform = Callable[[Any], Tensor]
 POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
 
 
+def pixel_dtype(config: Config) -> torch.dtype:
+    """What a run's data set gives: bytes, or floats that are used as they are."""
+    return torch.float32 if config.data.dataset in UNTRANSFORMED else torch.uint8
+
+
 def normalisation(config: Config) -> tuple[list[float] | None, list[float] | None]:
     """Mean and standard deviation by which a run's images are normalised; None for images used as they are."""
-    is_normalised = config.data.dataset not in UNTRANSFORMED
+    is_normalised = pixel_dtype(config) == torch.uint8
     return (config.transform.mean, config.transform.std) if is_normalised else (None, None)
 
 

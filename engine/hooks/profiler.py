@@ -14,6 +14,7 @@ from engine.train_loop import HookBase
 
 LOGGER = logging.getLogger("engine")
 SKIPPED, WARMUP, RECORDED = 3, 2, 5  # steps; the first ones choose kernels and fill caches, the profiler warms up too
+NEEDED = SKIPPED + WARMUP + RECORDED
 ROWS, NAME_WIDTH = 15, 40
 PLAINLY = {"ProfilerStep*": "Python between operations"}
 
@@ -33,7 +34,7 @@ class Profiler(HookBase):
 
     def before_train(self) -> None:
         self._on_gpu = self.trainer.process.device.type == "cuda"
-        self._end = self.trainer.iteration + SKIPPED + WARMUP + RECORDED
+        self._start = self.trainer.iteration
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])],
             schedule=schedule(wait=SKIPPED, warmup=WARMUP, active=RECORDED, repeat=1),
@@ -44,7 +45,7 @@ class Profiler(HookBase):
         if self._profile is None:
             return
         self._profile.step()
-        if self.trainer.iteration == self._end:
+        if self.trainer.iteration - self._start == NEEDED:
             self._report(self._profile)
             self.close()
 
@@ -52,8 +53,8 @@ class Profiler(HookBase):
         if self._profile is not None:
             LOGGER.warning(
                 "train.profile: nothing was recorded, that takes %d steps in one go and the run had %d left",
-                SKIPPED + WARMUP + RECORDED,
-                self.trainer.iteration - self._end + SKIPPED + WARMUP + RECORDED,
+                NEEDED,
+                self.trainer.iteration - self._start,
             )
 
     def close(self) -> None:
@@ -74,21 +75,14 @@ class Profiler(HookBase):
     def _top_costs(self, recorded: profile) -> str:
         """Operations by the time that they take themselves, without what they call."""
         attribute = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"  # microseconds
+        # the time of a kernel is its caller's, an operation of the CPU
         operations = [event for event in recorded.key_averages() if event.device_type == DeviceType.CPU]
-        times = {
-            event.key: (getattr(event, attribute), event.count) for event in operations
-        }  # kernels are their callers'
-        total = sum(time for time, _ in times.values()) or 1
-        longest = sorted(times.items(), key=lambda item: item[1], reverse=True)[:ROWS]
+        costs = [(getattr(event, attribute) / RECORDED, event.count / RECORDED, event.key) for event in operations]
+        total = sum(time for time, *_ in costs) or 1
         return tabulate(
             [
-                (
-                    _shortened(name),
-                    f"{time / 1000 / RECORDED:.3f}",
-                    f"{100 * time / total:.1f}",
-                    f"{count / RECORDED:.4g}",
-                )
-                for name, (time, count) in longest
+                (_shortened(name), f"{time / 1000:.3f}", f"{100 * time / total:.1f}", f"{calls:.4g}")
+                for time, calls, name in sorted(costs, reverse=True)[:ROWS]
             ],
             headers=[f"on the {'GPU' if self._on_gpu else 'CPU'}", "ms per step", "%", "calls per step"],
             disable_numparse=True,

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from engine.data import BadFiles
-from engine.data.batches import Batches, Loader, collate
+from engine.data.batches import Batches, HeldOutLoader, collate
 from engine.data.delivery import Delivery
 from engine.errors import RunError
 
@@ -45,7 +45,7 @@ def test_a_worker_that_crashes_ends_in_one_line(code):
 
 
 def test_an_end_is_no_fault_and_a_second_round_is_the_same():
-    loader = Loader(
+    loader = HeldOutLoader(
         DataLoader(Faulty(lambda: None), batch_size=3, num_workers=2, collate_fn=collate), BadFiles(0), AS_THEY_ARE
     )
     assert len(loader) == 6

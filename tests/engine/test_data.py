@@ -13,7 +13,7 @@ from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import Config, DataConfig, TrainConfig, TransformConfig
-from engine.data.batching import accumulation_for, batch_for
+from engine.data.batch_sizes import accumulation_for, batch_for
 from engine.data.digits import build_digits
 from engine.data.held_out import IGNORED
 from engine.data.images import build_images
