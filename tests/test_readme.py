@@ -77,11 +77,6 @@ def test_every_config_is_listed():
     assert [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in text] == []
 
 
-def test_every_make_command_exists():
-    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"\bmake ([\w-]+)\b(?=`|\s+#)", README)) <= set(targets)
-
-
 def test_the_quoted_speeds_are_those_of_the_benchmark():
     section = README.partition("On an NVIDIA H200")[2].partition("## What it does")[0]
     measured = (ROOT / "docs" / "performance.md").read_text()
