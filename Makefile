@@ -21,15 +21,15 @@ test-faults: $(INSTALLED)  ## real faults in real runs, then docs/reliability.md
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers
 	$(BIN)/python -m pytest -q tests/recipes
 
-study: $(INSTALLED)  ## write docs/study_families.md and docs/study_digits.md: half an hour on two cores
-	$(BIN)/python tools/compare_runs.py --study configs/studies/families.yaml
-	$(BIN)/python tools/compare_runs.py --study configs/studies/digits.yaml
+study: $(INSTALLED)  ## write docs/study_*.md: an hour and a quarter on two cores
+	for study in families digits cheap_swin cheap_resnet; do \
+		$(BIN)/python tools/compare_runs.py --study configs/studies/$$study.yaml || exit; done
 
 first-run: $(INSTALLED)  ## repeat docs/first_run.md: what its commands print, and their pictures
 	rm -rf runs/digits_vit
 	$(BIN)/python tools/console_page.py docs/first_run.md
 	mkdir -p docs/first_run
-	cp runs/digits_vit_plan.png docs/first_run/plan.png
+	cp runs/plan_digits_vit.png docs/first_run/plan.png
 	cp runs/digits_vit/curves.png runs/digits_vit/evaluation/*.png docs/first_run/
 
 VIT := $(BIN)/python tools/visualize_augsub.py --model vit_small_patch16_224

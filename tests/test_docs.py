@@ -85,10 +85,12 @@ def test_every_augmentation_has_a_card_with_the_same_headings():
         assert f"]({augmentation}.png)" in card and f'"{augmentation}"' in card
 
 
-def test_the_accuracies_on_the_cards_are_those_of_the_study():
-    study = (DOCS / "study_digits.md").read_text().partition("## What can")[0]
-    rows = [cells(line) for line in study.splitlines() if line.startswith("| ") and "±" in line]
-    measured = {row[0]: [row[2], row[3], row[7]] for row in rows}
+def test_the_accuracies_on_the_cards_are_those_of_the_studies():
+    measured = {}
+    for study, model in {"digits": "", "cheap_swin": "Swin-T, ", "cheap_resnet": "ResNet-18, "}.items():
+        summary = (DOCS / f"study_{study}.md").read_text().partition("## What can")[0]
+        rows = [cells(line) for line in summary.splitlines() if line.startswith("| ") and "±" in line]
+        measured |= {model + row[0]: [row[2], row[3], row[7]] for row in rows}
     measured["none"], measured["none, as many FLOPs as masking 0.5"] = (
         measured["baseline"],
         measured["baseline, 90 epochs"],
@@ -99,7 +101,7 @@ def test_the_accuracies_on_the_cards_are_those_of_the_study():
         for line in page.read_text().splitlines()
         if re.match(rf"\| .* \| {ACCURACY} \|", line)
     ]
-    assert len(quoted) == 17
+    assert len(quoted) == 24
     for way, *figures in quoted:
         assert figures == measured[way][: len(figures)]
     for page in (DOCS / "augmentations").glob("*.md"):

@@ -105,7 +105,7 @@ def draw_differences(comparisons: Comparisons, metric: str, path: Path) -> None:
         )
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first one on top
     baselines = {ways[0].name for ways in comparisons.values()}
     axes.set_xlabel(f"{LABELS[metric].removesuffix(' (%)')}, difference to {', '.join(sorted(baselines))} (points)")
     axes.grid(alpha=0.3, axis="x")
