@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import huggingface_hub.constants
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import parse_model_name
 from torch import nn
 from torch.func import functional_call
@@ -47,7 +48,7 @@ def create_model(
         ValueError: unknown name (the nearest one is named), an argument the model does not take,
             or pretrained weights that cannot be had.
     """
-    check_name(name)
+    _check_name(name)
     given = {"num_classes": num_classes, "img_size": image_size}
     arguments = {"in_chans": in_chans, **kwargs}
     arguments |= {argument: value for argument, value in given.items() if value is not None}
@@ -85,9 +86,7 @@ def image_settings(name: str) -> ImageSettings:
     Raises:
         ValueError: unknown name, or one of a hub that cannot be reached.
     """
-    check_name(name)
-    with torch.device("meta"):
-        own = _create(name, False, {}).pretrained_cfg
+    own = build_on_meta(name).pretrained_cfg
     return ImageSettings(
         image_size=own["input_size"][-1],
         transform={
@@ -100,7 +99,28 @@ def image_settings(name: str) -> ImageSettings:
     )
 
 
-def check_name(name: str) -> None:
+def build_on_meta(name: str) -> nn.Module:
+    """A timm model as timm builds it, with its structure and no memory for weights.
+
+    Raises:
+        ValueError: unknown name, or one of a hub that cannot be reached.
+    """
+    _check_name(name)
+    with torch.device("meta"):
+        return _create(name, False, {})
+
+
+def takes_image_size(name: str, image_size: int, **arguments: Any) -> bool:
+    """Whether a timm model is built for one size, so that `timm.create_model` must be told it (`img_size`)."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, img_size=image_size, **arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_name(name: str) -> None:
     """Raise ValueError if timm cannot know the model; the nearest name is said."""
     source, _ = parse_model_name(name)
     if source == "hf-hub":
@@ -148,7 +168,7 @@ def check_image_shape(
     Raises:
         ValueError: with the model's or the augmentation's own reason.
     """
-    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    patch_size = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))
     size = " x ".join(map(str, image_shape[1:]))
     if any(side % patch for side, patch in zip(image_shape[1:], patch_size, strict=True)):
         LOGGER.warning(

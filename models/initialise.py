@@ -23,11 +23,11 @@ def restart(model: nn.Module, names: Sequence[str]) -> None:
         ValueError: no such module, or one whose class does not know its initial values.
     """
     for name in names:
-        for module in _module(model, name, "model.restart").modules():
+        for module in _module(model, name, "restart").modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
             elif next(module.parameters(recurse=False), None) is not None:
-                raise ValueError(f"model.restart: {type(module).__name__} in {name!r} has no initial values of its own")
+                raise ValueError(f"restart: {type(module).__name__} in {name!r} has no initial values of its own")
 
 
 def start_head(model: nn.Module, std: float, bias_bound: float = 0.0) -> None:
@@ -38,7 +38,7 @@ def start_head(model: nn.Module, std: float, bias_bound: float = 0.0) -> None:
     """
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"model.head_std: the head of {type(model).__name__} is no linear layer")
+        raise ValueError("head_std: the model's head is no linear layer")
     nn.init.trunc_normal_(head.weight, std=std)  # cut at +-2, not at 2 std, as everywhere in timm
     if head.bias is not None:
         nn.init.uniform_(head.bias, -bias_bound, bias_bound)
@@ -51,7 +51,7 @@ def start_class_token(model: nn.Module, std: float) -> None:
         ValueError: the model has none.
     """
     if getattr(model, "cls_token", None) is None:
-        raise ValueError(f"model.class_token_std: {type(model).__name__} has no class token")
+        raise ValueError("class_token_std: the model has no class token")
     nn.init.trunc_normal_(model.cls_token, std=std)
 
 
@@ -63,7 +63,7 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
     """
     parameters = dict(model.named_parameters())
     for name in names:
-        frozen = [parameters[name]] if name in parameters else _module(model, name, "model.frozen").parameters()
+        frozen = [parameters[name]] if name in parameters else _module(model, name, "frozen").parameters()
         for parameter in frozen:
             parameter.requires_grad_(False)
 
@@ -72,4 +72,4 @@ def _module(model: nn.Module, name: str, key: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise ValueError(f"{key}: {type(model).__name__} has no part named {name!r}") from error
+        raise ValueError(f"{key}: the model has no part named {name!r}") from error

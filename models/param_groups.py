@@ -28,7 +28,7 @@ def param_groups(
         ValueError: if a name in `full_lr` is not in the model, or the model does not tell its layers.
     """
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    scales = layer_scales(model, layer_decay, full_lr)
+    scales = _layer_scales(model, layer_decay, full_lr)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -40,12 +40,12 @@ def param_groups(
     ]
 
 
-def layer_scales(model: nn.Module, layer_decay: float | None, full_lr: Sequence[str] = ()) -> dict[str, float]:
+def _layer_scales(model: nn.Module, layer_decay: float | None, full_lr: Sequence[str]) -> dict[str, float]:
     """Learning rate of each parameter in parts of the head's, by name."""
     names = [name for name, _ in model.named_parameters()]
     for module in full_lr:
         if not any(_is_in(name, module) for name in names):
-            raise ValueError(f"optimizer.full_lr: the model has no module {module!r}")
+            raise ValueError(f"full_lr: the model has no module {module!r}")
     if layer_decay is None:
         return dict.fromkeys(names, 1.0)
     if hasattr(model, "group_matcher"):
@@ -54,7 +54,7 @@ def layer_scales(model: nn.Module, layer_decay: float | None, full_lr: Sequence[
         layers = auto_group_layers(model)
     head = max(layers.values())
     if head == 0:
-        raise ValueError(f"optimizer.layer_decay: {type(model).__name__} does not tell the order of its layers")
+        raise ValueError("layer_decay: the model does not tell the order of its layers")
     return {
         name: 1.0 if any(_is_in(name, module) for module in full_lr) else layer_decay ** (head - layers.get(name, head))
         for name in names

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 import augsub
-from models.zoo import build_on_meta
+from models.build import build_on_meta
 
 NOT_OFFERED = "-"
 

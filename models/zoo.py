@@ -7,13 +7,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import timm
-import torch
-from torch import nn
+
+from models.build import build_on_meta
 
 TABLE = Path(__file__).with_name("zoo.csv")  # written by `python -m models.zoo`
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class ZooRow:
     """All models that one timm file makes of one class.
 
@@ -30,12 +30,6 @@ class ZooRow:
     smallest: str
     params: int
     num_models: int
-
-
-def build_on_meta(name: str) -> nn.Module:
-    """A timm model with its structure and no memory for weights."""
-    with torch.device("meta"):
-        return timm.create_model(name)
 
 
 def zoo_rows() -> list[ZooRow]:

@@ -13,7 +13,7 @@ from engine.checkpoint.reading import load
 from engine.config import Config
 from engine.config_file import parse_config
 from engine.errors import InputError, input_errors
-from models.build import create_model
+from models.build import create_model, takes_image_size
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_exported(checkpoint: Path, ema: bool) -> Exported:
     with input_errors(f"checkpoint {checkpoint}"):
         model = create_model(name, image_size=image_size, **arguments)
         model.load_state_dict(weights)
-    if getattr(getattr(model, "patch_embed", None), "img_size", None) is not None:
+    if takes_image_size(name, image_size, **arguments):
         arguments["img_size"] = image_size
     latest = state["hooks"].get("evaluation", {}).get("latest", {})
     return Exported(

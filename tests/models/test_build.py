@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import augsub
-from models.build import build_model, check_image_shape
+from models.build import build_model, build_on_meta, check_image_shape, image_settings, takes_image_size
+from models.zoo import load_rows
 
 
 def test_a_model_is_built_for_the_data_and_patched():
@@ -46,3 +47,20 @@ def test_sizes_are_checked_without_computing(caplog):
     with caplog.at_level(logging.WARNING):
         check_image_shape(build_model("vit_tiny_patch16_224", num_classes=7, in_chans=3, image_size=40), (3, 40, 40))
     assert "40 x 40 pixels are no multiple of the patch size" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "efficientvit_m0"])  # whose patch size is one number
+def test_sizes_are_checked_whatever_a_model_calls_its_patch_size(name):
+    check_image_shape(build_model(name), (3, 224, 224), [augsub.build("masking")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({row.smallest for row in load_rows()}))
+def test_every_class_of_models_passes_the_check_of_its_own_size(name):
+    settings = image_settings(name)
+    check_image_shape(augsub.patch(build_on_meta(name)), (3, settings.image_size, settings.image_size))
+
+
+def test_what_a_model_must_be_told_of_the_image_size():
+    assert takes_image_size("vit_tiny_patch16_224", 64) and takes_image_size("levit_128s", 64, num_classes=3)
+    assert not takes_image_size("resnet18", 64, in_chans=1)

@@ -45,10 +45,10 @@ def test_frozen_parts_do_not_learn():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: freeze(model, ["patch_embd"]), "model.frozen: VisionTransformer has no part named 'patch_embd'"),
-        (lambda model: restart(model, ["nrom"]), "model.restart: VisionTransformer has no part named 'nrom'"),
+        (lambda model: freeze(model, ["patch_embd"]), "frozen: the model has no part named 'patch_embd'"),
+        (lambda model: restart(model, ["nrom"]), "restart: the model has no part named 'nrom'"),
         (lambda model: start_head(timm.create_model("test_vit", num_classes=0), 0.02), "is no linear layer"),
-        (lambda model: start_class_token(timm.create_model("resnet18"), 0.02), "ResNet has no class token"),
+        (lambda model: start_class_token(timm.create_model("resnet18"), 0.02), "the model has no class token"),
     ],
 )
 def test_what_the_model_does_not_have_is_named(change, message):

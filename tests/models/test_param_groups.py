@@ -60,5 +60,5 @@ def test_modules_at_the_full_rate():
 
 
 def test_a_model_that_does_not_tell_its_layers():
-    with pytest.raises(ValueError, match=r"layer_decay: Sequential does not tell the order of its layers"):
+    with pytest.raises(ValueError, match=r"layer_decay: the model does not tell the order of its layers"):
         param_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 0.0, layer_decay=0.5)

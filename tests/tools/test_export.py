@@ -72,6 +72,15 @@ def test_timm_loads_the_folder_and_gives_the_same_logits(tool, checkpoints, tmp_
     assert json.loads((folder / "config.json").read_text())["label_names"] == [str(digit) for digit in range(10)]
 
 
+def test_a_model_that_is_built_for_one_size_is_told_it(tool, train_net, tmp_path):
+    settings = ["model.name=levit_128s", "model.kwargs={}", "data.image_size=64", "train.max_iters=1"]
+    assert train_net("--config", "digits_resnet", *settings, f"output_dir={tmp_path}/run")[0] == 0
+    code, printed, error = tool(tmp_path / "run" / "checkpoints" / "last.pt", tmp_path / "levit.safetensors")
+    assert code == 0, error
+    model = eval(printed, {"timm": timm}).eval()
+    assert "img_size=64" in printed and model(torch.zeros(1, 1, 64, 64)).shape == (1, 10)
+
+
 def test_the_card_has_recipe_figures_and_how_to_load(tool, checkpoints, tmp_path):
     folder = tmp_path / "my_digits"
     assert tool(checkpoints["digits_vit"], folder)[0] == 0
