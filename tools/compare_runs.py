@@ -24,6 +24,8 @@ from tools.comparison_tables import METRICS, caption, configuration_lines, summa
 from tools.run_groups import read_ways
 from tools.study import run_study
 
+DEFAULT_JOBS = 2
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -32,12 +34,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--metric", choices=METRICS, default="top1", help="accuracy to compare (default top1)")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="draw losses and accuracies over epochs")
     parser.add_argument("--study", metavar="FILE", type=Path, help="train and report what this file says")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs of a study at a time (default 2)")
+    parser.add_argument("--jobs", type=int, metavar="N", help=f"runs of a study at a time (default {DEFAULT_JOBS})")
     return parser.parse_intermixed_args()
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a table of runs that exist, and draw their curves."""
+    if arguments.jobs is not None:
+        raise InputError("--jobs: belongs to --study")
     ways = read_ways(arguments.runs)
     check_comparable(ways)
     print(summary_table({"": ways}, arguments.metric), caption(), "\n".join(configuration_lines(ways)), sep="\n\n")
@@ -49,17 +53,19 @@ def make_study(arguments: argparse.Namespace) -> None:
     """Train and report a study."""
     if arguments.runs or arguments.picture or arguments.metric != "top1":
         raise InputError("--study: goes with --jobs alone; its file says what is trained and written")
-    if arguments.jobs < 1:
+    if arguments.jobs is not None and arguments.jobs < 1:
         raise InputError(f"--jobs = {arguments.jobs}: allowed is at least 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs save their state first
-    for path in run_study(arguments.study, arguments.jobs):
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the runs save their state first
+    for path in run_study(arguments.study, DEFAULT_JOBS if arguments.jobs is None else arguments.jobs):
         print(path)
 
 
 def main() -> int:
-    """Exit code 0; 2 with one line after an error; 130 after Ctrl-C or SIGTERM, where the same command goes on."""
+    """Exit code 0; 2 with one line after an error; 130 after Ctrl-C, SIGTERM or SIGHUP: the same command goes on."""
     arguments = parse_arguments()
-    run = make_study if arguments.study else compare
+    run = compare if arguments.study is None else make_study
     return exit_code(partial(run, arguments), after_interrupt="the same command goes on")
 
 

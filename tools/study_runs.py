@@ -57,7 +57,12 @@ def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolEx
     command = [sys.executable, TRAIN_NET, "--resume", "--config", run.variant.config, *run.overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which asks the runs to save and stop
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         processes.add(process)
         _, said = process.communicate()

@@ -192,6 +192,7 @@ def test_wrong_folders_are_one_line(finished, compare, tmp_path):
         ("good", "other", "--metric", "ema_top1"): "good: has no ema_top1; its summary.json has main_loss, top1",
         ("good", "other", "--picture", "curves.docx"): "curves.docx: Format 'docx' is not supported",
         ("good", "other", "--picture", "good/config.yaml/c.png"): "good/config.yaml/c.png cannot be written",
+        ("good", "other", "--jobs", "1"): "--jobs: belongs to --study",
         ("good", "--study", "s.yaml"): "--study: goes with --jobs alone",
         ("--jobs", "0", "--study", "s.yaml"): "--jobs = 0: allowed is at least 1",
         ("--study", "s.yaml"): "config file s.yaml does not exist",

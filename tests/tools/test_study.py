@@ -90,15 +90,21 @@ def test_a_study_is_interrupted_continued_and_written_again(study, capsys):
     first = runs / "tiny_plain_seed3"
     tool = [sys.executable, str(TOOL), "--study", str(study)]
     with subprocess.Popen(
-        [*tool, "--jobs", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ}
+        [*tool, "--jobs", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as started:
         deadline = time.monotonic() + 120
         while not ((first / "metrics.jsonl").exists() and (first / "metrics.jsonl").stat().st_size):
             assert started.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        started.send_signal(signal.SIGTERM)
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
         said = started.communicate(timeout=120)[1]
     assert started.returncode == 130 and said.endswith("interrupted: the same command goes on\n")
+    assert (first / "checkpoints" / "last.pt").exists() and "the state is saved" not in said
     assert not (first / "summary.json").exists() and not report.exists()
 
     assert report in run_study(study, jobs=2)
