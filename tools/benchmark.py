@@ -36,7 +36,7 @@ from tools.benchmark_steps import NAMES, Timing, measure_steps
 
 PARTS = ("steps", "memory", "optimizer", "data", "processes")
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
-ENOUGH = 16  # images
+LEAST_IMAGES = 16  # of a step whose memory is measured
 WHOLE_CPU = ("vit_base_patch16_224:224:4", "swin_tiny_patch4_window7_224:224:4", "resnet50:224:4")
 WHOLE_GPU = ("vit_base_patch16_224:224:128", "swin_tiny_patch4_window7_224:224:128", "resnet50:224:128")
 
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--channels-last", action="store_true", help="memory layout of images and convolutions")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of the steps: {', '.join(NAMES)}")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), help="file to write")
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def settings_of(arguments: argparse.Namespace) -> list[Setting]:
     """What is trained; the arguments of NAME:SIZE:BATCH are checked."""
-    usual = QUICK if arguments.quick else WHOLE_GPU if arguments.device.type == "cuda" else WHOLE_CPU
+    usual = QUICK if arguments.quick else WHOLE_GPU if arguments.device == "cuda" else WHOLE_CPU
     settings = []
     for text in arguments.models or usual:
         name, *sizes = text.split(":")
@@ -72,9 +72,9 @@ def settings_of(arguments: argparse.Namespace) -> list[Setting]:
     return settings
 
 
-def larger(setting: Setting) -> Setting:
-    """With as many images that activations outweigh gradients, as they do in a training on GPUs."""
-    return replace(setting, batch=max(setting.batch, ENOUGH))
+def with_more_images(setting: Setting) -> Setting:
+    """With so many images that activations outweigh gradients, as they do in a training on GPUs."""
+    return replace(setting, batch=max(setting.batch, LEAST_IMAGES))
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -100,7 +100,7 @@ def _processor() -> str:
 
 def measure(arguments: argparse.Namespace) -> list[Figure]:
     """All parts, each printed when it is done."""
-    settings, device = settings_of(arguments), arguments.device
+    settings, device = settings_of(arguments), torch.device(arguments.device)
     rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds
     if rounds < 1:
         raise InputError(f"--rounds {rounds}: allowed is 1 or more")
@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     small = "vit_tiny_patch16_224"
     jobs: dict[str, list[Callable[[], list[Figure]]]] = {
         "steps": [lambda setting=setting: measure_steps(setting, timing, arguments.only) for setting in settings],
-        "memory": [lambda setting=setting: measure_memory(larger(setting), device) for setting in settings],
+        "memory": [lambda setting=setting: measure_memory(with_more_images(setting), device) for setting in settings],
         "optimizer": [
             lambda: measure_optimizer("vit_base_patch16_224", plain),
             lambda: measure_equality(small if arguments.quick else "vit_base_patch16_224", device),
@@ -128,9 +128,9 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, save."""
-    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no such device")
-    facts = machine(arguments.device)
+    facts = machine(torch.device(arguments.device))
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     figures = measure(arguments)
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])

@@ -30,9 +30,9 @@ class Setting:
     model: str
     image_size: int
     batch: int
-    amp: str = "off"
-    compiled: bool = False
-    channels_last: bool = False
+    amp: str
+    compiled: bool
+    channels_last: bool
 
     def __str__(self) -> str:
         switches = [name for name in ("compiled", "channels_last") if getattr(self, name)]

@@ -1,24 +1,27 @@
 """Peak memory of plain training and of MaskSub, each in a process of its own.
 
-python -m tools.benchmark_memory NAME MODEL IMAGE_SIZE BATCH AMP DEVICE    # prints bytes
+python -m tools.benchmark_memory NAME SETTING DEVICE    # the setting as JSON; prints bytes
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from engine.errors import RunError
 from engine.memory import MAXRSS_BYTES
 from models.build import create_model
 from tools.benchmark_costs import Setting
-from tools.benchmark_figures import Figure
-from tools.benchmark_steps import PLAIN, build
+from tools.benchmark_figures import Figure, ratio_of
+from tools.benchmark_steps import PLAIN, trainer_on_one_batch
 
 STEPS = 3
 TARGET = 1.03
@@ -35,18 +38,19 @@ def measure_memory(setting: Setting, device: torch.device) -> list[Figure]:
     peaks = {name: _in_a_process(name, setting, device) for name in (PLAIN, "masking 0.5")}
     figures = []
     for name, peak in peaks.items():
-        ratio = peak / peaks[PLAIN]
-        compared = {} if name == PLAIN else {"ratio": ratio, "low": ratio, "high": ratio, "against": PLAIN,
+        compared = {} if name == PLAIN else {**ratio_of([peak], [peaks[PLAIN]]), "against": PLAIN,
                                              "limit": 1 + gradients / peaks[PLAIN], "target": TARGET}  # fmt: skip
         figures.append(Figure("memory", str(setting), name, peak / 1e6, "MB", **compared))
     return figures
 
 
 def _in_a_process(name: str, setting: Setting, device: torch.device) -> int:
-    words = [name, setting.model, setting.image_size, setting.batch, setting.amp, device]
-    command = [sys.executable, "-m", "tools.benchmark_memory", *map(str, words)]
+    command = [sys.executable, "-m", "tools.benchmark_memory", name, json.dumps(asdict(setting)), str(device)]
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **EXACT}, cwd=root, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **EXACT}, cwd=root)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RunError(f"{setting}, {name}: {reason}")
     return int(done.stdout.split()[-1])
 
 
@@ -54,7 +58,7 @@ def peak(name: str, setting: Setting, device: torch.device) -> int:
     """Bytes that training needed at most, beyond what the process had before."""
     before = _resident()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(name, setting, device, Path(folder))
+        trainer = trainer_on_one_batch(name, setting, device, Path(folder))
         for _ in range(STEPS):
             trainer.run_iteration()
     if device.type == "cuda":
@@ -72,5 +76,5 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-    what, model, image_size, batch, amp, where = sys.argv[1:]
-    print(peak(what, Setting(model, int(image_size), int(batch), amp), torch.device(where)))
+    what, described, where = sys.argv[1:]
+    print(peak(what, Setting(**json.loads(described)), torch.device(where)))

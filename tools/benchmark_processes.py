@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.benchmark_figures import Figure
+from tools.benchmark_figures import Figure, ratio_of
 from tools.scaling_costs import WAYS
 from tools.scaling_measure import Case, measure
 
@@ -16,9 +16,8 @@ def measure_processes() -> list[Figure]:
     )
     figures = []
     for name, measured in (("plain training", plain), ("MaskSub, usual way", usual), ("MaskSub, ours", ours)):
-        ratio = measured.seen.reduced / plain.seen.reduced
-        compared = {} if measured is plain else {"ratio": ratio, "low": ratio, "high": ratio}
-        compared |= {} if measured is plain else {"against": "plain training", "limit": 1.0}
+        ratio = ratio_of([measured.seen.reduced], [plain.seen.reduced])
+        compared = {} if measured is plain else {**ratio, "against": "plain training", "limit": 1.0}
         if measured is ours:
             compared["target"] = 1.0
         note = f"{measured.reductions:.0f} reduction{'s' if measured.reductions > 1 else ''} of each gradient"

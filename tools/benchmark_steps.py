@@ -20,6 +20,7 @@ from engine.config_file import load_config
 from engine.data import build_source
 from engine.defaults import build_precision, build_trainer
 from engine.distributed import Process
+from engine.errors import InputError
 from engine.hooks import LearningRateSchedule, NaNGuard
 from engine.optim import build_optimizer
 from engine.run_folder import RunFolder
@@ -47,10 +48,17 @@ class Timing:
     repeats: int
 
 
-def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None = None) -> list[Figure]:
-    """A step of everything that the model allows, or of `names` among it, in turns."""
+def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None) -> list[Figure]:
+    """A step of everything that the model allows, or of `names` among it, in turns.
+
+    Raises:
+        InputError: it allows none of them.
+    """
     costs = training_costs(setting)
-    chosen = [name for name in (BARE, TIMM, PLAIN, *costs.ratios) if names is None or name in names]
+    allowed = (BARE, TIMM, PLAIN, *costs.ratios)
+    chosen = [name for name in allowed if names is None or name in names]
+    if not chosen:
+        raise InputError(f"--only {', '.join(names)}: {setting.model} allows {', '.join(allowed)}")
     seconds, waits = _take_turns(chosen, setting, timing)
     peak = peak_flops(setting, timing.device)
     return [
@@ -79,7 +87,7 @@ def _take_turns(
         }
         seconds = in_turns(steps, timing.rounds, timing.warm_up, timing.device, timing.repeats)
         is_gpu = timing.device.type == "cuda"
-        waits = {name: count_synchronisations(step, timing.device) for name, step in steps.items() if is_gpu}
+        waits = {name: count_synchronisations(step) for name, step in steps.items() if is_gpu}
     del steps
     gc.collect()  # so that the next setting finds the memory free
     return seconds, waits
@@ -111,7 +119,7 @@ def _note(images_per_second: float, flops: float, peak: float | None, waits: int
     return ", ".join(words)
 
 
-def build(name: str, setting: Setting, device: torch.device, folder: Path) -> Trainer:
+def trainer_on_one_batch(name: str, setting: Setting, device: torch.device, folder: Path) -> Trainer:
     """Our trainer on one batch again and again, with the hooks that act at every step."""
     sub_models = f"[{{augmentations: [{SUB_MODELS[name]}]}}]" if name in SUB_MODELS else "[]"
     overrides = [
@@ -146,7 +154,7 @@ def batch_of(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _step(name: str, setting: Setting, device: torch.device, folder: Path) -> Step:
     if name not in (BARE, TIMM):
-        return build(name, setting, device, folder).run_iteration
+        return trainer_on_one_batch(name, setting, device, folder).run_iteration
     return _plain_steps(name, setting, device).__next__
 
 

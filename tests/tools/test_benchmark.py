@@ -78,6 +78,8 @@ def test_ratios_are_of_pairs_and_verdicts_of_their_median():
         (["--models", "resnet50:0:4"], "--models resnet50:0:4: allowed is NAME:SIZE:BATCH"),
         (["--device", "cuda"], "--device cuda: torch sees no such device"),
         (["--rounds", "0"], "--rounds 0: allowed is 1 or more"),
+        (["--parts", "steps", *TINY, "--only", "masking 0.5, windows left out"], "resnet10t allows bare loop, timm"),
+        (["--parts", "memory", "--models", "vit_tiny_patch16_224:8:2"], "vit_tiny_patch16_224, 8 px, batch 16, fp32"),
     ],
 )
 def test_bad_input_is_one_line(call, tmp_path, arguments, error):
