@@ -36,7 +36,8 @@ class RunFolder:
         self.previous = self.checkpoints / "previous.pt"  # what `last` was before
         self.best = self.checkpoints / "best.pt"
         self._lock_file = self.path / ".lock"
-        self.plan = Path(os.path.normpath(self.path / ".." / f"{self.path.resolve().name}_plan.png"))  # of a dry run
+        # of a dry run, beside the folder; a name that no wildcard for runs begins with
+        self.plan = Path(os.path.normpath(self.path / ".." / f"plan_{self.path.resolve().name}.png"))
 
     def numbered(self, iteration: int) -> Path:
         """The checkpoint after that many steps."""

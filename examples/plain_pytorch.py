@@ -43,9 +43,10 @@ def train(
 def main() -> None:
     """Train on digits, print the accuracy."""
     torch.manual_seed(0)
-    model = augsub.patch(small_vit())
-    train(model, masksub(), DIGITS.train, EPOCHS)
-    print(f"plain PyTorch: {accuracy(augsub.unpatch(model).eval()):.2f} % of the held-out digits")
+    on_gpu = torch.cuda.is_available()
+    model = augsub.patch(small_vit()).to("cuda" if on_gpu else "cpu")
+    train(model, masksub(), DIGITS.train, EPOCHS, amp=torch.bfloat16 if on_gpu else None)
+    print(f"plain PyTorch: {accuracy(augsub.unpatch(model).cpu().eval()):.2f} % of the held-out digits")
 
 
 if __name__ == "__main__":

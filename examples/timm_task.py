@@ -1,4 +1,4 @@
-"""MaskSub in the loop of timm's train.py: accumulation, moving average, compilation, DDP, checkpoints.
+"""MaskSub in the loop of timm's train.py: moving average, compilation, DDP, checkpoints.
 
 python examples/timm_task.py
 torchrun --nproc_per_node=2 examples/timm_task.py
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import nullcontext
 
 import timm
 import torch
@@ -28,7 +27,6 @@ def train(
     dataset: Dataset,
     epochs: int,
     shuffle: bool = True,
-    accumulation: int = 1,
     average: bool = False,
     compiled: bool = False,
     folder: str | None = None,
@@ -36,7 +34,6 @@ def train(
     """Train a model as timm's train.py does with a task. Under DDP each process has its share of the data.
 
     Args:
-        accumulation: micro-batches per step.
         average: keep a moving average of the weights.
         folder: where the main process saves timm's checkpoints.
     """
@@ -59,13 +56,8 @@ def train(
     updates = 0
     for epoch in range(epochs):
         task.get_trainable_module().train()
-        for number, (images, labels) in enumerate(batches(dataset, shuffle), start=1):
-            is_update = number % accumulation == 0
-            with nullcontext() if is_update else task.no_sync():
-                result = task(images.to(device), labels.to(device))
-                (result["loss"] / accumulation).backward()
-            if not is_update:
-                continue
+        for images, labels in batches(dataset, shuffle):
+            task(images.to(device), labels.to(device))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
             updates += 1

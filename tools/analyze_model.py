@@ -35,6 +35,7 @@ from models.complexity import Complexity, analyze
 from models.complexity_tables import comparison_table, literature_table, module_table, summary_rows, uncounted_line
 from models.support import support_of, support_table
 
+DEFAULT_AUGSUB, DEFAULT_RATIO = "masking", 0.5
 Analysis = tuple[Complexity, list[augsub.SubModelAugmentation]]
 
 
@@ -46,8 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--model", metavar="NAME", help="any timm model, as timm builds it")
     what.add_argument("--all-configs", action="store_true", help="every file in configs/, and the literature")
     what.add_argument("--list-support", metavar="WILDCARD", help="timm models by name, for example 'vit_*'")
-    parser.add_argument("--augsub", default="masking", metavar="NAME", help="sub-model of --model (default masking)")
-    parser.add_argument("--ratio", type=float, default=0.5, help="its ratio (default 0.5)")
+    parser.add_argument("--augsub", metavar="NAME", help=f"sub-model of --model (default {DEFAULT_AUGSUB})")
+    parser.add_argument("--ratio", type=float, help=f"its ratio (default {DEFAULT_RATIO})")
     parser.add_argument("--depth", type=int, default=1, help="levels of the table of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
     parser.add_argument(
@@ -56,8 +57,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def analyze_named(name: str, augmentation: str, ratio: float) -> Analysis:
+def analyze_named(name: str, augmentation: str | None, ratio: float | None) -> Analysis:
     """A timm model as timm builds it, and one sub-model."""
+    augmentation = DEFAULT_AUGSUB if augmentation is None else augmentation
+    ratio = DEFAULT_RATIO if ratio is None else ratio
     with input_errors("--model"):
         model = create_model(name)
     with input_errors(f"--augsub {augmentation} --ratio {ratio} for {name}"):
@@ -126,13 +129,15 @@ def print_support(wildcard: str, as_json: bool) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    if arguments.overrides and not arguments.config:
+    if arguments.overrides and arguments.config is None:
         raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config")
-    if arguments.list_support:
+    if arguments.model is None and (arguments.augsub, arguments.ratio) != (None, None):
+        raise InputError("--augsub, --ratio: belong to --model; a configuration has augsub.sub_models")
+    if arguments.list_support is not None:
         print_support(arguments.list_support, arguments.json)
     elif arguments.all_configs:
         print_all_configs(arguments.json)
-    elif arguments.config:
+    elif arguments.config is not None:
         print_analysis(arguments.config, analyze_configured(arguments.config, arguments.overrides), arguments)
     else:
         print_analysis(arguments.model, analyze_named(arguments.model, arguments.augsub, arguments.ratio), arguments)

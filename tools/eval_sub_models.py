@@ -59,10 +59,11 @@ def _at_ratios(spec: Sequence[Any], ratios: Sequence[float]) -> Iterator[Sequenc
     if not ratios:
         yield spec
         return
-    if len(spec) != 1 or not isinstance(spec[0], Mapping):
+    members = [{"name": member} if isinstance(member, str) else member for member in spec]
+    if len(members) != 1 or not isinstance(members[0], Mapping):
         raise InputError(f"--ratios: {spec} is not one augmentation; choose one with --augsub NAME")
     for ratio in ratios:
-        yield [{**spec[0], "ratio": ratio}]
+        yield [{**members[0], "ratio": ratio}]
 
 
 def _named(spec: Sequence[Any]) -> NamedSubModel:

@@ -19,10 +19,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from engine import atomic
 from engine.command_line import exit_code
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
-from engine.errors import InputError
+from engine.errors import InputError, writing_errors
 from engine.run_model import complete
 from engine.table import text_table
 from tools.analyze_model import data_source
@@ -86,11 +87,9 @@ def as_numbers(step: Step) -> dict[str, dict]:
     }
 
 
-def print_step(arguments: argparse.Namespace) -> None:
+def print_step(config: Config, step: Step, as_json: bool) -> None:
     """The tables of a configuration."""
-    config = configured(arguments)
-    step = build_step(config, data_source(config), arguments.processes)
-    if arguments.json:
+    if as_json:
         print(json.dumps(as_numbers(step), indent=2))
         return
     print(f"{summary(config, step)}\n\n{traffic_table(step)}\n\n{arithmetic(step)}\n")
@@ -107,16 +106,24 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for; 1 if measured and computed differ."""
-    if not (arguments.measure or arguments.page):
-        print_step(arguments)
+    if arguments.measure:
+        if arguments.overrides or arguments.processes != GPUS:
+            raise InputError("--measure: trains models of its own in two processes; nothing of them can be changed")
+        measured = measure(cases())
+        print_measured(measured, arguments.json)
+        return _disagree(measured)
+    config = configured(arguments)
+    step = build_step(config, data_source(config), arguments.processes)
+    if arguments.page is None:
+        print_step(config, step, arguments.json)
         return 0
     measured = measure(cases())
-    if arguments.page:
-        config = configured(arguments)
-        step = build_step(config, data_source(config), arguments.processes)
-        arguments.page.write_text(page(step, measured))
-    else:
-        print_measured(measured, arguments.json)
+    with writing_errors(arguments.page):
+        atomic.write_text(arguments.page, page(step, measured))
+    return _disagree(measured)
+
+
+def _disagree(measured: Sequence[Measured]) -> int:
     return int(any(item.seen != item.computed for item in measured))
 
 

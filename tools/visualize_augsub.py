@@ -31,7 +31,7 @@ import augsub
 from engine.command_line import exit_code
 from engine.config import TransformConfig
 from engine.config_file import load_config
-from engine.data import DataSource
+from engine.data import IMAGENET, DataSource
 from engine.data.bad_files import UnreadableImage
 from engine.data.decoding import DecodingError, decode, reason_of
 from engine.data.delivery import Delivery, Normalise, build_delivery
@@ -89,7 +89,7 @@ def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubM
     sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
     source = data_source(config)
     model = augsub.patch(create_configured_model(config, source))
-    if source.held_out is not None and not arguments.images:
+    if source is not IMAGENET and not arguments.images:
         deliver = build_delivery(config, torch.device("cpu"), is_training=False)
         return Subject(config.model.name, model, held_out_images(source, deliver), *normalisation(config)), sub_models
     images = photographs(arguments.images, config.transform, config.data.image_size)

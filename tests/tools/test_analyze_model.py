@@ -65,6 +65,8 @@ def test_support_of_a_wildcard():
         (["--model", "vit_tiny_patch16_224", "--ratio", "0.999"], "leaves none of 196 cells"),
         (["--model", "resnet18", "--ratio", "1.5"], "ratio = 1.5, allowed is a number in [0, 1)"),
         (["--model", "resnet18", "data.image_size=64"], "data.image_size=64: key=value belongs to --config"),
+        (["--config", "configs/digits_vit.yaml", "--ratio", "0.9"], "--augsub, --ratio: belong to --model"),
+        (["--config", ""], "config file  does not exist"),
         (["--config", "configs/none.yaml"], "configs/none.yaml"),
         (["--config", "configs/digits_vit.yaml", "data.image_sise=64"], "Did you mean: 'image_size'?"),
         (["--list-support", "no_such_*"], "timm has no model 'no_such_*'"),

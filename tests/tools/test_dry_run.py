@@ -51,9 +51,9 @@ def test_the_numbers_of_a_plan(train_net, tmp_path, monkeypatch):
     assert nbytes(rows["memory per process"]) == pytest.approx(sum(nbytes(rows[name]) for name in parts), rel=0.01)
     sub = re.match(r"[\d.]+ GFLOPs, ([\d.]+) of main", rows["sub-model masking 0.5"]).group(1)
     assert rows["training cost"].startswith(f"{1 + float(sub):.3f}")
-    assert rows["learning rate, drawn"] == "runs/digits_vit_plan.png"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits_vit_plan.png"]
-    assert (tmp_path / "runs" / "digits_vit_plan.png").read_bytes()[:4] == b"\x89PNG"
+    assert rows["learning rate, drawn"] == "runs/plan_digits_vit.png"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["plan_digits_vit.png"]
+    assert (tmp_path / "runs" / "plan_digits_vit.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_plan_of_a_resumed_run_leaves_its_folder_alone(train_net, tmp_path):

@@ -176,6 +176,9 @@ def test_ratio_zero_is_the_main_model(evaluate, run_folder, tmp_path):
     assert [(row["sub_model"], row["ratio"]) for row in found if row["weights"] == "trained"] == [
         ("masking", "0.75"), ("masking", "0.0"), ("masking", "0.25")
     ]  # fmt: skip
+    in_short = "augsub.sub_models=[{augmentations: [masking]}]"
+    assert evaluate(run_folder, "--ratios", "0.75,0,0.25", in_short, "--output", tmp_path / "short")[0] == 0
+    assert results(tmp_path / "short") == results(tmp_path / "first")
     assert evaluate(run_folder, "--sub-model", "--augsub", "drop_path", "--output", tmp_path / "other")[0] == 0
     (sub,) = results(tmp_path / "other")[0]["sub_models"]
     assert (sub["name"], sub["ratio"]) == ("drop_path", 0.5) and sub["figures"]["eval_loss"] != trained["eval_loss"]

@@ -105,6 +105,12 @@ def test_paths_and_activations_have_panels_of_their_own(visualize):
         assert 0.5 < kept.mean() < 0.9
 
 
+def test_a_configuration_without_its_data_is_drawn_with_the_bundled_image(visualize):
+    code, error, picture = visualize("--config", "resnet50", "model.name=test_resnet", "data.image_size=64")
+    assert code == 0 and "data.root = imagenet: no such folder" in error and error.count("\n") == 1
+    assert_panels(picture, rows=1, columns=2)
+
+
 def test_what_a_model_does_not_offer_is_left_open_unless_it_was_asked_for(visualize):
     code, error, picture = visualize("--model", "test_resnet")
     assert (code, error) == (0, "")
