@@ -68,6 +68,10 @@ class SubModelAugmentation:
         """Attributes that `module` has during the sub-forward; afterwards its own are restored."""
         return {}
 
+    def __str__(self) -> str:
+        """In a few characters: "masking 0.5 + dropout 0.1"."""
+        return " + ".join(f"{member.name or type(member).__name__} {member.ratio:g}" for member in self.members)
+
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if key != "sites")
         return f"{type(self).__name__}({arguments})"

@@ -36,8 +36,6 @@ from engine.seeding import seed_all
 from engine.trainer import Trainer
 from models.blocks import innermost_blocks
 from models.build import check_image_shape
-from models.complexity_tables import describe
-from models.param_groups import param_groups
 from models.rendering import render, render_main
 from models.seen import see
 
@@ -126,7 +124,7 @@ def build_trainer(
         objective.prepare(bare_model)
     augmentations = [sub_model.augmentation for sub_model in objective.sub_models]
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(bare_model, (source.in_chans, *[config.data.image_size] * 2), augmentations)
+        check_image_shape(bare_model, source.image_shape(config.data.image_size), augmentations)
 
     bare_model.to(process.device)
     if config.train.channels_last and not is_sharded(config.distributed, process):  # FSDP2 shards contiguous tensors
@@ -135,15 +133,11 @@ def build_trainer(
     if config.train.compile:
         bare_model.compile()
     model = parallelise(config, process, bare_model, ema)
-    with input_errors("optimizer"):
-        groups = param_groups(
-            bare_model, config.optimizer.weight_decay, config.optimizer.layer_decay, config.optimizer.full_lr
-        )
     trainer = Trainer(
         model=model,
         bare_model=bare_model,
         objective=objective,
-        optimizer=build_optimizer(config.optimizer, groups),
+        optimizer=build_optimizer(config.optimizer, bare_model),
         data=data,
         precision=build_precision(config, process),
         process=process,
@@ -164,7 +158,7 @@ def draw_sub_models(config: Config, trainer: Trainer, images: Tensor) -> dict[st
     with torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext():
         for number, sub_model in enumerate(trainer.objective.sub_models):
             seen = see(trainer.bare_model, images, sub_model.augmentation, config.seed)
-            pictures[f"sub-model {number}, {describe(sub_model.augmentation)}"] = render(seen, mean, std)
+            pictures[f"sub-model {number}, {sub_model.augmentation}"] = render(seen, mean, std)
     return pictures
 
 

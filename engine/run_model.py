@@ -119,7 +119,7 @@ def models_to_evaluate(
     """
     model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(model, (source.in_chans, *[config.data.image_size] * 2))
+        check_image_shape(model, source.image_shape(config.data.image_size))
     model.to(process.device)
     if file is None:
         own_classes = model.pretrained_cfg.get("num_classes", source.num_classes)

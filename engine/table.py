@@ -1,8 +1,10 @@
-"""Plain-text tables, and sizes in them."""
+"""Tables, and sizes in them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from tabulate import tabulate
 
 
 def text_table(rows: Sequence[tuple[str, str]]) -> str:
@@ -11,6 +13,11 @@ def text_table(rows: Sequence[tuple[str, str]]) -> str:
     lines = [f"  {name:<{width}}   {value}" for name, value in rows]
     rule = "-" * (max(map(len, lines)) + 2)
     return "\n".join([rule, *lines, rule])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table of GitHub's Markdown, its cells as they are."""
+    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
 def readable(nbytes: int) -> str:

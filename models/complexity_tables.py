@@ -17,11 +17,6 @@ Augmentations = Sequence[augsub.SubModelAugmentation]
 COMPARED = (augsub.build("masking", ratio=0.5), augsub.build("random_crop", ratio=0.5))
 
 
-def describe(augmentation: augsub.SubModelAugmentation) -> str:
-    """What a sub-model is, in a few characters: "masking 0.5 + dropout 0.1"."""
-    return " + ".join(f"{member.name or type(member).__name__} {member.ratio:g}" for member in augmentation.members)
-
-
 def summary_rows(complexity: Complexity, augmentations: Augmentations) -> list[tuple[str, str]]:
     """Figures of one model, (name, value)."""
     activations = ("activations", f"{_number(complexity.main.activations, MEGA)} M")
@@ -32,7 +27,7 @@ def cost_rows(complexity: Complexity, augmentations: Augmentations) -> list[tupl
     """Parameters, and FLOPs of one image's forwards."""
     main = complexity.main.flops
     subs = [
-        (f"sub-model {describe(augmentation)}", f"{_number(sub.flops, GIGA)} GFLOPs, {sub.flops / main:.3f} of main")
+        (f"sub-model {augmentation}", f"{_number(sub.flops, GIGA)} GFLOPs, {sub.flops / main:.3f} of main")
         for augmentation, sub in zip(augmentations, complexity.subs, strict=True)
     ]
     return [
@@ -51,7 +46,7 @@ def module_table(complexity: Complexity, augmentations: Augmentations, depth: in
         for name, params in complexity.params_by_module.items()
         if all(name in cost.flops_by_module for cost in forwards) and (not name or name.count(".") < depth)
     ]
-    subs = [f"{describe(augmentation)}, GFLOPs" for augmentation in augmentations]
+    subs = [f"{augmentation}, GFLOPs" for augmentation in augmentations]
     return _table(["module", "parameters, M", "main, GFLOPs", *subs], rows)
 
 
@@ -68,7 +63,7 @@ def comparison_table(models: Mapping[str, tuple[Complexity, Augmentations]]) -> 
             title,
             _number(complexity.params, MEGA),
             _number(complexity.main.flops, GIGA),
-            ", ".join(map(describe, augmentations)) or "none",
+            ", ".join(map(str, augmentations)) or "none",
             _number(complexity.sub_flops, GIGA),
             f"{complexity.training_cost:.3f}",
             _number(complexity.main.activations, MEGA),
@@ -81,7 +76,7 @@ def comparison_table(models: Mapping[str, tuple[Complexity, Augmentations]]) -> 
 
 def literature_table() -> str:
     """Well-known models beside their published figures, torch's own count, and the cost of their sub-models."""
-    subs = [f"{describe(augmentation)}, of main" for augmentation in COMPARED]
+    subs = [f"{augmentation}, of main" for augmentation in COMPARED]
     header = ["", "parameters, M", "published", "GFLOPs", "published", "by torch", *subs]
     return _table(header, [_literature_row(reference) for reference in LITERATURE])
 

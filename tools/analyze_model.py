@@ -14,9 +14,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import timm
 from tqdm import tqdm
@@ -68,16 +66,14 @@ def analyze_named(name: str, augmentation: str | None, ratio: float | None) -> A
         return analyze(model, model.pretrained_cfg["input_size"], augmentations), augmentations
 
 
-def analyze_configured(path: str | Path, overrides: Sequence[str] = ()) -> Analysis:
+def analyze_configured(config: Config) -> Analysis:
     """The model and the sub-models of a configuration; no data and no weights are needed."""
-    config = load_config(path, overrides)
     complete(config)
     source = data_source(config)
     model = create_configured_model(config, source)
     augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
-    side = config.data.image_size
     with input_errors(f"augsub.sub_models with model.name = {config.model.name}"):
-        return analyze(model, (source.in_chans, side, side), augmentations), augmentations
+        return analyze(model, source.image_shape(config.data.image_size), augmentations), augmentations
 
 
 def data_source(config: Config) -> DataSource:
@@ -109,7 +105,7 @@ def print_analysis(title: str, analysis: Analysis, arguments: argparse.Namespace
 def print_all_configs(as_json: bool) -> None:
     """One line per file in configs/, then the literature."""
     paths = tqdm(sorted(CONFIGS.glob("*.yaml")), unit="config", disable=None, leave=False)
-    analyses = {path.stem: analyze_configured(path) for path in paths}
+    analyses = {path.stem: analyze_configured(load_config(path)) for path in paths}
     if as_json:
         print(json.dumps({name: complexity.as_dict() for name, (complexity, _) in analyses.items()}, indent=2))
     else:
@@ -138,7 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.all_configs:
         print_all_configs(arguments.json)
     elif arguments.config is not None:
-        print_analysis(arguments.config, analyze_configured(arguments.config, arguments.overrides), arguments)
+        config = load_config(arguments.config, arguments.overrides)
+        print_analysis(arguments.config, analyze_configured(config), arguments)
     else:
         print_analysis(arguments.model, analyze_named(arguments.model, arguments.augsub, arguments.ratio), arguments)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import RunError
-from engine.memory import MAXRSS_BYTES
+from engine.memory import peak_resident
 from models.build import create_model
 from tools.benchmark_costs import Setting
 from tools.benchmark_figures import Figure, ratio_of
@@ -63,7 +63,7 @@ def peak(name: str, setting: Setting, device: torch.device) -> int:
             trainer.run_iteration()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES - before
+    return peak_resident() - before
 
 
 def _resident() -> int:
@@ -71,7 +71,7 @@ def _resident() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
+        return peak_resident()
     return pages * resource.getpagesize()
 
 

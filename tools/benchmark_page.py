@@ -13,13 +13,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from engine import atomic
 from engine.command_line import exit_code
-from engine.errors import InputError, writing_errors
+from engine.errors import InputError
+from tools import pages
 from tools.benchmark_figures import Figure, table
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-TEMPLATE = Path(__file__).with_name("performance_page.md")
+PAGE = pages.DOCS / "performance.md"
 NO_GPU = "Figures of a GPU are missing so far: none of these machines has one."
 TITLES = {
     "steps": "Training steps",
@@ -54,7 +53,7 @@ def page(contents: list[dict[str, Any]]) -> str:
     ]
     if not any("NVIDIA" in machine or "AMD Instinct" in machine for machine in map(_machine_of, contents)):
         sections.insert(0, NO_GPU)
-    return TEMPLATE.read_text().replace("MACHINES", "\n\n".join(sections))
+    return pages.filled("performance_page.md", machines="\n\n".join(sections))
 
 
 def section(machine: str, contents: list[dict[str, Any]]) -> str:
@@ -83,17 +82,15 @@ def _machine_of(content: dict[str, Any]) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page."""
-    text = page([read(file) for file in arguments.files])
-    with writing_errors(arguments.page):
-        atomic.write_text(arguments.page, text)
-    print(arguments.page)
+    pages.write(arguments.output, page([read(file) for file in arguments.files]))
+    print(arguments.output)
 
 
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what tools/benchmark.py wrote")
-    parser.add_argument("--page", type=Path, default=PAGE, help="file to write (default docs/performance.md)")
+    parser.add_argument("--output", type=Path, default=PAGE, help="default: docs/performance.md")
     return exit_code(partial(run, parser.parse_args()))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from tools.benchmark_figures import Figure, ratio_of
-from tools.scaling_costs import WAYS
+from tools.scaling_costs import DDP_EACH, DDP_ONCE
 from tools.scaling_measure import Case, measure
-
-USUAL, OURS = (way for way in WAYS if not way.sharded)
 
 
 def measure_processes() -> list[Figure]:
     """Reductions of a gradient and their bytes, of plain training and with one sub-model."""
     plain, usual, ours = measure(
-        [Case("ViT", OURS, 1, sub_models=0), Case("ViT", USUAL, 1, sub_models=1), Case("ViT", OURS, 1, sub_models=1)]
+        [Case("ViT", DDP_ONCE, 1, 0), Case("ViT", DDP_EACH, 1, sub_models=1), Case("ViT", DDP_ONCE, 1, sub_models=1)]
     )
     figures = []
     for name, measured in (("plain training", plain), ("MaskSub, usual way", usual), ("MaskSub, ours", ours)):

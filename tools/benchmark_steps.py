@@ -27,7 +27,6 @@ from engine.run_folder import RunFolder
 from engine.run_model import complete
 from engine.trainer import Trainer
 from models.build import create_model
-from models.param_groups import param_groups
 from tools.benchmark_costs import CONFIG, SUB_MODELS, Costs, Setting, peak_flops, training_costs
 from tools.benchmark_figures import Figure, Step, in_turns, ratio_of
 from tools.benchmark_synchronisation import count_synchronisations
@@ -165,8 +164,7 @@ def _plain_steps(name: str, setting: Setting, device: torch.device) -> Iterator[
     model: nn.Module = create_model(setting.model, image_size=setting.image_size, num_classes=10).to(device)
     if setting.channels_last:
         model.to(memory_format=torch.channels_last)
-    groups = param_groups(model, config.optimizer.weight_decay)
-    optimizer = build_optimizer(config.optimizer, groups)
+    optimizer = build_optimizer(config.optimizer, model)
     criterion = nn.CrossEntropyLoss()
     task = ClassificationTask(model, criterion, device=device, verbose=False) if name == TIMM else None
     if setting.compiled:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from tabulate import tabulate
-
+from engine.table import markdown_table
 from tools.comparison import CONFIDENCE, Estimate, Way, differing_keys, estimate, paired_difference
 from tools.run_groups import override_text
 
@@ -111,4 +110,4 @@ def _table(header: Sequence[str], rows: Mapping[str, Iterable[Sequence[object]]]
         body = [[title, *row] for title, group in rows.items() for row in group]
     else:
         body = [row for group in rows.values() for row in group]
-    return tabulate(body, headers=header, tablefmt="github", disable_numparse=True)
+    return markdown_table(header, body)

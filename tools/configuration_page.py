@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import yaml
 from tabulate import tabulate
 
 from engine import config
+from engine.command_line import exit_code
 from engine.config_rules import RULES
+from tools import pages
 
-ROOT = Path(__file__).parent.parent
-SCHEMA = ROOT / "engine" / "config.py"
-PAGE = ROOT / "docs" / "configuration.md"
+SCHEMA = Path(config.__file__)
+PAGE = pages.DOCS / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
@@ -96,4 +98,4 @@ def _comments() -> dict[tuple[str, str], str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    sys.exit(exit_code(lambda: pages.write(PAGE, page())))

@@ -82,7 +82,7 @@ def _data_rows(config: Config, source: DataSource) -> Rows:
 def _cost_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     augmentations = [sub_model.augmentation for sub_model in trainer.objective.sub_models]
     model = create_configured_model(config, source)
-    return cost_rows(analyze(model, _image_shape(config, source), augmentations), augmentations)
+    return cost_rows(analyze(model, source.image_shape(config.data.image_size), augmentations), augmentations)
 
 
 def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
@@ -114,14 +114,10 @@ def _largest_graph(config: Config, source: DataSource, trainer: Trainer) -> int:
     trainer.objective.prepare(model)
     augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
     branches = (
-        activation_memory(model, _image_shape(config, source), augmentation, trainer.precision.autocast)
+        activation_memory(model, source.image_shape(config.data.image_size), augmentation, trainer.precision.autocast)
         for augmentation in augmentations
     )
     return max(branch.of(trainer.data.micro_batch) for branch in branches)
-
-
-def _image_shape(config: Config, source: DataSource) -> tuple[int, int, int]:
-    return source.in_chans, config.data.image_size, config.data.image_size
 
 
 def _draw(config: Config, trainer: Trainer, picture: Path) -> None:

@@ -19,15 +19,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from engine.command_line import exit_code
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANTS, Benchmark, open_variant
 from engine.defaults import build_precision
 from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
-from engine.errors import RunError, input_errors, memory_errors
+from engine.errors import input_errors, memory_errors, writing_errors
 from engine.evaluation.measurement import measure_benchmark
 from engine.evaluation.report import write
 from engine.evaluation.results import Evaluated, Setting, SubModelFigures
@@ -63,10 +61,12 @@ def evaluate_subject(
     loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
     precision, source, evaluated = build_precision(config, process), benchmark.source, []
     for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint):
-        if subs:
-            check_sub_models(model, (source.in_chans, *[config.data.image_size] * 2), subs)
+        with input_errors("sub-models"):  # before an hour is spent on the main model
+            image_shape = source.image_shape(config.data.image_size)
+            check_image_shape(model, image_shape, [sub.augmentation for sub in subs])
         if process.is_main:
-            make_folder(output)
+            with writing_errors(f"--output {output}"):
+                output.mkdir(parents=True, exist_ok=True)
         one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process))
         for sub in subs:
             view = SubModelView(model, sub.augmentation, config.seed, process)
@@ -87,20 +87,6 @@ def evaluate_subject(
         class_names=source.class_names,
     )
     return setting, evaluated
-
-
-def check_sub_models(model: nn.Module, image_shape: tuple[int, int, int], subs: list[NamedSubModel]) -> None:
-    """Refuse sub-models that the model does not have, before an hour is spent on the main model."""
-    with input_errors("--sub-model"):
-        check_image_shape(model, image_shape, [sub.augmentation for sub in subs])
-
-
-def make_folder(folder: Path) -> None:
-    """The folder of the results, made before they are computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--output {folder}: cannot be made: {error.strerror}") from error
 
 
 def run(arguments: argparse.Namespace) -> None:

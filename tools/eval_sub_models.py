@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import augsub
 from engine.config import Config
 from engine.errors import InputError, input_errors
-from models.complexity_tables import describe
 
 DEFAULT_RATIO = 0.5
 
@@ -71,4 +70,4 @@ def _named(spec: Sequence[Any]) -> NamedSubModel:
     if len(augmentation.members) == 1:
         (member,) = augmentation.members
         return NamedSubModel(member.name, member.ratio, augmentation)
-    return NamedSubModel(describe(augmentation), None, augmentation)
+    return NamedSubModel(str(augmentation), None, augmentation)

@@ -6,15 +6,18 @@ python tools/model_support.py
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path
 
 import timm
 
+from engine.command_line import exit_code
 from models.support import support_of, support_table
 from models.zoo import load_rows
+from tools import pages
 
-PAGE = Path(__file__).parent.parent / "docs" / "model_support.md"
+PAGE = pages.DOCS / "model_support.md"
 TEXT = """# Model support
 
 Written by `python tools/model_support.py` for timm {version}: {models} models of {rows} classes, with the smallest
@@ -46,12 +49,13 @@ def page() -> str:
     )
 
 
-def main() -> None:
-    """Write the page, or print it."""
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=PAGE, help="default: docs/model_support.md")
-    parser.parse_args().output.write_text(page())
+    output = parser.parse_args().output
+    return exit_code(lambda: pages.write(output, page()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

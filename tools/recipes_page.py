@@ -6,18 +6,18 @@ python tools/recipes_page.py
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from tabulate import tabulate
-
+from engine.command_line import exit_code
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
-from engine.data.loaders import accumulation_for
+from engine.data.batch_sizes import accumulation_for
+from engine.table import markdown_table
+from tools import pages
 from tools.analyze_model import analyze_configured
 
-ROOT = CONFIGS.parent
-PAGE = ROOT / "docs" / "recipes.md"
-TEMPLATE = Path(__file__).with_name("recipes_page.md")
+PAGE = pages.DOCS / "recipes.md"
 HEADER = (
     "config",
     "model",
@@ -41,7 +41,7 @@ def recipes() -> dict[str, Config]:
 
 def row(name: str, config: Config) -> list[object]:
     """One line of the table."""
-    complexity, _ = analyze_configured(CONFIGS / f"{name}.yaml")
+    complexity, _ = analyze_configured(config)
     train, paper = config.train, config.published
     accumulation = accumulation_for(train, paper.gpus)
     return [
@@ -62,16 +62,16 @@ def row(name: str, config: Config) -> list[object]:
 def page() -> str:
     """The page's text."""
     rows = [row(name, config) for name, config in recipes().items()]
-    table = tabulate(rows, headers=HEADER, tablefmt="github", disable_numparse=True)
-    return TEMPLATE.read_text().replace("TABLE", table)
+    return pages.filled("recipes_page.md", table=markdown_table(HEADER, rows))
 
 
-def main() -> None:
-    """Write the page."""
+def main() -> int:
+    """Exit code 0, or 2 with one line for an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=PAGE, help="default: docs/recipes.md")
-    parser.parse_args().output.write_text(page())
+    output = parser.parse_args().output
+    return exit_code(lambda: pages.write(output, page()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

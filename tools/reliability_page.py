@@ -13,17 +13,20 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import timm
 import torch
-from tabulate import tabulate
 
+from engine.command_line import exit_code
+from engine.errors import InputError
 from engine.resume_rules import MAY_CHANGE
+from engine.table import markdown_table
+from tools import pages
 
-PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
-TEMPLATE = Path(__file__).with_name("reliability_page.md")
+PAGE = pages.DOCS / "reliability.md"
 
 
 @dataclass
@@ -45,14 +48,14 @@ def read_rows(reports: Iterable[Path]) -> dict[str, Row]:
     """Rows by fault, in the order of the tests.
 
     Raises:
-        ValueError: a report is none, or has no fault tests in it.
+        InputError: a report is none, or has no fault tests in it.
     """
     rows: dict[str, Row] = {}
     for report in reports:
         try:
             cases = list(ElementTree.parse(report).iter("testcase"))
         except (OSError, ElementTree.ParseError) as error:
-            raise ValueError(f"{report}: cannot be read as a JUnit report: {error}") from error
+            raise InputError(f"{report}: cannot be read as a JUnit report: {error}") from error
         for case in cases:
             properties = {item.get("name"): item.get("value") for item in case.iter("property")}
             if "fault" not in properties:
@@ -65,7 +68,7 @@ def read_rows(reports: Iterable[Path]) -> dict[str, Row]:
             row.problems += ended_badly
             row.survived += 0 if ended_badly else int(properties.get("survived", 1))
     if not rows:
-        raise ValueError(f"{', '.join(map(str, reports))}: holds no results of fault tests")
+        raise InputError(f"{', '.join(map(str, reports))}: holds no results of fault tests")
     return rows
 
 
@@ -83,33 +86,28 @@ def page(rows: dict[str, Row]) -> str:
     header = ["fault", "what is promised", "how it is tested", "runs survived"]
     versions = f"torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}"
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {versions}"
-    total = f"{sum(row.survived for row in rows.values())} runs survived {len(rows)} kinds of faults"
-    values = {
-        "MAY_CHANGE": "\n".join(textwrap.wrap(", ".join(MAY_CHANGE), width=110)),
-        "TABLE": tabulate(table, header, tablefmt="github"),
-        "MACHINE": machine,
-        "TOTAL": total,
-    }
-    text = TEMPLATE.read_text()
-    for name, value in values.items():
-        text = text.replace(name, value)
-    return text
+    return pages.filled(
+        "reliability_page.md",
+        may_change="\n".join(textwrap.wrap(", ".join(MAY_CHANGE), width=110)),
+        table=markdown_table(header, table),
+        machine=machine,
+        total=f"{sum(row.survived for row in rows.values())} runs survived {len(rows)} kinds of faults",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the page."""
+    rows = read_rows(arguments.reports)
+    pages.write(arguments.output, page(rows))
+    print(f"{arguments.output}: {len(rows)} rows")
 
 
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, help="what pytest --junitxml wrote")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where to write")
-    arguments = parser.parse_args()
-    try:
-        rows = read_rows(arguments.reports)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    arguments.page.write_text(page(rows))
-    print(f"{arguments.page}: {len(rows)} rows")
-    return 0
+    parser.add_argument("--output", type=Path, default=PAGE, help="default: docs/reliability.md")
+    return exit_code(partial(run, parser.parse_args()))
 
 
 if __name__ == "__main__":

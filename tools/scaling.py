@@ -19,13 +19,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from engine import atomic
 from engine.command_line import exit_code
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
-from engine.errors import InputError, writing_errors
+from engine.errors import InputError
 from engine.run_model import complete
 from engine.table import text_table
+from tools import pages
 from tools.analyze_model import data_source
 from tools.scaling_costs import WAYS, Step, memory, traffic
 from tools.scaling_measure import Measured, cases, measure
@@ -118,8 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_step(config, step, arguments.json)
         return 0
     measured = measure(cases())
-    with writing_errors(arguments.page):
-        atomic.write_text(arguments.page, page(step, measured))
+    pages.write(arguments.page, page(step, measured))
     return _disagree(measured)
 
 

@@ -34,13 +34,12 @@ class Way:
     reshard: bool = False
 
 
-WAYS = (
-    Way("DDP, reduced after every branch", sharded=False, once=False),
-    Way("DDP, reduced once", sharded=False, once=True),
-    Way("FSDP2, reduced after every branch", sharded=True, once=False, reshard=True),
-    Way("FSDP2, reduced once", sharded=True, once=True, reshard=True),
-    Way("FSDP2, reduced once, reshard_after_forward=false", sharded=True, once=True, reshard=False),
-)
+DDP_EACH = Way("DDP, reduced after every branch", sharded=False, once=False)
+DDP_ONCE = Way("DDP, reduced once", sharded=False, once=True)
+FSDP_EACH = Way("FSDP2, reduced after every branch", sharded=True, once=False, reshard=True)
+FSDP_ONCE = Way("FSDP2, reduced once", sharded=True, once=True, reshard=True)
+FSDP_KEPT = Way("FSDP2, reduced once, reshard_after_forward=false", sharded=True, once=True, reshard=False)
+WAYS = (DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT)
 
 
 @dataclass(frozen=True)
@@ -108,35 +107,35 @@ def traffic(way: Way, step: Step) -> Traffic:
         buffers = list(step.model.buffers())
         return Traffic(
             all_reduces=reductions * bucket_count(step.model),
-            reduced=reductions * size(trained(step.model.parameters())),
+            reduced=reductions * total_bytes(trained(step.model.parameters())),
             broadcasts=reductions
             * len({buffer.dtype for buffer in buffers}),  # before a forward whose backward reduces
-            broadcast=reductions * size(buffers),
+            broadcast=reductions * total_bytes(buffers),
         )
     units = sharding_units(step.model)
     # for forward, and again for backward; the root's parameters stay in between
     gathered = (units + units[:-1] if way.reshard else units) * step.passes
     return Traffic(
         all_gathers=len(gathered),
-        gathered=sum(padded(unit, step.processes) for unit in gathered),
+        gathered=sum(padded_bytes(unit, step.processes) for unit in gathered),
         reduce_scatters=reductions * sum(bool(trained(unit)) for unit in units),
-        reduced=reductions * sum(padded(trained(unit), step.processes) for unit in units),
+        reduced=reductions * sum(padded_bytes(trained(unit), step.processes) for unit in units),
     )
 
 
 def memory(way: Way, step: Step) -> Memory:
     """What the process with the largest shards keeps when it keeps most."""
-    parameters, buffers = list(step.model.parameters()), size(step.model.buffers())
+    parameters, buffers = list(step.model.parameters()), total_bytes(step.model.buffers())
     if not way.sharded:
-        weights = size(parameters) + buffers
-        gradients = size(trained(parameters))  # DDP's buckets: gradients are views of them
-        return Memory(weights, gradients, size(step.states), step.averages * weights)
+        weights = total_bytes(parameters) + buffers
+        gradients = total_bytes(trained(parameters))  # DDP's buckets: gradients are views of them
+        return Memory(weights, gradients, total_bytes(step.states), step.averages * weights)
     units = sharding_units(step.model)
-    weights = shard(parameters, step.processes) + buffers
+    weights = shard_bytes(parameters, step.processes) + buffers
     return Memory(
-        parameters=weights + _gathered(way, [padded(unit, step.processes) for unit in units]),
+        parameters=weights + _gathered(way, [padded_bytes(unit, step.processes) for unit in units]),
         gradients=_sharded_gradients(way, step, units),
-        states=shard(step.states, step.processes),
+        states=shard_bytes(step.states, step.processes),
         averages=step.averages * weights,
     )
 
@@ -150,8 +149,9 @@ def _gathered(way: Way, units: Sequence[int]) -> int:
 def _sharded_gradients(way: Way, step: Step, units: Sequence[Sequence[Tensor]]) -> int:
     """FSDP2 keeps a gradient whole until it is reduced; reduced in the same backward, one unit at a time is whole."""
     if way.once and step.passes > 1:
-        return size(trained(step.model.parameters()))
-    return shard(trained(step.model.parameters()), step.processes) + max(size(trained(unit)) for unit in units)
+        return total_bytes(trained(step.model.parameters()))
+    largest = max(total_bytes(trained(unit)) for unit in units)
+    return shard_bytes(trained(step.model.parameters()), step.processes) + largest
 
 
 def sharding_units(model: nn.Module) -> list[list[Tensor]]:
@@ -173,18 +173,18 @@ def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
-def size(tensors: Iterable[Tensor]) -> int:
+def total_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def shard(tensors: Iterable[Tensor], processes: int) -> int:
+def shard_bytes(tensors: Iterable[Tensor], processes: int) -> int:
     """Bytes of the first process's shards: FSDP2 cuts tensors along their first dimension, numbers stay whole."""
     return sum(
         -(-tensor.shape[0] // processes) * tensor[0].nbytes if tensor.ndim else tensor.nbytes for tensor in tensors
     )
 
 
-def padded(tensors: Iterable[Tensor], processes: int) -> int:
+def padded_bytes(tensors: Iterable[Tensor], processes: int) -> int:
     """Bytes in a collective: every process brings shards as large as the first one's."""
-    return processes * shard(tensors, processes)
+    return processes * shard_bytes(tensors, processes)

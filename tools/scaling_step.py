@@ -13,7 +13,6 @@ from engine.distributed import Process
 from engine.errors import InputError, input_errors
 from engine.optim import build_optimizer
 from engine.run_model import build_run_model
-from models.param_groups import param_groups
 from tools.scaling_costs import Step
 
 
@@ -45,17 +44,14 @@ def build_step(config: Config, source: DataSource, processes: int, with_states: 
 
 def optimizer_states(config: Config, model: torch.nn.Module) -> list[Tensor]:
     """The tensors that the optimiser has after a step of a model on the meta device."""
-    settings = config.optimizer
-    with input_errors("optimizer"):
-        groups = param_groups(model, settings.weight_decay, settings.layer_decay, settings.full_lr)
-        optimizer = build_optimizer(settings, groups)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        try:
+    optimizer = build_optimizer(config.optimizer, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    try:
+        with input_errors("optimizer"):
             optimizer.step()
-        except RuntimeError as error:
-            raise NeedsValuesError(
-                f"{settings.name} cannot step without values: {str(error).splitlines()[0]}"
-            ) from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise NeedsValuesError(f"{config.optimizer.name} cannot step without values: {reason}") from error
     model.zero_grad(set_to_none=True)
     return [tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]

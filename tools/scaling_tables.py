@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
-from tabulate import tabulate
-
-from engine.table import readable
-from tools.scaling_costs import WAYS, Step, Traffic, memory, padded, sharding_units, size, traffic, trained
+from engine.table import markdown_table, readable
+from tools import pages
+from tools.scaling_costs import (
+    DDP_EACH,
+    DDP_ONCE,
+    FSDP_KEPT,
+    FSDP_ONCE,
+    WAYS,
+    Step,
+    Traffic,
+    memory,
+    padded_bytes,
+    sharding_units,
+    total_bytes,
+    traffic,
+    trained,
+)  # fmt: skip
 from tools.scaling_measure import SETTINGS, Measured
 
-TEMPLATE = Path(__file__).with_name("scaling_page.md")
 COSTS = ("", "collectives per step", "gradients reduced", "parameters gathered", "sent by each GPU")
 MEMORY = ("", "parameters", "gradients", "optimiser states", "EMA", "together")
 MEASURED = (
@@ -29,7 +39,7 @@ def traffic_table(step: Step) -> str:
         costs = traffic(way, step)
         sizes = (costs.reduced, costs.gathered, costs.sent(step.processes))
         rows.append([way.title, collectives(costs), *map(readable, sizes)])
-    return _table(COSTS, rows)
+    return markdown_table(COSTS, rows)
 
 
 def memory_table(step: Step) -> str:
@@ -39,17 +49,16 @@ def memory_table(step: Step) -> str:
         costs = memory(way, step)
         sizes = (costs.parameters, costs.gradients, costs.states, costs.averages, costs.total)
         rows.append([way.title, *map(readable, sizes)])
-    return _table(MEMORY, rows)
+    return markdown_table(MEMORY, rows)
 
 
 def arithmetic(step: Step) -> str:
     """The rows of both tables with their numbers put in."""
-    each, once, _, reshard, keep = (traffic(way, step) for way in WAYS)
-    held = memory(WAYS[3], step)
-    count, gradient = step.processes, size(trained(step.model.parameters()))
+    each, once, reshard, keep = (traffic(way, step) for way in (DDP_EACH, DDP_ONCE, FSDP_ONCE, FSDP_KEPT))
+    count, gradient = step.processes, total_bytes(trained(step.model.parameters()))
     units = sharding_units(step.model)
-    *blocks, root = [padded(unit, count) for unit in units]
-    whole = sum(blocks) + root
+    *blocks, root = [padded_bytes(unit, count) for unit in units]
+    whole, held = sum(blocks) + root, memory(FSDP_ONCE, step)
     turns = f" x {step.accumulation} micro-batches" if step.accumulation > 1 else ""
     passes, part = f"{step.branches} branches{turns}", f"{count - 1}/{count}"
     average = " and average" if step.averages else ""
@@ -64,7 +73,7 @@ def arithmetic(step: Step) -> str:
         f"= {readable(reshard.sent(count))}",
         "  without resharding": f"{part} x ({passes} x {readable(whole)} + {readable(keep.reduced)}) "
         f"= {readable(keep.sent(count))}",
-        "DDP keeps": f"weights, gradient, states{average}, each whole = {readable(memory(WAYS[1], step).total)}",
+        "DDP keeps": f"weights, gradient, states{average}, each whole = {readable(memory(DDP_ONCE, step).total)}",
         "FSDP2 keeps": f"1/{count} of weights, states{average}, units in use{kept} = {readable(held.total)}",
     }
     return "\n".join(f"{name:<22}{line}" for name, line in lines.items())
@@ -81,7 +90,7 @@ def measured_table(measured: Sequence[Measured]) -> str:
         ]
         seen = by_setting[1, 1].seen
         rows.append([model, title, *reductions, collectives(seen), f"{seen.reduced:,}", f"{seen.gathered:,}"])
-    return _table(MEASURED, rows)
+    return markdown_table(MEASURED, rows)
 
 
 def agreement(measured: Sequence[Measured]) -> str:
@@ -92,17 +101,14 @@ def agreement(measured: Sequence[Measured]) -> str:
 
 def page(step: Step, measured: Sequence[Measured]) -> str:
     """The text of docs/scaling.md."""
-    parts = {
-        "TRAFFIC": traffic_table(step),
-        "ARITHMETIC": arithmetic(step),
-        "MEMORY": memory_table(step),
-        "MEASURED": measured_table(measured),
-        "AGREEMENT": agreement(measured),
-    }
-    text = TEMPLATE.read_text()
-    for name, part in parts.items():
-        text = text.replace(name, part)
-    return text
+    return pages.filled(
+        "scaling_page.md",
+        traffic=traffic_table(step),
+        arithmetic=arithmetic(step),
+        memory=memory_table(step),
+        measured=measured_table(measured),
+        agreement=agreement(measured),
+    )
 
 
 def collectives(costs: Traffic) -> str:
@@ -114,7 +120,3 @@ def collectives(costs: Traffic) -> str:
         "broadcast": costs.broadcasts,
     }
     return " + ".join(f"{number} {name}{'s' if number > 1 else ''}" for name, number in numbers.items() if number)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)

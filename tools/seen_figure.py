@@ -21,7 +21,6 @@ import augsub
 from engine import atomic
 from engine.errors import writing_errors
 from engine.figure import BLUE, VERMILION
-from models.complexity_tables import describe
 from models.recording import Dropping, Fate
 from models.rendering import render, render_main
 from models.seen import Seen
@@ -78,7 +77,7 @@ def draw(rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation],
                 _say_not_offered(panel)
             else:
                 draw_panel(panel, row, row.seen[index])
-    titles = ["main model", *(describe(sub_models[index]).replace(" + ", "\n+ ") for index, _ in panels)]
+    titles = ["main model", *(str(sub_models[index]).replace(" + ", "\n+ ") for index, _ in panels)]
     for panel, title in zip(axes[0], titles, strict=True):
         panel.set_title(title, fontsize=9)
     _draw_legend(figure, rows, sub_models)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from string import Template
 
 import timm
 import torch
 
-from engine import atomic
 from engine.data import build_source
-from engine.errors import writing_errors
+from tools import pages
 from tools.comparison import CONFIDENCE, Way, estimate, paired_difference
 from tools.comparison_pictures import draw_differences, draw_panels
 from tools.comparison_tables import (
@@ -24,7 +22,6 @@ from tools.comparison_tables import (
 )
 from tools.study_file import Study
 
-TEMPLATE = Path(__file__).with_name("study_report.md")
 METRIC = "top1"
 VERDICTS = {1: "better than the baseline", -1: "worse than the baseline", 0: "undecided"}
 
@@ -41,7 +38,8 @@ def write_report(study: Study, comparisons: Comparisons, command: str) -> list[P
     draw_differences(comparisons, METRIC, pictures["differences"])
     draw_panels(comparisons, METRIC, pictures["accuracy"])
     draw_panels(comparisons, "main_loss", pictures["loss"])
-    text = Template(TEMPLATE.read_text()).substitute(
+    text = pages.filled(
+        "study_report.md",
         title=study.title,
         description=study.description.strip(),
         command=command,
@@ -56,8 +54,7 @@ def write_report(study: Study, comparisons: Comparisons, command: str) -> list[P
         changes="\n".join(f"- **{way}**: {_in_words(overrides)}" for way, overrides in study.ways.items()),
         **{name: picture.name for name, picture in pictures.items()},
     )
-    with writing_errors(page):
-        atomic.write_text(page, text)
+    pages.write(page, text)
     return [page, *pictures.values()]
 
 

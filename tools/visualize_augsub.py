@@ -40,7 +40,6 @@ from engine.defaults import build_sub_models
 from engine.errors import InputError, input_errors
 from engine.run_model import complete, create_configured_model
 from models.build import build_model, image_settings
-from models.complexity_tables import describe
 from models.seen import Seen, see
 from tools.analyze_model import data_source
 from tools.seen_figure import Row, draw
@@ -55,7 +54,7 @@ OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=.*", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Subject:
+class Drawn:
     """A patched model and images for it; mean and std as they were normalised, if known."""
 
     name: str
@@ -82,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args([*(word for word in words if word not in overrides), "--", *overrides])
 
 
-def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubModelAugmentation]]:
+def configured(arguments: argparse.Namespace) -> tuple[Drawn, list[augsub.SubModelAugmentation]]:
     """The model of a configuration with images for it, and its sub-models."""
     config = load_config(arguments.config, arguments.overrides)
     complete(config)
@@ -91,21 +90,21 @@ def configured(arguments: argparse.Namespace) -> tuple[Subject, list[augsub.SubM
     model = augsub.patch(create_configured_model(config, source))
     if source is not IMAGENET and not arguments.images:
         deliver = build_delivery(config, torch.device("cpu"), is_training=False)
-        return Subject(config.model.name, model, held_out_images(source, deliver), *normalisation(config)), sub_models
+        return Drawn(config.model.name, model, held_out_images(source, deliver), *normalisation(config)), sub_models
     images = photographs(arguments.images, config.transform, config.data.image_size)
     if source.in_chans != len(config.transform.mean):
         grey = [(name, image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1)) for name, image in images]
-        return Subject(config.model.name, model, grey, None, None), sub_models
-    return Subject(config.model.name, model, images, config.transform.mean, config.transform.std), sub_models
+        return Drawn(config.model.name, model, grey, None, None), sub_models
+    return Drawn(config.model.name, model, images, config.transform.mean, config.transform.std), sub_models
 
 
-def named(name: str, paths: Sequence[Path] | None) -> Subject:
+def named(name: str, paths: Sequence[Path] | None) -> Drawn:
     """A timm model as timm builds it, with images as timm evaluates it."""
     with input_errors("--model"):
         settings = image_settings(name)
         model = build_model(name)
     transform = TransformConfig(**settings.transform)
-    return Subject(name, model, photographs(paths, transform, settings.image_size), transform.mean, transform.std)
+    return Drawn(name, model, photographs(paths, transform, settings.image_size), transform.mean, transform.std)
 
 
 def held_out_images(source: DataSource, deliver: Delivery) -> list[NamedImage]:
@@ -156,9 +155,7 @@ def build_augmentations(names: Sequence[str], ratios: Sequence[float]) -> list[a
         ]
 
 
-def rows_of(
-    subject: Subject, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool
-) -> list[Row]:
+def rows_of(subject: Drawn, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool) -> list[Row]:
     """One row for each image of a subject; `may_lack` leaves augmentations open that the model does not offer."""
     batch = torch.stack([image for _, image in subject.images]).repeat_interleave(SAMPLES, dim=0)
     offered = augsub.supports(subject.model)
@@ -167,7 +164,7 @@ def rows_of(
         if may_lack and any(member.name not in offered for member in augmentation.members):
             seen.append(None)
             continue
-        with input_errors(f"{describe(augmentation)} for {subject.name}"):
+        with input_errors(f"{augmentation} for {subject.name}"):
             seen.append(see(subject.model, batch, augmentation, seed))
     return [
         Row(f"{subject.name}\n{name}", slice(first, first + SAMPLES), batch, seen, subject.mean, subject.std)

@@ -129,8 +129,7 @@ def build_held_out(
     """
     if bad_files is None:
         bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
-    shape = (source.in_chans, config.data.image_size, config.data.image_size)
-    blank = torch.zeros(shape, dtype=pixel_dtype(config))
+    blank = torch.zeros(source.image_shape(config.data.image_size), dtype=pixel_dtype(config))
     share = HeldOutShare(source.held_out, process.rank, process.world_size, blank)
     loader = DataLoader(share, batch_size=config.evaluation.batch, **_loading(config, process))
     return HeldOutLoader(loader, bad_files, build_delivery(config, process.device, is_training=False))

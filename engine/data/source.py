@@ -27,6 +27,10 @@ class DataSource:
     def __post_init__(self) -> None:
         self.class_names = tuple(self.class_names or map(str, range(self.num_classes)))
 
+    def image_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(C, H, W) of square images."""
+        return self.in_chans, image_size, image_size
+
 
 # In place of data that is not there, to count and to plan with: it has the size of ImageNet-1k, and no image
 IMAGENET = DataSource(train=range(1_281_167), held_out=range(50_000), num_classes=1000, in_chans=3)

@@ -33,13 +33,13 @@ def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     assert with_masking["ratio"] == pytest.approx(with_masking["value"] / plain["value"])
     assert all(name in printed for _, name in figures)
 
-    assert call(benchmark_page, file, file, "--page", page)[0] == 0
+    assert call(benchmark_page, file, file, "--output", page)[0] == 0
     text = page.read_text()
-    assert text.count("| masking 0.5") == 4 and NO_GPU in text and "MACHINES" not in text
+    assert text.count("| masking 0.5") == 4 and NO_GPU in text and "$machines" not in text
     content = json.loads(file.read_text())
     content["machine"]["device"] = "NVIDIA H200"
     file.write_text(json.dumps(content))
-    assert call(benchmark_page, file, "--page", page)[0] == 0
+    assert call(benchmark_page, file, "--output", page)[0] == 0
     assert NO_GPU not in page.read_text()
 
 
@@ -94,6 +94,6 @@ def test_a_page_needs_files_of_the_benchmark(call, tmp_path):
     (tmp_path / "foreign.json").write_text('{"top1": 80}')
     (tmp_path / "broken.json").write_text("{")
     for name in ("none.json", "foreign.json", "broken.json"):
-        code, _, errors = call(benchmark_page, tmp_path / name, "--page", tmp_path / "page.md")
+        code, _, errors = call(benchmark_page, tmp_path / name, "--output", tmp_path / "page.md")
         assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and name in errors
     assert not (tmp_path / "page.md").exists()

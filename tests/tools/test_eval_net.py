@@ -276,12 +276,12 @@ def test_a_checkpoint_does_not_say_which_code_runs(evaluate, run_folder, tmp_pat
         (".", [], "neither the folder of a run nor a checkpoint"),
         ("RUN", ["--ratios", "0,1"], "--ratios 0,1: 1 is not in [0, 1)"),
         ("RUN", ["--ratios", "0;0.5"], "--ratios 0;0.5: allowed are numbers in [0, 1)"),
-        ("RUN", ["--augsub", "masking", "--ratios", "0.99"], "--sub-model: 8 x 8 pixels do not fit: "),
+        ("RUN", ["--augsub", "masking", "--ratios", "0.99"], "sub-models: 8 x 8 pixels do not fit: "),
         ("RUN", ["--augsub", "maskin"], "--augsub maskin: unknown augmentation 'maskin', did you mean 'masking'?"),
         ("RUN", ["--sub-model", "augsub.sub_models=[]"], "--sub-model: the configuration has none"),
         ("RUN", ["--variant", "a"], "--variant a: is read from folders, not from data.dataset = digits"),
         ("RUN", ["data.sise=3"], "override 'data.sise=3'"),
-        ("RUN", ["--output", "test_vit.pth/results"], "--output test_vit.pth/results: cannot be made: "),
+        ("RUN", ["--output", "test_vit.pth/results"], "--output test_vit.pth/results cannot be written: "),
     ],
 )
 def test_bad_input_ends_in_one_line(evaluate, images, run_folder, tmp_path, monkeypatch, what, options, message):

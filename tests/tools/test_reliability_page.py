@@ -30,7 +30,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_runs_are_counted_and_failures_are_not_hidden(tmp_path):
     (tmp_path / "faults.xml").write_text(REPORT)
-    assert run(tmp_path / "faults.xml", "--page", tmp_path / "page.md").returncode == 0
+    assert run(tmp_path / "faults.xml", "--output", tmp_path / "page.md").returncode == 0
     page = (tmp_path / "page.md").read_text()
     assert re.search(r"\| F +\| P +\| `test_a\.py::test_one` +\| 5 +\|", page)
     assert re.search(r"\| G +\| Q +\| `test_b\.py::test_two` +\| 0; failure +\|", page)
@@ -40,7 +40,7 @@ def test_runs_are_counted_and_failures_are_not_hidden(tmp_path):
 def test_a_file_that_is_no_report_is_one_line(tmp_path):
     (tmp_path / "faults.xml").write_text("<testsuites>")
     for name in ("faults.xml", "none.xml"):
-        done = run(tmp_path / name, "--page", tmp_path / "page.md")
+        done = run(tmp_path / name, "--output", tmp_path / "page.md")
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "page.md").exists()
 

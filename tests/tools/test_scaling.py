@@ -19,7 +19,18 @@ from engine.parallel import shard
 from models.blocks import innermost_blocks
 from tools.analyze_model import data_source
 from tools.scaling import GPUS, configured, main, parse_arguments
-from tools.scaling_costs import WAYS, Step, bucket_count, memory, traffic
+from tools.scaling_costs import (
+    DDP_EACH,
+    DDP_ONCE,
+    FSDP_EACH,
+    FSDP_KEPT,
+    FSDP_ONCE,
+    WAYS,
+    Step,
+    bucket_count,
+    memory,
+    traffic,
+)  # fmt: skip
 from tools.scaling_measure import Measured, cases, expect, measure
 from tools.scaling_step import build_step
 from tools.scaling_tables import page
@@ -27,7 +38,6 @@ from tools.scaling_tables import page
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
 SOME = [(1, 0), (1, 1), (2, 2)]  # micro-batches, sub-models
-DDP_NAIVE, DDP, FSDP_NAIVE, FSDP, FSDP_KEEP = WAYS
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +58,11 @@ def test_ddp_by_hand(vit):
     gradient = 4 * (17 * 48 + 3 * 64 * 48 + 48 + 3 * block + 2 * 48 + 48 * 10 + 10)
     weights = gradient + 4 * 48  # the frozen class token
     step = Step(vit, processes=8, branches=3, accumulation=2, states=[torch.empty(gradient // 4)], averages=1)
-    once, naive = traffic(DDP, step), traffic(DDP_NAIVE, step)
+    once, naive = traffic(DDP_ONCE, step), traffic(DDP_EACH, step)
     assert (once.reduced, naive.reduced) == (gradient, 6 * gradient)
     assert naive.all_reduces == 6 * once.all_reduces
     assert once.sent(8) == 2 * 7 * gradient // 8
-    kept = memory(DDP, step)
+    kept = memory(DDP_ONCE, step)
     assert (kept.parameters, kept.gradients, kept.states, kept.averages) == (weights, gradient, gradient, weights)
     assert kept.total == 2 * weights + 2 * gradient
 
@@ -66,17 +76,18 @@ def test_fsdp2_by_hand(vit):
     gradient = 8 * shards(vit.parameters(), lambda p: p.requires_grad)
     assert gradient == whole - 8 * 4 * 48  # the class token (1, 1, 48) fills eight shards
     blocks, root = 8 * shards(vit.blocks[0].parameters()), whole - 8 * shards(vit.blocks.parameters())
-    assert traffic(FSDP, step).gathered == 6 * (2 * 3 * blocks + root)
-    assert traffic(FSDP, step).all_gathers == 6 * (2 * 3 + 1)
-    assert traffic(FSDP_KEEP, step).gathered == 6 * whole
-    assert [traffic(way, step).reduced for way in (FSDP, FSDP_KEEP, FSDP_NAIVE)] == [gradient, gradient, 6 * gradient]
-    assert traffic(FSDP, step).reduce_scatters == 4  # three blocks and the root
-    assert traffic(FSDP, step).sent(8) == 7 * (traffic(FSDP, step).gathered + gradient) // 8
+    assert traffic(FSDP_ONCE, step).gathered == 6 * (2 * 3 * blocks + root)
+    assert traffic(FSDP_ONCE, step).all_gathers == 6 * (2 * 3 + 1)
+    assert traffic(FSDP_KEPT, step).gathered == 6 * whole
+    reduced = [traffic(way, step).reduced for way in (FSDP_ONCE, FSDP_KEPT, FSDP_EACH)]
+    assert reduced == [gradient, gradient, 6 * gradient]
+    assert traffic(FSDP_ONCE, step).reduce_scatters == 4  # three blocks and the root
+    assert traffic(FSDP_ONCE, step).sent(8) == 7 * (traffic(FSDP_ONCE, step).gathered + gradient) // 8
     trained = [p for p in vit.parameters() if p.requires_grad]
-    assert memory(FSDP, step).gradients == sum(p.nbytes for p in trained)
-    assert memory(FSDP_KEEP, step).parameters == whole // 8 + whole
-    assert memory(FSDP, step).parameters == whole // 8 + root + 2 * blocks
-    assert memory(FSDP, replace(step, branches=1, accumulation=1)).gradients < memory(FSDP, step).gradients
+    assert memory(FSDP_ONCE, step).gradients == sum(p.nbytes for p in trained)
+    assert memory(FSDP_KEPT, step).parameters == whole // 8 + whole
+    assert memory(FSDP_ONCE, step).parameters == whole // 8 + root + 2 * blocks
+    assert memory(FSDP_ONCE, replace(step, branches=1, accumulation=1)).gradients < memory(FSDP_ONCE, step).gradients
 
 
 def test_fsdp2_keeps_gradients_whole_until_they_are_reduced(vit, images, labels, tmp_path):
@@ -143,10 +154,10 @@ def test_another_model(monkeypatch, capsys):
     assert main() == 0
     ways = json.loads(capsys.readouterr().out)
     weights = 4 * 5_717_416
-    assert ways["DDP, reduced once"]["reduced"] == weights
-    states = ways["DDP, reduced once"]["memory"]["states"]
+    assert ways["DDP_ONCE, reduced once"]["reduced"] == weights
+    states = ways["DDP_ONCE, reduced once"]["memory"]["states"]
     assert 0 <= states - 2 * weights < 1000  # two of AdamW, and its step counters
-    assert ways["DDP, reduced once"]["memory"]["averages"] == weights
+    assert ways["DDP_ONCE, reduced once"]["memory"]["averages"] == weights
 
 
 @pytest.mark.parametrize(
