@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,12 @@ def exit_code(run: Callable[[], int | None], traceback: bool = False, after_inte
         if traceback:
             raise
         return _end(FAILED, f"error: {error}" if isinstance(error, RunError) else f"error: {_unforeseen(error)}")
+
+
+def log_to_terminal() -> None:
+    """What is logged goes to standard output, without decoration. For the main process."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger().setLevel(logging.INFO)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import augsub
 from engine.checkpoint.reading import load, load_facts
 from engine.checkpoint.store import CheckpointStore
-from engine.config import Config
+from engine.config import Config, OptimizerConfig
 from engine.config_file import to_yaml
 from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
@@ -36,6 +37,7 @@ from engine.seeding import seed_all
 from engine.trainer import Trainer
 from models.blocks import innermost_blocks
 from models.build import check_image_shape
+from models.param_groups import param_groups
 from models.rendering import render, render_main
 from models.seen import see
 
@@ -137,7 +139,7 @@ def build_trainer(
         model=model,
         bare_model=bare_model,
         objective=objective,
-        optimizer=build_optimizer(config.optimizer, bare_model),
+        optimizer=build_model_optimizer(config.optimizer, bare_model),
         data=data,
         precision=build_precision(config, process),
         process=process,
@@ -146,6 +148,13 @@ def build_trainer(
     )
     trainer.register_hooks(build_hooks(config, trainer, store, ema, partial(draw_sub_models, config, trainer)))
     return trainer
+
+
+def build_model_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+    """The optimiser of all that learns in a model."""
+    with input_errors("optimizer"):
+        groups = param_groups(model, config.weight_decay, config.layer_decay, config.full_lr)
+    return build_optimizer(config, groups)
 
 
 def draw_sub_models(config: Config, trainer: Trainer, images: Tensor) -> dict[str, Tensor]:

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.checkpoint.likeness import check_alike
 from engine.config import OptimizerConfig
 from engine.errors import InputError, input_errors
-from models.param_groups import param_groups
 
 FUSED = ("adam", "adamw", "sgd")  # of torch's own optimisers; timm's LAMB and others work on many tensors at once
 
@@ -22,12 +21,8 @@ FUSED = ("adam", "adamw", "sgd")  # of torch's own optimisers; timm's LAMB and o
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """timm's optimiser over the model's parameters, in groups with their own `weight_decay` and `lr_scale`.
-
-    Raises:
-        InputError: an unknown optimiser, or one or a model that does not take the settings.
-    """
+def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """timm's optimiser over parameter groups with their own `weight_decay` and `lr_scale`."""
     known = list_optimizers()
     if config.name not in known:
         match = difflib.get_close_matches(config.name, known, n=1)
@@ -37,10 +32,9 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     arguments = {name: value for name, value in optional.items() if value is not None}
+    if config.name in FUSED and groups[0]["params"][0].is_cuda:
+        arguments["fused"] = True  # one kernel instead of a dozen
     with input_errors("optimizer"):
-        groups = param_groups(model, config.weight_decay, config.layer_decay, config.full_lr)
-        if config.name in FUSED and groups[0]["params"][0].is_cuda:
-            arguments["fused"] = True  # one kernel instead of a dozen
         return create_optimizer_v2(
             groups, opt=config.name, lr=config.lr, weight_decay=0.0, **{**arguments, **config.kwargs}
         )

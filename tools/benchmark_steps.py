@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from engine.checkpoint.store import CheckpointStore
 from engine.config_file import load_config
 from engine.data import build_source
-from engine.defaults import build_precision, build_trainer
+from engine.defaults import build_model_optimizer, build_precision, build_trainer
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.hooks import LearningRateSchedule, NaNGuard
-from engine.optim import build_optimizer
 from engine.run_folder import RunFolder
 from engine.run_model import complete
 from engine.trainer import Trainer
@@ -164,7 +163,7 @@ def _plain_steps(name: str, setting: Setting, device: torch.device) -> Iterator[
     model: nn.Module = create_model(setting.model, image_size=setting.image_size, num_classes=10).to(device)
     if setting.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizer = build_model_optimizer(config.optimizer, model)
     criterion = nn.CrossEntropyLoss()
     task = ClassificationTask(model, criterion, device=device, verbose=False) if name == TIMM else None
     if setting.compiled:

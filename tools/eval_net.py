@@ -14,14 +14,14 @@ how the folder of a variant must look.
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from functools import partial
 from pathlib import Path
 
-from engine.command_line import exit_code
+from torch import nn
+
+from engine.command_line import exit_code, log_to_terminal
 from engine.config import UNTRANSFORMED
-from engine.data import BadFiles, build_held_out, build_held_out_source, worker_deaths
+from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANTS, Benchmark, open_variant
 from engine.defaults import build_precision
 from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
@@ -74,9 +74,15 @@ def evaluate_subject(
             one.sub_models.append(SubModelFigures(sub.name, sub.ratio, figures))
         evaluated.append(one)
     bad_files.unite(process)
+    return setting_of(subject, variant, source, model), evaluated
+
+
+def setting_of(subject: Subject, variant: str | None, source: DataSource, model: nn.Module) -> Setting:
+    """What was evaluated, for the reports."""
+    config = subject.config
     data = config.data.dataset if config.data.root is None else config.data.root
     is_transformed = config.data.dataset not in UNTRANSFORMED
-    setting = Setting(
+    return Setting(
         model=config.model.name,
         source=str(subject.checkpoint or "timm's pretrained weights"),
         data=data if variant is None else f"ImageNet ({variant}), {data}",
@@ -86,14 +92,12 @@ def evaluate_subject(
         parameters=sum(tensor.numel() for name, tensor in model.named_parameters() if name != "mask_token"),
         class_names=source.class_names,
     )
-    return setting, evaluated
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if launched_rank() == 0:
-        logging.basicConfig(format="%(message)s", stream=sys.stdout)
-        logging.getLogger().setLevel(logging.INFO)
+        log_to_terminal()
     subject = find_subject(arguments.what, arguments.model, arguments.overrides)
     config, ratios = subject.config, parse_ratios(arguments.ratios)
     complete(config)

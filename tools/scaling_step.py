@@ -8,10 +8,9 @@ from torch import Tensor
 from engine.config import Config
 from engine.data import DataSource
 from engine.data.batch_sizes import accumulation_for
-from engine.defaults import build_objective
+from engine.defaults import build_model_optimizer, build_objective
 from engine.distributed import Process
 from engine.errors import InputError, input_errors
-from engine.optim import build_optimizer
 from engine.run_model import build_run_model
 from tools.scaling_costs import Step
 
@@ -44,7 +43,7 @@ def build_step(config: Config, source: DataSource, processes: int, with_states: 
 
 def optimizer_states(config: Config, model: torch.nn.Module) -> list[Tensor]:
     """The tensors that the optimiser has after a step of a model on the meta device."""
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizer = build_model_optimizer(config.optimizer, model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     try:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from functools import partial
 from itertools import pairwise
 
-from engine.command_line import exit_code
+from engine.command_line import exit_code, log_to_terminal
 from engine.config_file import load_config, to_yaml
 from engine.data import worker_deaths
 from engine.defaults import evaluate_only, train
@@ -77,8 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     timeout = config.distributed.timeout_minutes
     with process_group(timeout) as process, worker_deaths(config.data.workers):
         if process.is_main:
-            logging.basicConfig(format="%(message)s", stream=sys.stdout)
-            logging.getLogger().setLevel(logging.INFO)
+            log_to_terminal()
         if arguments.eval_only:
             results = evaluate_only(config, process)
             if process.is_main:

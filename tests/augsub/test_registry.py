@@ -96,3 +96,8 @@ def test_sites_are_a_tuple_of_names():
 def test_only_a_model_can_be_patched():
     with pytest.raises(TypeError, match="not 'resnet18'"):
         augsub.patch("resnet18")
+
+
+def test_an_augmentation_says_what_it_is_in_a_few_characters():
+    composed = augsub.build([{"name": "random_crop", "ratio": 0.5}, {"name": "masking", "ratio": 0.25}])
+    assert str(composed) == "random_crop 0.5 + masking 0.25" and f"{composed.members[1]}" == "masking 0.25"

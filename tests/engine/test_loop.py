@@ -81,7 +81,7 @@ def test_after_an_error_hooks_are_closed_but_not_told_that_training_ended():
 
 def test_an_unknown_optimiser_is_met_with_the_nearest():
     with pytest.raises(InputError, match="did you mean adamw"):
-        build_optimizer(OptimizerConfig(name="admw"), nn.Linear(2, 2))
+        build_optimizer(OptimizerConfig(name="admw"), [{"params": nn.Linear(2, 2).parameters()}])
 
 
 def test_fp16_scales_gradients_and_leaves_an_overflowing_step_out():

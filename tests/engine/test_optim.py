@@ -20,7 +20,8 @@ NAMES = [name for name in list_optimizers() if not name.startswith(NEED_A_GPU) a
 def build(name: str) -> tuple[nn.Module, Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
-    return model, build_optimizer(OptimizerConfig(name=name), model)
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0}]
+    return model, build_optimizer(OptimizerConfig(name=name), groups)
 
 
 def step(model: nn.Module, optimizer: Optimizer, seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from engine.distributed import Process
 from engine.mixing import IntegerMixup, build_mixup
 from engine.optim import build_optimizer
 from engine.run_model import build_run_model
+from models.param_groups import param_groups
 
 CLASSES = 1000
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def test_optimizer_step(recipe):
     torch.manual_seed(0)
     values = {"matrix": torch.randn(4, 3).double(), "vector": torch.randn(5).double()}
     module = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in values.items()})
-    optimizer = build_optimizer(replace(settings, layer_decay=None, full_lr=[]), module)
+    optimizer = build_optimizer(settings, param_groups(module, settings.weight_decay))
     reference = {name: Published(value.double().numpy(), recipe.facts["optimizer"]) for name, value in values.items()}
     rate = recipe.facts["lr"]["absolute"]
     for _ in range(2):

@@ -154,10 +154,10 @@ def test_another_model(monkeypatch, capsys):
     assert main() == 0
     ways = json.loads(capsys.readouterr().out)
     weights = 4 * 5_717_416
-    assert ways["DDP_ONCE, reduced once"]["reduced"] == weights
-    states = ways["DDP_ONCE, reduced once"]["memory"]["states"]
+    assert ways["DDP, reduced once"]["reduced"] == weights
+    states = ways["DDP, reduced once"]["memory"]["states"]
     assert 0 <= states - 2 * weights < 1000  # two of AdamW, and its step counters
-    assert ways["DDP_ONCE, reduced once"]["memory"]["averages"] == weights
+    assert ways["DDP, reduced once"]["memory"]["averages"] == weights
 
 
 @pytest.mark.parametrize(
