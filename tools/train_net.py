@@ -18,7 +18,7 @@ from tools.dry_run import dry_run
 EXAMPLES = """\
 examples:
   python tools/train_net.py --config digits_vit
-  python tools/train_net.py --config digits_vit augsub.sub_models=[] \\
+  python tools/train_net.py --config digits_vit "augsub.sub_models=[]" \\
       output_dir=runs/baseline
   python tools/train_net.py --config swin_b data.root=/data/imagenet --dry-run
   torchrun --nproc_per_node=8 tools/train_net.py --config swin_b \\
