@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from models.recording import Dropping, Fate
 from models.rendering import render, render_main
 from models.seen import Seen
 
-PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND = 1.5, 0.2, 0.45, 0.4, 0.4, 0.3  # inches
+PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND_MARGIN, LEGEND_ROW = 1.5, 0.2, 0.45, 0.4, 0.4, 0.13, 0.17  # inches
 SMALL = 7.5  # points
 DPI = 130
 KEPT, DROPPED = BLUE, "#FFFFFF"
@@ -67,7 +68,8 @@ DrawPanel = Callable[[Axes, Row, Seen], None]
 def draw(rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation], path: Path) -> None:
     """Draw the rows and write the PNG file."""
     panels = [(index, part) for index, sub_model in enumerate(sub_models) for part in _panels_of(sub_model)]
-    figure, axes = _grid_of_axes(len(rows), 1 + len(panels))
+    legend = _legend_entries(rows, sub_models)
+    figure, axes, legend_columns = _grid_of_axes(len(rows), 1 + len(panels), len(legend))
     for row, (main, *others) in zip(rows, axes, strict=True):
         _show_image(main, render_main(row.images[row.samples], row.mean, row.std)[0])
         main.set_xlabel("{} × {} px".format(*row.images.shape[2:]), fontsize=SMALL)  # noqa: RUF001
@@ -80,14 +82,17 @@ def draw(rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation],
     titles = ["main model", *(str(sub_models[index]).replace(" + ", "\n+ ") for index, _ in panels)]
     for panel, title in zip(axes[0], titles, strict=True):
         panel.set_title(title, fontsize=9)
-    _draw_legend(figure, rows, sub_models)
+    figure.legend(handles=legend, loc="lower center", ncols=legend_columns, frameon=False, fontsize=8)
     _save(figure, path)
 
 
-def _grid_of_axes(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """Square panels of equal size, (rows, columns), with room for what stands around them."""
-    width, height = LEFT + columns * (PANEL + GAP), TITLE + rows * (PANEL + CAPTION) + LEGEND
-    return plt.subplots(
+def _grid_of_axes(rows: int, columns: int, legend_entries: int) -> tuple[Figure, np.ndarray, int]:
+    """Square panels of equal size, (rows, columns), with room for what stands around them; columns of the legend."""
+    width = LEFT + columns * (PANEL + GAP)
+    legend_columns = max(1, int(width / LEGEND_ENTRY))
+    legend_height = LEGEND_MARGIN + LEGEND_ROW * math.ceil(legend_entries / legend_columns)
+    height = TITLE + rows * (PANEL + CAPTION) + legend_height
+    figure, axes = plt.subplots(
         rows,
         columns,
         squeeze=False,
@@ -96,11 +101,12 @@ def _grid_of_axes(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
             "left": LEFT / width,
             "right": 1 - GAP / width,
             "top": 1 - TITLE / height,
-            "bottom": (LEGEND + CAPTION) / height,
+            "bottom": (legend_height + CAPTION) / height,
             "wspace": GAP / PANEL,
             "hspace": CAPTION / PANEL,
         },
     )
+    return figure, axes, legend_columns
 
 
 def _panels_of(augmentation: augsub.SubModelAugmentation) -> list[DrawPanel]:
@@ -188,7 +194,7 @@ def _show_kept(axes: Axes, kept: Tensor, row: Row, label: str, droppings: Sequen
     axes.spines[:].set_color("0.7")
 
 
-def _draw_legend(figure: Figure, rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation]) -> None:
+def _legend_entries(rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation]) -> list[Patch]:
     """What occurs in the picture."""
     found = _colours(rows)
     entries = [
@@ -200,8 +206,7 @@ def _draw_legend(figure: Figure, rows: Sequence[Row], sub_models: Sequence[augsu
         entries += [Patch(facecolor=KEPT, label="kept"), Patch(facecolor=DROPPED, label="dropped")]
     for entry in entries:
         entry.set_edgecolor(HATCH_COLOUR)
-    columns = max(1, int(figure.get_figwidth() / LEGEND_ENTRY))
-    figure.legend(handles=entries, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    return entries
 
 
 def _colours(rows: Sequence[Row]) -> dict[int, tuple[float, ...]]:
