@@ -11,7 +11,6 @@ One FLOP is one multiply-add; all figures are for the forward of one image.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from functools import partial
@@ -19,22 +18,13 @@ from functools import partial
 import timm
 from tqdm import tqdm
 
-import augsub
 from engine.command_line import exit_code
-from engine.config import Config
 from engine.config_file import CONFIGS, load_config
-from engine.data import IMAGENET, DataSource
-from engine.defaults import build_sub_models, open_source
-from engine.errors import InputError, input_errors
-from engine.run_model import complete, create_configured_model
+from engine.errors import InputError
 from engine.table import text_table
-from models.build import create_model
-from models.complexity import Complexity, analyze
 from models.complexity_tables import comparison_table, literature_table, module_table, summary_rows, uncounted_line
 from models.support import support_of, support_table
-
-DEFAULT_AUGSUB, DEFAULT_RATIO = "masking", 0.5
-Analysis = tuple[Complexity, list[augsub.SubModelAugmentation]]
+from tools.analysis import DEFAULT_AUGSUB, DEFAULT_RATIO, Analysis, analyze_configured, analyze_named
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,42 +43,6 @@ def parse_arguments() -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="of --config, for example model.name=resnet50"
     )
     return parser.parse_intermixed_args()
-
-
-def analyze_named(name: str, augmentation: str | None, ratio: float | None) -> Analysis:
-    """A timm model as timm builds it, and one sub-model."""
-    augmentation = DEFAULT_AUGSUB if augmentation is None else augmentation
-    ratio = DEFAULT_RATIO if ratio is None else ratio
-    with input_errors("--model"):
-        model = create_model(name)
-    with input_errors(f"--augsub {augmentation} --ratio {ratio} for {name}"):
-        augmentations = [augsub.build(augmentation, ratio=ratio)]
-        return analyze(model, model.pretrained_cfg["input_size"], augmentations), augmentations
-
-
-def analyze_configured(config: Config) -> Analysis:
-    """The model and the sub-models of a configuration; no data and no weights are needed."""
-    complete(config)
-    source = data_source(config)
-    model = create_configured_model(config, source)
-    augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
-    with input_errors(f"augsub.sub_models with model.name = {config.model.name}"):
-        return analyze(model, source.image_shape(config.data.image_size), augmentations), augmentations
-
-
-def data_source(config: Config) -> DataSource:
-    """The configuration's data, or images like ImageNet's where it is not there."""
-    try:
-        return open_source(config)
-    except InputError as error:
-        note(f"{error}; taken to have {IMAGENET.num_classes} classes")
-        return IMAGENET
-
-
-@functools.cache
-def note(text: str) -> None:
-    """Say something once."""
-    print(text, file=sys.stderr)
 
 
 def print_analysis(title: str, analysis: Analysis, arguments: argparse.Namespace) -> None:

@@ -28,13 +28,12 @@ from engine.errors import InputError, input_errors, writing_errors
 from models.build import image_settings
 from tools.benchmark_costs import Setting
 from tools.benchmark_data import measure_data
-from tools.benchmark_figures import Figure, table
+from tools.benchmark_figures import PARTS, Figure, table
 from tools.benchmark_memory import measure_memory
 from tools.benchmark_optimizer import measure_equality, measure_optimizer
 from tools.benchmark_processes import measure_processes
 from tools.benchmark_steps import NAMES, Timing, measure_steps
 
-PARTS = ("steps", "memory", "optimizer", "data", "processes")
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
 LEAST_IMAGES = 16  # of a step whose memory is measured
 WHOLE_CPU = ("vit_base_patch16_224:224:4", "swin_tiny_patch4_window7_224:224:4", "resnet50:224:4")
@@ -44,7 +43,7 @@ WHOLE_GPU = ("vit_base_patch16_224:224:128", "swin_tiny_patch4_window7_224:224:1
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few rounds")
     parser.add_argument("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="timm models, pixels, images per step")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision of forwards")

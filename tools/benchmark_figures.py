@@ -12,6 +12,14 @@ from tabulate import tabulate
 
 Step = Callable[[], object]
 
+PARTS = {
+    "steps": "Training steps",
+    "memory": "Peak memory",
+    "optimizer": "Optimiser and moving average alone",
+    "data": "Loading alone",
+    "processes": "Gradients between processes",
+}
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -16,17 +16,10 @@ from typing import Any
 from engine.command_line import exit_code
 from engine.errors import InputError
 from tools import pages
-from tools.benchmark_figures import Figure, table
+from tools.benchmark_figures import PARTS, Figure, table
 
 PAGE = pages.DOCS / "performance.md"
 NO_GPU = "Figures of a GPU are missing so far: none of these machines has one."
-TITLES = {
-    "steps": "Training steps",
-    "memory": "Peak memory",
-    "optimizer": "Optimiser and moving average alone",
-    "data": "Loading alone",
-    "processes": "Gradients between processes",
-}
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -59,7 +52,7 @@ def page(contents: list[dict[str, Any]]) -> str:
 def section(machine: str, contents: list[dict[str, Any]]) -> str:
     """All that was measured on a machine."""
     parts = [f"## {machine}"]
-    for name, title in TITLES.items():
+    for name, title in PARTS.items():
         found = [(content["command"], _of_part(content, name)) for content in contents]
         found = [(command, figures) for command, figures in found if figures]
         if found:

@@ -15,7 +15,7 @@ from engine.config_file import CONFIGS, load_config
 from engine.data.batch_sizes import accumulation_for
 from engine.table import markdown_table
 from tools import pages
-from tools.analyze_model import analyze_configured
+from tools.analysis import analyze_configured
 
 PAGE = pages.DOCS / "recipes.md"
 HEADER = (

@@ -26,7 +26,7 @@ from engine.errors import InputError
 from engine.run_model import complete
 from engine.table import text_table
 from tools import pages
-from tools.analyze_model import data_source
+from tools.analysis import data_source
 from tools.scaling_costs import WAYS, Step, memory, traffic
 from tools.scaling_measure import Measured, cases, measure
 from tools.scaling_step import build_step

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config_file import load_config
-from tools.analyze_model import analyze_configured
+from tools.analysis import analyze_configured
 from tools.comparison import Way, check_comparable
 from tools.comparison_tables import Comparisons
 from tools.finished_runs import read_run

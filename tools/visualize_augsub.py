@@ -41,7 +41,7 @@ from engine.errors import InputError, input_errors
 from engine.run_model import complete, create_configured_model
 from models.build import build_model, image_settings
 from models.seen import Seen, see
-from tools.analyze_model import data_source
+from tools.analysis import data_source
 from tools.seen_figure import Row, draw
 
 FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")

@@ -17,7 +17,7 @@ import augsub
 from engine.distributed import Process
 from engine.parallel import shard
 from models.blocks import innermost_blocks
-from tools.analyze_model import data_source
+from tools.analysis import data_source
 from tools.scaling import GPUS, configured, main, parse_arguments
 from tools.scaling_costs import (
     DDP_EACH,
