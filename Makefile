@@ -16,7 +16,7 @@ test-slow: $(INSTALLED)  ## a step of every full-size recipe, FLOPs of all of ti
 
 test-faults: $(INSTALLED)  ## real faults in real runs, then docs/reliability.md from the results: an hour on two cores
 	$(BIN)/python -m pytest -q -m faults --junitxml=runs/faults.xml
-	$(BIN)/python tools/reliability_page.py runs/faults.xml
+	$(BIN)/python tools/pages/reliability_page.py runs/faults.xml
 
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers
 	$(BIN)/python -m pytest -q tests/recipes
@@ -27,7 +27,7 @@ study: $(INSTALLED)  ## write docs/study_*.md: an hour and a quarter on two core
 
 first-run: $(INSTALLED)  ## repeat docs/first_run.md: what its commands print, and their pictures
 	rm -rf runs/digits_vit
-	$(BIN)/python tools/console_page.py docs/first_run.md
+	$(BIN)/python tools/pages/console_page.py docs/first_run.md
 	mkdir -p docs/first_run
 	cp runs/plan_digits_vit.png docs/first_run/plan.png
 	cp runs/digits_vit/curves.png runs/digits_vit/evaluation/*.png docs/first_run/
@@ -42,22 +42,22 @@ pictures: $(INSTALLED)  ## what sub-models see, for the documentation
 		--output docs/augmentations/random_crop.png
 
 docs: $(INSTALLED)  ## the documentation as a site in site/; a warning is an error
-	$(BIN)/python tools/configuration_page.py
+	$(BIN)/python tools/pages/configuration_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 zoo: $(INSTALLED)  ## follow the installed timm: its list of model classes and docs/model_support.md
 	$(BIN)/python -m models.zoo
-	$(BIN)/python tools/model_support.py
+	$(BIN)/python tools/pages/model_support_page.py
 
 recipes: $(INSTALLED)  ## write docs/recipes.md
-	$(BIN)/python tools/recipes_page.py
+	$(BIN)/python tools/pages/recipes_page.py
 
 scaling: $(INSTALLED)  ## write docs/scaling.md: traffic and memory of a step, computed and measured
 	$(BIN)/python tools/scaling.py --page docs/scaling.md
 
 performance: $(INSTALLED)  ## measure this machine for docs/performance.md: minutes, with nothing else running
 	$(BIN)/python tools/benchmark.py --quick --json docs/performance/cpu_quick.json
-	$(BIN)/python tools/benchmark_page.py docs/performance/*.json
+	$(BIN)/python tools/pages/performance_page.py docs/performance/*.json
 
 lint: $(INSTALLED)  ## ruff, and mypy --strict of augsub
 	$(BIN)/ruff check .

@@ -128,7 +128,7 @@ def image_folder(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _row_of_the_reliability_page(request):
-    """What `tools/reliability_page.py` reads from the results of `pytest -m faults --junitxml`."""
+    """What `tools/pages/reliability_page.py` reads from the results of `pytest -m faults --junitxml`."""
     marker = request.node.get_closest_marker("faults")
     if marker is not None:
         request.node.user_properties += [(name, marker.kwargs[name]) for name in ("fault", "promise")]

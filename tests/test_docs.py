@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import augsub
-from tools import configuration_page
+from tools.pages import configuration_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

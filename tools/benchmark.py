@@ -2,7 +2,7 @@
 
     python tools/benchmark.py --quick                                   # all parts, minutes on two cores
     python tools/benchmark.py --device cuda --amp bf16 --compile --parts steps --models vit_base_patch16_224:224:256
-    python tools/benchmark_page.py runs/benchmark.json                  # docs/performance.md from one or more files
+    python tools/pages/performance_page.py runs/benchmark.json            # docs/performance.md from one or more files
 
 Contenders of one table are measured in turns; ratios are medians over pairs of rounds, with quartiles.
 """
@@ -26,13 +26,13 @@ from engine import atomic
 from engine.command_line import exit_code
 from engine.errors import InputError, input_errors, writing_errors
 from models.build import image_settings
-from tools.benchmark_costs import Setting
-from tools.benchmark_data import measure_data
-from tools.benchmark_figures import PARTS, Figure, table
-from tools.benchmark_memory import measure_memory
-from tools.benchmark_optimizer import measure_equality, measure_optimizer
-from tools.benchmark_processes import measure_processes
-from tools.benchmark_steps import NAMES, Timing, measure_steps
+from tools.benchmarking.costs import Setting
+from tools.benchmarking.data import measure_data
+from tools.benchmarking.figures import PARTS, Figure, table
+from tools.benchmarking.memory import measure_memory
+from tools.benchmarking.optimizer import measure_equality, measure_optimizer
+from tools.benchmarking.processes import measure_processes
+from tools.benchmarking.steps import NAMES, Timing, measure_steps
 
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
 LEAST_IMAGES = 16  # of a step whose memory is measured

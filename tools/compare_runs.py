@@ -18,11 +18,11 @@ from pathlib import Path
 
 from engine.command_line import exit_code
 from engine.errors import InputError
-from tools.comparison import check_comparable
-from tools.comparison_pictures import draw_curves
-from tools.comparison_tables import METRICS, caption, configuration_lines, summary_table
-from tools.run_groups import read_ways
-from tools.study import run_study
+from tools.comparison.pictures import draw_curves
+from tools.comparison.run_groups import read_ways
+from tools.comparison.tables import METRICS, caption, configuration_lines, summary_table
+from tools.comparison.ways import check_comparable
+from tools.studies.run_study import run_study
 
 DEFAULT_JOBS = 2
 

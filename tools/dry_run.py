@@ -21,8 +21,8 @@ from engine.trainer import Trainer
 from models.activation_memory import activation_memory
 from models.complexity import analyze
 from models.complexity_tables import cost_rows
-from tools.scaling_costs import Way, memory
-from tools.scaling_step import NeedsValuesError, build_step
+from tools.step_costs.costs import Way, memory
+from tools.step_costs.step import NeedsValuesError, build_step
 
 Rows = list[tuple[str, str]]
 

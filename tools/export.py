@@ -20,9 +20,9 @@ from safetensors.torch import save
 from engine import atomic
 from engine.command_line import exit_code
 from engine.errors import InputError, writing_errors
-from tools.export_hub import write_folder
-from tools.export_onnx import write_onnx
-from tools.exported import Exported, load_exported
+from tools.exporting.exported import Exported, load_exported
+from tools.exporting.hub_folder import write_folder
+from tools.exporting.onnx_file import write_onnx
 
 SUFFIXES = {".safetensors", ".pt", ".pth"}
 

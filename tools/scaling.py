@@ -25,12 +25,12 @@ from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
 from engine.run_model import complete
 from engine.table import text_table
-from tools import pages
 from tools.analysis import data_source
-from tools.scaling_costs import WAYS, Step, memory, traffic
-from tools.scaling_measure import Measured, cases, measure
-from tools.scaling_step import build_step
-from tools.scaling_tables import agreement, arithmetic, measured_table, memory_table, page, traffic_table
+from tools.pages.page import write_page
+from tools.step_costs.costs import WAYS, Step, memory, traffic
+from tools.step_costs.measure import Measured, cases, measure
+from tools.step_costs.step import build_step
+from tools.step_costs.tables import agreement, arithmetic, measured_table, memory_table, page, traffic_table
 
 DEFAULT = CONFIGS / "deit3_h_400e.yaml"
 OF_A_MODEL = CONFIGS / "_base_" / "imagenet.yaml"  # what --model is trained with
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_step(config, step, arguments.json)
         return 0
     measured = measure(cases())
-    pages.write(arguments.page, page(step, measured))
+    write_page(arguments.page, page(step, measured))
     return _disagree(measured)
 
 

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
-from tools import benchmark, benchmark_page
-from tools.benchmark_data import measure_data
-from tools.benchmark_figures import Figure, in_turns, ratio_of, table
-from tools.benchmark_optimizer import measure_equality
-from tools.benchmark_page import NO_GPU
-from tools.benchmark_processes import measure_processes
-from tools.benchmark_steps import Timing
+from tools import benchmark
+from tools.benchmarking.data import measure_data
+from tools.benchmarking.figures import Figure, in_turns, ratio_of, table
+from tools.benchmarking.optimizer import measure_equality
+from tools.benchmarking.processes import measure_processes
+from tools.benchmarking.steps import Timing
+from tools.pages import performance_page
+from tools.pages.performance_page import NO_GPU
 
 CPU = torch.device("cpu")
 TINY = ["--models", "resnet10t:64:2", "--rounds", "2"]
@@ -33,13 +34,13 @@ def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     assert with_masking["ratio"] == pytest.approx(with_masking["value"] / plain["value"])
     assert all(name in printed for _, name in figures)
 
-    assert call(benchmark_page, file, file, "--output", page)[0] == 0
+    assert call(performance_page, file, file, "--output", page)[0] == 0
     text = page.read_text()
     assert text.count("| masking 0.5") == 4 and NO_GPU in text and "$machines" not in text
     content = json.loads(file.read_text())
     content["machine"]["device"] = "NVIDIA H200"
     file.write_text(json.dumps(content))
-    assert call(benchmark_page, file, "--output", page)[0] == 0
+    assert call(performance_page, file, "--output", page)[0] == 0
     assert NO_GPU not in page.read_text()
 
 
@@ -94,6 +95,6 @@ def test_a_page_needs_files_of_the_benchmark(call, tmp_path):
     (tmp_path / "foreign.json").write_text('{"top1": 80}')
     (tmp_path / "broken.json").write_text("{")
     for name in ("none.json", "foreign.json", "broken.json"):
-        code, _, errors = call(benchmark_page, tmp_path / name, "--output", tmp_path / "page.md")
+        code, _, errors = call(performance_page, tmp_path / name, "--output", tmp_path / "page.md")
         assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and name in errors
     assert not (tmp_path / "page.md").exists()

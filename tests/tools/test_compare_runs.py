@@ -18,9 +18,9 @@ from scipy import stats
 from engine.config_file import load_config, to_yaml
 from engine.run_folder import RunFolder
 from tools import compare_runs
-from tools.comparison import estimate, paired_difference
-from tools.comparison_pictures import curve
-from tools.run_groups import read_ways
+from tools.comparison.pictures import curve
+from tools.comparison.run_groups import read_ways
+from tools.comparison.ways import estimate, paired_difference
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_vit.yaml"

@@ -25,7 +25,7 @@ $ echo untouched
 
 def fill(page: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, ROOT / "tools" / "console_page.py", page], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, ROOT / "tools" / "pages" / "console_page.py", page], capture_output=True, text=True, cwd=ROOT
     )
 
 

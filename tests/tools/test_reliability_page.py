@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.resume_rules import MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "reliability_page.py"
+TOOL = ROOT / "tools" / "pages" / "reliability_page.py"
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.faults.test_a" name="test_one[x]"><properties><property name="fault" value="F"/>

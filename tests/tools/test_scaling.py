@@ -19,7 +19,7 @@ from engine.parallel import shard
 from models.blocks import innermost_blocks
 from tools.analysis import data_source
 from tools.scaling import GPUS, configured, main, parse_arguments
-from tools.scaling_costs import (
+from tools.step_costs.costs import (
     DDP_EACH,
     DDP_ONCE,
     FSDP_EACH,
@@ -31,9 +31,9 @@ from tools.scaling_costs import (
     memory,
     traffic,
 )  # fmt: skip
-from tools.scaling_measure import Measured, cases, expect, measure
-from tools.scaling_step import build_step
-from tools.scaling_tables import page
+from tools.step_costs.measure import Measured, cases, expect, measure
+from tools.step_costs.step import build_step
+from tools.step_costs.tables import page
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
