@@ -36,10 +36,10 @@ class ModelConfig:
 class DataConfig:
     """Where images come from. The number of classes is inferred."""
 
-    dataset: str = "folder"  # folder | digits | synthetic | a timm dataset name (hfds/…, torch/…, wds/…)
+    dataset: str = "folder"  # folder | digits | synthetic | a timm dataset name (hfds/…, torch/…)
     root: Optional[str] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
     train_split: str = "train"  # folder or split name of the training images
-    eval_split: str = "validation"  # for a folder also val, eval or test, as in timm
+    eval_split: str = "validation"  # of a folder any of val, valid, validation, eval, evaluation, test
     image_size: Optional[int] = 224  # pixels, square; null: the model's own
     repeats: int = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
     workers: int = 4  # loader processes per training process; 0 loads in the training process

@@ -6,19 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import Dataset, IterableDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from engine.config import DataConfig, TransformConfig
+from engine.data.decoding import to_rgb
 from engine.data.files import naming_bad_files
 from engine.data.source import DataSource
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
 
-# The names under which timm looks for a split's folder
-SPLIT_NAMES = {"train": ("train", "training"), "validation": ("val", "valid", "validation", "eval", "test")}
-KINDS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm takes any other name for a folder
+# The names under which the folder of a split is looked for: timm's, and test
+SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
+KINDS = ("torch", "hfds")  # timm's others, hfids, tfds and wds, are streams, in which no image has a number
 
 
 def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
@@ -28,19 +31,13 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
         InputError: no root, no folder for a split, a class without images, splits with different
             classes, or a data set that timm cannot open.
     """
-    if data.dataset == "folder":
-        classes = class_folders(split_folder(root_of(data), data.train_split))
-        held_out_classes = class_folders(split_folder(root_of(data), data.eval_split))
-        if classes != held_out_classes:
-            differing = sorted(set(classes) ^ set(held_out_classes))
-            raise InputError(f"data.root = {data.root}: classes in one split only: {', '.join(differing[:5])}")
     train = _open(data, data.train_split, build_train_transform(transform, data.image_size))
     held_out = _open(data, data.eval_split, build_eval_transform(transform, data.image_size))
-    if _class_to_idx(train) != _class_to_idx(held_out):
-        raise InputError(
-            f"data.root = {data.root}: the splits number their classes differently; images must lie directly in "
-            "the class folders, or in the same folders below them in both splits"
-        )
+    classes, held_out_classes = _class_to_idx(train) or {}, _class_to_idx(held_out) or {}
+    if differing := sorted(classes.keys() ^ held_out_classes.keys()):
+        raise InputError(f"data.root = {data.root}: classes in one split only: {', '.join(map(str, differing[:5]))}")
+    if classes != held_out_classes:
+        raise InputError(f"data.root = {data.root}: the splits number their classes differently")
     return _source(data, held_out, naming_bad_files(train, "training"))
 
 
@@ -50,8 +47,6 @@ def build_held_out_images(data: DataConfig, transform: TransformConfig) -> DataS
     Raises:
         InputError: as `build_images`.
     """
-    if data.dataset == "folder":
-        class_folders(split_folder(root_of(data), data.eval_split))
     held_out = _open(data, data.eval_split, build_eval_transform(transform, data.image_size))
     return _source(data, held_out, train=None)
 
@@ -68,23 +63,33 @@ def _source(data: DataConfig, held_out: Dataset, train: Dataset | None) -> DataS
 
 
 def _open(data: DataConfig, split: str, transform: Any) -> Dataset:
-    kind = data.dataset.partition("/")[0].lower()
-    if data.dataset != "folder" and kind not in KINDS:
+    dataset = _open_folder(data, split) if data.dataset == "folder" else _open_named(data, split)
+    is_rgb = isinstance(dataset, ImageDataset)  # torchvision's sets give what the file holds, of MNIST one channel
+    dataset.transform = transform if is_rgb else Compose([to_rgb, transform])
+    return dataset
+
+
+def _open_folder(data: DataConfig, split: str) -> ImageDataset:
+    """timm names a class after the folder around an image, wherever that is: only class folders may hold images."""
+    folder = split_folder(root_of(data), split)
+    class_folders(folder)
+    reader = ReaderImageFolder(str(folder))
+    for path, _ in reader.samples:
+        if os.path.dirname(os.path.dirname(path)) != str(folder):
+            raise InputError(f"{path}: an image must lie directly in a class folder of {folder}")
+    return ImageDataset(str(folder), reader=reader)
+
+
+def _open_named(data: DataConfig, split: str) -> Dataset:
+    if data.dataset.partition("/")[0].lower() not in KINDS:
         known = ", ".join(f"{kind}/NAME" for kind in KINDS)
         raise InputError(f"data.dataset = {data.dataset}: allowed is folder, digits, synthetic, or timm's {known}")
     try:
-        dataset = create_dataset("" if data.dataset == "folder" else data.dataset, root=data.root, split=split)
+        return create_dataset(data.dataset, root=data.root, split=split)
     except ImportError as error:
         raise InputError(f"data.dataset = {data.dataset}: needs a package that is not installed: {error}") from error
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
         raise InputError(f"data.dataset = {data.dataset}, root = {data.root}, split {split}: {error}") from error
-    if isinstance(dataset, IterableDataset):
-        raise InputError(
-            f"data.dataset = {data.dataset}: gives its images in an order of its own; one that gives each image "
-            "by its index is needed"
-        )
-    dataset.transform = transform
-    return dataset
 
 
 def _num_classes(dataset: Any, data: DataConfig) -> int:
@@ -112,14 +117,14 @@ def root_of(data: DataConfig) -> Path:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split, under any of the names that timm knows for it.
+    """The folder of a split, under any of its names.
 
     Raises:
         InputError: there is none.
     """
     if not root.is_dir():
         raise InputError(f"data.root = {root}: no such folder")
-    synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
+    synonyms = next((names for names in SPLIT_NAMES if split in names), ())
     for name in (split, *synonyms):
         if (root / name).is_dir():
             return root / name
@@ -127,13 +132,12 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders; each must hold an image, at any depth."""
+    """Names of the class folders; each must hold an image itself."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise InputError(f"{folder}: has no class folders")
     extensions = tuple(get_img_extensions())
     for name in classes:
-        files = (file for _, _, files in os.walk(folder / name, followlinks=True) for file in files)
-        if not any(file.lower().endswith(extensions) for file in files):
-            raise InputError(f"{folder / name}: the class folder holds no image ({', '.join(extensions)})")
+        if not any(file.lower().endswith(extensions) for file in os.listdir(folder / name)):
+            raise InputError(f"{folder / name}: the class folder holds no image itself ({', '.join(extensions)})")
     return classes

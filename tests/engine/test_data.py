@@ -9,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from engine.config import Config, DataConfig, TrainConfig, TransformConfig
+from engine.config import Config, TrainConfig, TransformConfig
 from engine.data.batch_sizes import accumulation_for, batch_for
 from engine.data.digits import build_digits
 from engine.data.held_out import IGNORED
-from engine.data.images import build_images
 from engine.data.loaders import build_held_out, build_loaders, build_source
 from engine.data.stream import SeededDataset, TrainingOrder
 from engine.data.transforms import build_train_transform
@@ -117,66 +115,6 @@ def test_digits_have_a_fixed_split_of_real_images():
     assert torch.equal(build_digits(8).train.tensors[0], source.train.tensors[0])
     assert abs(source.train.tensors[0].mean()) < 1e-5 and abs(source.train.tensors[0].std() - 1) < 1e-3
     assert build_digits(32).train[0][0].shape == (1, 32, 32)
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 3), ("val", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.jpg")
-    return tmp_path
-
-
-def test_an_image_folder_is_opened_with_its_classes(image_folder):
-    source = build_images(DataConfig(root=str(image_folder), image_size=32), TransformConfig(auto_augment="rand-m9"))
-    assert (len(source.train), len(source.held_out), source.num_classes, source.in_chans) == (6, 4, 2, 3)
-    image, label = source.train[0]
-    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label in (0, 1)
-    assert torch.equal(source.held_out[0][0], source.held_out[0][0])
-
-
-def test_random_transforms_follow_the_sample_key(image_folder):
-    config = TransformConfig(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random")
-    source = build_images(DataConfig(root=str(image_folder), image_size=32), config)
-    dataset = SeededDataset(source.train)
-    keys = next(iter(order(num_samples=6, micro_batch=3)))
-    first, again = dataset.__getitems__(keys), dataset.__getitems__(keys[::-1])[::-1]
-    for (image, _), (same, _) in zip(first, again, strict=True):
-        assert torch.equal(image, same)
-
-
-def test_an_image_folder_with_faults_is_refused(image_folder, tmp_path):
-    def refused(message: str, **changes):
-        with pytest.raises(InputError) as error:
-            build_images(DataConfig(**{"root": str(image_folder), **changes}), TransformConfig())
-        assert message in str(error.value)
-
-    refused("data.root is not set", root=None)
-    refused("no such folder", root=str(tmp_path / "nowhere"))
-    refused("no folder for the split holdout", eval_split="holdout")
-    (image_folder / "train" / "fox").mkdir()
-    refused("fox: the class folder holds no image")
-    Image.new("RGB", (8, 8)).save(image_folder / "train" / "fox" / "0.png")
-    refused("classes in one split only: fox")
-    for split, folder in (("train", "cat/x3"), ("train", "dog/x2"), ("train", "fox/x1"), ("val", "fox")):
-        (image_folder / split / folder).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(image_folder / split / folder / "0.png")
-    for stray in [*(image_folder / "train").glob("*/*.*")]:
-        stray.unlink()  # only images two levels deep are left: timm takes x1, x2, x3 for the classes
-    refused("the splits number their classes differently")
-    refused("data.dataset = hfds/nothing", dataset="hfds/nothing", root=None)
-
-
-def test_a_stream_of_images_is_refused(image_folder, monkeypatch):
-    folder = create_dataset("", root=image_folder, split="train")
-    stream = IterableImageDataset(str(image_folder), reader=folder.reader)  # what wds/ and tfds/ names open
-    monkeypatch.setattr("engine.data.images.create_dataset", lambda *args, **kwargs: stream)
-    with pytest.raises(InputError, match=r"data.dataset = wds/cats: gives its images in an order of its own"):
-        build_images(DataConfig(dataset="wds/cats", root=str(image_folder)), TransformConfig())
 
 
 @pytest.mark.parametrize(
