@@ -53,8 +53,8 @@ class RunFolder:
         return self.checkpoints / ".sharded" / str(iteration)
 
     def all_shards(self) -> list[Path]:
-        """Complete sharded checkpoints, named or not."""
-        return [path for path in self.checkpoints.glob(".sharded/*") if not path.name.startswith(".")]
+        """Sharded checkpoints, named or not, complete or not."""
+        return list(self.checkpoints.glob(".sharded/*"))
 
     def refuse_if_taken(self) -> None:
         """Raise InputError if the folder holds a run's results, which a new run would overwrite."""

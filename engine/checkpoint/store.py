@@ -22,7 +22,8 @@ class CheckpointStore:
     """Writes and finds the checkpoints of a run.
 
     A new one is complete on the disk before it takes the name `last` and the old `last` becomes
-    `previous`: whenever a save is interrupted, two intact checkpoints are there, or the only one so far.
+    `previous`: whenever a save is interrupted, two intact checkpoints are there, or the only one so far. A damaged
+    `last` is replaced at once.
 
     Args:
         keep: numbered checkpoints that stay.
@@ -38,6 +39,7 @@ class CheckpointStore:
         self._keep = keep
         self._is_sharded = is_sharded
         self._background = Background() if in_background and not is_sharded else None
+        self._is_last_damaged = False
 
     def save(self, state: dict[str, Any], is_best: bool, is_numbered: bool) -> None:
         """Save a state with its `iteration`. All processes call it together.
@@ -86,6 +88,7 @@ class CheckpointStore:
             except InputError as error:
                 problems.append(str(error))
                 continue
+            self._is_last_damaged = path != self._folder.last
             for problem in problems:
                 LOGGER.warning("WARNING: %s; using %s instead", problem, path.name)
             return path
@@ -112,10 +115,11 @@ class CheckpointStore:
         """Let `last` and other names mean a complete checkpoint, and remove what is not kept."""
         folder = self._folder
         try:
-            if folder.last.exists():
+            if folder.last.exists() and not self._is_last_damaged:
                 _name(folder.last.resolve(), folder.previous)
             for name in (folder.last, *names):
                 _name(staged, name)
+            self._is_last_damaged = False
             for old in folder.list_numbered()[: -self._keep] if self._keep else ():
                 old.unlink()
             self._remove_unnamed_shards()
@@ -123,6 +127,7 @@ class CheckpointStore:
             raise RunError(file.cannot_write(folder.last, error)) from error
 
     def _remove_unnamed_shards(self) -> None:
+        """Those of killed saves too: when one is complete, no other is being written."""
         named = {path.resolve() for path in self._folder.checkpoints.glob("*.pt")}
         for shards in self._folder.all_shards():
             if shards.resolve() not in named:

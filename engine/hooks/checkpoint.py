@@ -41,13 +41,15 @@ class Checkpoint(HookBase):
 
     def before_train(self) -> None:
         self._last_saved = time.monotonic()
+        self._is_asked_for = False  # by the clock, since the last save
         self._anyone = Agreement(self.trainer.process)
 
     def after_step(self) -> None:
         self._store.check()
         is_numbered = self.trainer.iteration % self._period == 0
-        on_time = self._every_minutes is not None and self._anyone.ask(self._is_time())
-        if is_numbered or on_time or self._evaluation.is_new_best or self.trainer.is_last:
+        is_due = is_numbered or self._evaluation.is_new_best or self.trainer.is_last
+        on_time = self._every_minutes is not None and self._anyone.ask(not is_due and self._is_time())
+        if is_due or on_time:
             self.save(is_numbered)
 
     def save(self, is_numbered: bool = False) -> None:
@@ -58,6 +60,7 @@ class Checkpoint(HookBase):
         self._guard.check_weights()
         self._store.save({**self._facts, **self.trainer.state_dict()}, self._evaluation.is_new_best, is_numbered)
         self._last_saved, self._saved_iteration = time.monotonic(), self.trainer.iteration
+        self._is_asked_for = False
 
     def after_train(self) -> None:
         self.finish()
@@ -71,5 +74,8 @@ class Checkpoint(HookBase):
         self._store.wait()
 
     def _is_time(self) -> bool:
-        is_main = self.trainer.process.is_main
-        return is_main and time.monotonic() - self._last_saved >= 60 * self._every_minutes
+        """Once for each save: the answer may come a step later."""
+        if self._is_asked_for or not self.trainer.process.is_main:
+            return False
+        self._is_asked_for = time.monotonic() - self._last_saved >= 60 * self._every_minutes
+        return self._is_asked_for

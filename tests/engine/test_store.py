@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -86,6 +87,28 @@ def test_a_damaged_last_one_does_not_take_the_place_of_its_predecessor_before_th
         load(folder.previous)
 
 
+def test_a_kill_in_the_first_save_after_a_damaged_last_one_leaves_the_one_that_was_used(folder, monkeypatch):
+    store = save_all(folder, 3)
+    damage(folder.last)
+    assert store.newest() == folder.previous
+    with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
+        killing.setattr("engine.atomic.put_in_place", interrupt_at("last.pt"))
+        store.save(state(4), is_best=False, is_numbered=False)
+    assert load(CheckpointStore(folder, ALONE).newest())["iteration"] == 2
+    store.save(state(4), is_best=False, is_numbered=False)
+    store.save(state(5), is_best=False, is_numbered=False)
+    assert [load(path)["iteration"] for path in (folder.last, folder.previous)] == [5, 4]
+
+
+def interrupt_at(name: str):
+    def put_in_place(temporary: Path, path: Path) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        os.replace(temporary, path)
+
+    return put_in_place
+
+
 def test_what_is_not_a_checkpoint_of_a_run_is_not_continued(folder):
     torch.save({"weight": torch.zeros(3)}, folder.last)
     with pytest.raises(InputError, match="is not one of a run"):
@@ -115,6 +138,9 @@ def test_a_save_in_the_background_writes_the_state_of_its_moment_and_tells_its_e
 
 
 def test_sharded_checkpoints_have_the_same_names_and_leave_nothing_behind(folder):
+    killed = folder.checkpoints / ".sharded" / ".3.tmp" / "__0_0.distcp"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b"a part")
     store = save_all(folder, 7, keep=2, is_sharded=True)
     names = {path.name: load(path)["iteration"] for path in folder.checkpoints.glob("*.pt")}
     assert names == {"last.pt": 7, "previous.pt": 6, "best.pt": 1, "iter_4.pt": 4, "iter_6.pt": 6}
