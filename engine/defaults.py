@@ -177,6 +177,8 @@ def parallelise(config: Config, process: Process, bare_model: nn.Module, ema: Mo
         return replicate(bare_model, process)
     for model in (bare_model, *([ema.module] if ema is not None else [])):
         shard(model, innermost_blocks(model), process, config.distributed.reshard_after_forward)
+    if ema is not None and any(buffer.is_floating_point() for buffer in bare_model.buffers()):
+        ema.foreach = False  # BatchNorm's statistics are whole: torch takes no mixture of shards and whole tensors
     return bare_model
 
 

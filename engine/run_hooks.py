@@ -47,7 +47,7 @@ def build_hooks(
     run_evaluation = partial(_evaluate, trainer)
     evaluations = {"": partial(run_evaluation, trainer.bare_model)}
     if ema is not None and config.ema.evaluate:
-        evaluations["ema_"] = partial(run_evaluation, ema.module)
+        evaluations["ema_"] = partial(run_evaluation, ema.module, is_average=True)
     guard = hooks.NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
     evaluation = hooks.Evaluation(
         evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric
@@ -98,9 +98,10 @@ def build_hooks(
     return everywhere + (only_main if process.is_main else [])
 
 
-def _evaluate(trainer: Trainer, model: nn.Module) -> dict[str, float]:
+def _evaluate(trainer: Trainer, model: nn.Module, is_average: bool = False) -> dict[str, float]:
     if trainer.process.world_size > 1:
-        distribute_bn(model, trainer.process.world_size, reduce=True)  # each process has seen other images
+        # each process has seen other images; of an average, those of the main process: they are what is saved
+        distribute_bn(model, trainer.process.world_size, reduce=not is_average)
     return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,26 @@ def test_another_number_of_processes(server, tmp_path, survived):
         assert station == 1 or f"after {4 * station - 4} of {4 * station}" in ended[0].out
         survived()
     assert_close(tmp_path / "whole", tmp_path / "moved")
+
+
+@pytest.mark.faults(
+    fault="SIGKILL with BatchNorm, of whose running statistics each process has its own, and averages of them",
+    promise="the resumed run ends bit-identical to one that was never killed",
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_own_statistics(server, tmp_path, assert_same_end, survived, strategy):
+    run = ["--config", DIGITS["resnet"], "train.max_iters=24", "train.global_batch=100", "ema.enabled=true",
+           "ema.decay=0.9", "evaluation.period=1", "checkpoint.period=4", "log.csv=true",
+           f"distributed.strategy={strategy}"]  # fmt: skip
+    assert [end.code for end in server.run_processes(2, *run, f"output_dir={tmp_path}/whole")] == [0, 0]
+    kill = {"function": "Trainer.run_step", "entry": 15, "delay": 0}  # the last save is no evaluation
+    killed = [*run, f"output_dir={tmp_path}/killed"]
+    assert -signal.SIGKILL in [end.code for end in server.run_processes(2, *killed, kill=kill)]
+    ended = server.run_processes(2, *killed, "--resume")
+    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
+    assert "after 12 of 24" in ended[0].out
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    survived()
 
 
 @pytest.mark.faults(
