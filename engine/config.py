@@ -11,6 +11,8 @@ from typing import Any, Dict, List, Optional, Union  # noqa: UP035  (OmegaConf r
 # ruff: noqa: UP006, UP007, UP045
 
 UNTRANSFORMED = ("digits", "synthetic")  # values of data.dataset whose images are used as they are
+# keys of transform that null leaves to the model
+MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")
 
 
 @dataclass

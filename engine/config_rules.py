@@ -133,7 +133,10 @@ RULES: dict[str, Rule] = {
     "mixup.prob": PROBABILITY,
     "mixup.switch_prob": PROBABILITY,
     "mixup.mode": one_of("batch", "pair", "elem"),
-    "mixup.cutmix_minmax": interval(0),
+    "mixup.cutmix_minmax": (
+        lambda value: len(value) == 2 and 0 < value[0] < value[1] <= 1,
+        "two increasing numbers above 0, at most 1",
+    ),
     "mixup.off_epoch": at_least(0),
     "ema.decay": SHARE,
     "evaluation.period": at_least(1),

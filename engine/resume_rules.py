@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.config import Config
+from engine.config import MODELS_TRANSFORM, Config
 from engine.config_file import leaves
 from engine.errors import InputError
 
@@ -45,7 +45,7 @@ MAY_CHANGE = (
     "optimizer.lr",
 )
 # What a configuration may leave to the model or the data; a resumed run takes what was found at its start.
-FILLED_IN = ("data.image_size", "train.global_batch", "transform.*")
+FILLED_IN = ("data.image_size", "train.global_batch", *(f"transform.{key}" for key in MODELS_TRANSFORM))
 
 
 def continue_from(config: Config, saved_yaml: Any) -> list[str]:

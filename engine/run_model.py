@@ -12,7 +12,7 @@ from torch import nn
 
 import augsub
 from engine.checkpoint.reading import load
-from engine.config import Config
+from engine.config import MODELS_TRANSFORM, Config
 from engine.data import DataSource
 from engine.distributed import Process
 from engine.errors import InputError, input_errors
@@ -25,7 +25,6 @@ from models.weights import load_weights
 
 LOGGER = logging.getLogger("engine")
 IF_AVAILABLE = "if_available"  # value of model.pretrained
-MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")  # null: the model's own
 
 
 def complete(config: Config) -> None:

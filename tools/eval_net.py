@@ -22,7 +22,7 @@ from torch import nn
 from engine.command_line import exit_code, log_to_terminal
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
-from engine.data.imagenet_family import VARIANTS, Benchmark, open_variant
+from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant
 from engine.defaults import build_precision
 from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
 from engine.errors import input_errors, memory_errors, writing_errors
@@ -98,7 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if launched_rank() == 0:
         log_to_terminal()
-    subject = find_subject(arguments.what, arguments.model, arguments.overrides)
+    overrides = [*VARIANT_SETTINGS.get(arguments.variant, ()), *arguments.overrides]
+    subject = find_subject(arguments.what, arguments.model, overrides)
     config, ratios = subject.config, parse_ratios(arguments.ratios)
     complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios

@@ -48,6 +48,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
             verify(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):  # timm keeps its options there
             warnings.simplefilter("ignore", UserWarning)  # of a TorchScript archive, which is refused below
+            mmap = mmap and zipfile.is_zipfile(path)  # files older than torch 1.6 can only be read whole
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except InputError:
         raise

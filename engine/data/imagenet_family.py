@@ -44,6 +44,9 @@ from engine.errors import InputError
 
 LOGGER = logging.getLogger("engine")
 VARIANTS = ("real", "v2", "a", "r", "sketch", "c")
+# What a variant sets unless the user does: the images of c are cropped, its authors (robustness/ImageNet-C/test.py) use
+# all of them
+VARIANT_SETTINGS = {"c": ("transform.eval_crop=1.0",)}
 NUM_CLASSES = 1000
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 SEVERITIES = ("1", "2", "3", "4", "5")

@@ -8,7 +8,7 @@ from torch import nn
 
 from engine import atomic
 from engine.checkpoint import file as checkpoint
-from engine.checkpoint.reading import load_strictly
+from engine.checkpoint.reading import load_facts, load_strictly
 from engine.errors import InputError, RunError
 
 
@@ -57,6 +57,13 @@ def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path):
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     with pytest.raises(InputError, match="is damaged or no checkpoint"):
         checkpoint.load(tmp_path / "page.pth")
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["now", "before torch 1.6"])
+def test_plain_values_are_read_without_the_tensors(tmp_path, is_old):
+    state = {"config": "seed: 1", "model": {"weight": torch.zeros(2)}}
+    torch.save(state, tmp_path / "file.pth", _use_new_zipfile_serialization=not is_old)
+    assert load_facts(tmp_path / "file.pth") == {"config": "seed: 1", "model": {}}
 
 
 def test_weights_of_another_model_are_refused_with_reasons(make_model, tmp_path):

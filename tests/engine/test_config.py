@@ -74,6 +74,8 @@ def test_interpolation(write):
         ("", ["seed=-1"], "seed = -1: allowed is in [0, 2**32)"),
         ("", ["transform.std=[0,1,1]"], "transform.std = [0.0, 1.0, 1.0]: allowed is three numbers above 0"),
         ("", ["transform.mean=[0.5,0.5]"], "allowed is three numbers"),
+        ("", ["mixup.cutmix_minmax=[0.5,0.5]"], "= [0.5, 0.5]: allowed is two increasing numbers above 0, at most 1"),
+        ("", ["mixup.cutmix_minmax=[0.5,1.5]"], "allowed is two increasing numbers above 0, at most 1"),
         ("", ["transform.erase_area=[0.5,3.0]"], "allowed is two increasing numbers in (0, 1]"),
         ("", ["loss.name=bce", "loss.target_threshold=0.0", "loss.smoothing=0.1"], "goes with loss.smoothing = 0 only"),
         ("", ["model.drop_path_shape=uniform"], "needs model.drop_path_rate"),

@@ -17,10 +17,11 @@ from torchvision.transforms.functional import to_pil_image
 from engine.config import Config
 from engine.data import IGNORED, build_held_out
 from engine.data.delivery import Normalise
-from engine.data.imagenet_family import CORRUPTIONS, open_variant
+from engine.data.imagenet_family import CORRUPTIONS, VARIANT_SETTINGS, open_variant
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.evaluation.measurement import measure_benchmark
+from engine.evaluation.subject import find_subject
 from engine.precision import Precision
 
 INFO = files("timm.data") / "_info"
@@ -127,6 +128,20 @@ def test_real_accuracy_is_that_of_timm(tmp_path):
     assert 0 < figures["top1"] < figures["top5"]
     assert figures["top1"] == pytest.approx(evaluator.get_accuracy(1))
     assert figures["top5"] == pytest.approx(evaluator.get_accuracy(5))
+
+
+def test_of_images_that_are_cropped_already_nothing_is_cut(tmp_path):
+    pixels = torch.arange(3 * 64, dtype=torch.uint8).reshape(3, 8, 8)
+    to_pil_image(pixels).save(tmp_path / "picture.png")
+    for severity in "12345":
+        make(tmp_path / "data" / "fog" / severity, SYNSETS, tmp_path / "picture.png")
+    whole = [f"data.root={tmp_path / 'data'}", "data.image_size=8", *VARIANT_SETTINGS["c"]]
+    for overrides, is_whole in ((whole, True), ([*whole, "transform.eval_crop=0.5"], False)):
+        config = find_subject("test_vit", None, overrides).config
+        config.transform.eval_interpolation = "bicubic"
+        config.transform.mean, config.transform.std = [0.5] * 3, [0.5] * 3
+        image, _ = open_variant("c", config).source.held_out[0]
+        assert torch.equal(image, pixels) == is_whole
 
 
 def test_corruptions_are_sets_of_their_own(tmp_path, picture, caplog):
