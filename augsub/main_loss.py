@@ -39,11 +39,13 @@ def main_loss(criterion: Criterion, logits: Tensor, targets: Tensor) -> Tensor:
 
 def _refusal(criterion: Criterion, logits: Tensor, targets: Tensor, reason: str) -> str:
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    if targets.ndim == 1:
+    if "out of bounds" in reason:
+        remedy = f"labels must be in [0, {logits.shape[-1]}), the model's classes"
+    elif targets.ndim == 1:
         remedy = "labels (B,) need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy"
     else:
         remedy = "soft targets (B, K), as mixup makes them, need timm.loss.SoftTargetCrossEntropy or BinaryCrossEntropy"
     return (
         f"{name} cannot take targets {tuple(targets.shape)}, {targets.dtype}, "
-        f"with logits {tuple(logits.shape)}: {reason}; {remedy}"
+        f"with logits {tuple(logits.shape)}: {reason.rstrip('.')}; {remedy}"
     )

@@ -4,7 +4,7 @@ the main model teaches the sub-models."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,8 +118,8 @@ class SubModelObjective:
         finished: list[Branch] = []
         for is_last in self._is_last():
             # DDP must expect one backward, and copy BatchNorm's buffers before the first forward only:
-            # later, autograd would find them changed.
-            with _gradient_sync(model, enabled=is_last):
+            # later, autograd would find them changed. FSDP2 asks in the backward, which is the caller's.
+            with nullcontext() if is_last else _no_sync(model):
                 finished.append(next(branches))
         return _summarise(finished)
 
@@ -143,6 +143,7 @@ class SubModelObjective:
             targets: as for `__call__`.
             backward: called with each branch's weighted loss, for example to scale it.
             sync: False on all but the last micro-batch of gradient accumulation: no reduction at all.
+                Under FSDP2 this alone decides, whatever `set_requires_gradient_sync` was called with.
         """
         finished: list[Branch] = []
         branches = self.branches(model, images, targets)
@@ -195,11 +196,15 @@ def _gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
             yield
         finally:
             model.set_requires_gradient_sync(True)
-    elif hasattr(model, "no_sync"):
-        with model.no_sync():
-            yield
     else:
-        yield
+        with _no_sync(model):
+            yield
+
+
+def _no_sync(model: Any) -> AbstractContextManager[None]:
+    """DDP's, where a forward does not prepare a reduction."""
+    context: AbstractContextManager[None] = model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+    return context
 
 
 def _checked_sub_models(sub_models: Sequence[SubModel]) -> tuple[SubModel, ...]:

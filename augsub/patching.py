@@ -22,6 +22,10 @@ from augsub.sub_forward import SubForward
 
 Model = TypeVar("Model", bound=nn.Module)
 MASK_TOKEN_STD = 0.02  # as timm initialises every other token
+WRAPPERS = {
+    "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "LightningModule",
+}  # fmt: skip
+NO_REPLICAS = "DataParallel computes in copies of the model, which have no sub-model: use DistributedDataParallel"
 
 if TYPE_CHECKING:
     _Base = nn.Module  # of the generated classes, which have the model's own class as their other base
@@ -54,12 +58,15 @@ class PatchedModel(_Base):
 
         Raises:
             TypeError: if `augsub` is no description of an augmentation.
-            ValueError: if the augmentation, or the images for it, do not fit this model.
+            ValueError: if the augmentation, or the images for it, do not fit this model, or this is a
+                copy of it in DataParallel.
         """
         if augsub is None:
             if augsub_ratio is not None:
                 raise ValueError(f"augsub_ratio = {augsub_ratio} was given without augsub")
             return self._augsub.main(super().forward, *args, **kwargs)
+        if getattr(self, "_is_replica", False):  # so DataParallel marks its copies
+            raise ValueError(NO_REPLICAS)
         augmentation = build(augsub) if augsub_ratio is None else build(augsub, ratio=augsub_ratio)
         logits = self._augsub.run(augmentation, super().forward, *args, **kwargs)
         return self._with_mask_token(logits) if isinstance(logits, Tensor) else logits
@@ -136,8 +143,10 @@ def find_patched(model: nn.Module) -> PatchedModel:
     """The patched model: `model` itself or, if it is a wrapper, the one inside.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it is inside of DataParallel.
     """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(NO_REPLICAS)
     for module in model.modules():
         if is_patched(module):
             return module
@@ -185,7 +194,7 @@ def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation
 
 def _refuse_wrapper(model: nn.Module) -> None:
     classes = {base.__name__ for base in type(model).__mro__}
-    if classes & {"DataParallel", "DistributedDataParallel", "LightningModule"} or hasattr(model, "_orig_mod"):
+    if classes & WRAPPERS or hasattr(model, "_orig_mod"):
         raise ValueError(f"{type(model).__name__} is a wrapper: patch the model itself, before wrapping it")
     if getattr(model, "base_model", model) is not model:  # of Hugging Face Transformers
         raise ValueError(f"{type(model).__name__} has a head around its model: patch its base_model instead")

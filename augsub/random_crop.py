@@ -31,7 +31,10 @@ class RandomCrop(SubModelAugmentation):
         if self.ratio == 0:
             return tokens
         if tokens.grid is None:
-            raise ValueError("random_crop: the tokens form no grid any more; put random_crop before what removes them")
+            raise ValueError(
+                "random_crop: the tokens form no grid any more; put it before what removes some of them, and build the "
+                "model without timm's patch_drop_rate"
+            )
         rows, columns = tokens.grid
         side = self._side(tokens.grid, multiple=1)
         top, left = random_corner(tokens.values.shape[0], rows - side, columns - side, tokens.values.device)

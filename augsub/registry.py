@@ -95,7 +95,7 @@ def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
     if isinstance(spec, SubModelAugmentation):
         return spec
     if isinstance(spec, Mapping):
-        if "name" not in spec:
+        if not isinstance(spec.get("name"), str):
             raise ValueError(f"augmentation {dict(spec)!r} has no 'name'; known: {', '.join(list_augmentations())}")
         return _instantiate(spec["name"], {key: value for key, value in spec.items() if key != "name"})
     if isinstance(spec, Sequence):

@@ -30,7 +30,6 @@ class SubForward:
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
         self._resized_state = functools.partial(family.resized_state, model)
-        self._checkpointed = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
         self._held: list[Assignment] = []
         self._hooks = [
             module.register_forward_hook(_SiteHook(name, change, self))
@@ -136,11 +135,11 @@ class SubForward:
             setattr(module, attribute, own_value)
 
     def _replay_in_backward(self, logits: Any, state: list[Assignment]) -> None:
-        """With gradient checkpointing, blocks run again in backward: they must find the same state.
+        """With gradient checkpointing, anybody's, blocks run again in backward: they must find the same state.
 
         Autograd runs the later of two forwards first, so each branch's own logits say when it starts.
         """
-        if torch.compiler.is_compiling() or not any(module.grad_checkpointing for module in self._checkpointed):
+        if torch.compiler.is_compiling():
             return
 
         def replay(gradient: Tensor) -> None:

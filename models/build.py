@@ -23,6 +23,13 @@ from torch.func import functional_call
 import augsub
 
 LOGGER = logging.getLogger("models")
+TIMM_KEYS = {  # of a transform, by their names in a configuration
+    "mean": "mean",
+    "std": "std",
+    "eval_crop": "crop_pct",
+    "eval_crop_mode": "crop_mode",
+    "eval_interpolation": "interpolation",
+}
 
 
 def create_model(
@@ -71,12 +78,12 @@ class ImageSettings:
     """How timm evaluates a model.
 
     Attributes:
-        image_size: pixels, square.
+        image_size: pixels, square; None if it is not listed.
         transform: mean and std per channel, share of the resized image that the centre crop keeps, interpolation;
-            by the names of their keys in a configuration.
+            by the names of their keys in a configuration, those that are listed.
     """
 
-    image_size: int
+    image_size: int | None
     transform: dict[str, Any]
 
 
@@ -86,16 +93,11 @@ def image_settings(name: str) -> ImageSettings:
     Raises:
         ValueError: unknown name, or one of a hub that cannot be reached.
     """
-    own = build_on_meta(name).pretrained_cfg
+    own = getattr(build_on_meta(name), "pretrained_cfg", {})
+    listed = {key: own[timms] for key, timms in TIMM_KEYS.items() if timms in own}
     return ImageSettings(
-        image_size=own["input_size"][-1],
-        transform={
-            "mean": list(own["mean"]),
-            "std": list(own["std"]),
-            "eval_crop": own["crop_pct"],
-            "eval_crop_mode": own["crop_mode"],
-            "eval_interpolation": own["interpolation"],
-        },
+        image_size=own["input_size"][-1] if "input_size" in own else None,
+        transform={key: list(value) if isinstance(value, tuple) else value for key, value in listed.items()},
     )
 
 

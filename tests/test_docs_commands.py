@@ -23,7 +23,7 @@ def commands(page: Path) -> list[str]:
     found = []
     for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            command = re.search(r"^(?:\$ )?(?:python|torchrun .*?) ?(tools/\w+\.py.*)", line)
+            command = re.search(r"^(?:\$ )?(?:python|torchrun .*?) ?(tools/[\w/]+\.py.*)", line)
             if command:
                 found.append(command[1])
     return found

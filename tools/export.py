@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +34,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="last.pt, best.pt or iter_<n>.pt of a run")
     parser.add_argument("target", type=Path, help="what to write: *.safetensors, *.pt, *.pth, *.onnx, or a new folder")
     parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="that register the run's model")
     return parser.parse_args()
 
 
-def export(checkpoint: Path, target: Path, ema: bool) -> str:
+def export(checkpoint: Path, target: Path, ema: bool, plugins: Sequence[str] = ()) -> str:
     """Write the target, after timm's model has taken all weights; says how to load it.
 
     Raises:
@@ -45,7 +47,7 @@ def export(checkpoint: Path, target: Path, ema: bool) -> str:
     """
     if target.suffix not in {*SUFFIXES, ".onnx", ""}:
         raise InputError(f"{target}: allowed is a name that ends in .safetensors, .pt, .pth or .onnx, or a new folder")
-    exported = load_exported(checkpoint, ema)
+    exported = load_exported(checkpoint, ema, plugins)
     if target.suffix == "":
         return write_folder(target, exported)
     if target.suffix == ".onnx":
@@ -68,7 +70,7 @@ def write_weights(file: Path, exported: Exported) -> str:
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
     arguments = parse_arguments()
-    return exit_code(lambda: print(export(arguments.checkpoint, arguments.target, arguments.ema)))
+    return exit_code(lambda: print(export(**vars(arguments))))
 
 
 if __name__ == "__main__":

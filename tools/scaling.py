@@ -112,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         measured = measure(cases())
         print_measured(measured, arguments.json)
         return _disagree(measured)
+    if arguments.page and (arguments.overrides or arguments.processes != GPUS or arguments.json):
+        raise InputError("--page: its text is about the default on its number of GPUs; nothing of that can be changed")
     config = configured(arguments)
     step = build_step(config, data_source(config), arguments.processes)
     if arguments.page is None:

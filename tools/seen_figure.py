@@ -125,7 +125,7 @@ def _sites_of(augmentation: augsub.SubModelAugmentation) -> set[str]:
 
 def _say_not_offered(axes: Axes) -> None:
     axes.axis("off")
-    axes.text(0.5, 0.5, "not offered:\nno such modules", ha="center", va="center", fontsize=8, color="0.4")
+    axes.text(0.5, 0.5, "not offered\nby this model", ha="center", va="center", fontsize=8, color="0.4")
 
 
 def _draw_image(axes: Axes, row: Row, seen: Seen) -> None:

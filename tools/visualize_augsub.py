@@ -103,6 +103,8 @@ def named(name: str, paths: Sequence[Path] | None) -> Drawn:
     with input_errors("--model"):
         settings = image_settings(name)
         model = build_model(name)
+    if settings.image_size is None:
+        raise InputError(f"--model {name}: timm lists no image size for it; give a configuration that does, --config")
     transform = TransformConfig(**settings.transform)
     return Drawn(name, model, photographs(paths, transform, settings.image_size), transform.mean, transform.std)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 DROP_PATH_NAME = re.compile(r"(\w+_)?drop_path\d?")
 DROPOUT_NAME = re.compile(r"(proj|out|mlp)_drop|drop\d?")  # not attention weights, positions or embeddings
-NOT_IN_BLOCKS = re.compile(r"head|classifier|pre_logits|rel_pos|meta_mlp|pos_drop")  # nor networks of position biases
+NOT_IN_BLOCKS = re.compile(r"head|classifier|pre_logits|rel_pos|meta_mlp")  # nor networks of position biases
 
 
 class PlantedDropPath(DropPath):

@@ -57,7 +57,7 @@ class WindowGroupSite(HookedSite):
         if not self.divides(resolution):
             rows, columns = self.side
             raise ValueError(
-                f"a map of {resolution[0]} x {resolution[1]} positions does not divide into groups of windows "
+                f"a map of {resolution[0]} x {resolution[1]} positions does not divide into several groups of windows "
                 f"of {rows} x {columns}"
             )
         rows, columns = self.side

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.layers import DropPath
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import augsub
 
@@ -62,3 +64,42 @@ def test_drop_path_drops_that_share_of_paths(make_model):
     model(images)
     assert unchanged[0] == pytest.approx(0.25, abs=0.09)  # both branches: 0.5 ** 2, three standard errors
     assert unchanged[1] == 0
+
+
+class Recomputing(nn.Module):
+    """Computes its residual branches again in backward, by torch alone: no attribute tells of it."""
+
+    def __init__(self, is_reentrant: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, 8)
+        self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.drop_path = nn.ModuleList(DropPath(0.1) for _ in range(4))
+        self.head = nn.Linear(8, 10)
+        self.is_reentrant = is_reentrant
+        self.recomputes = True
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.stem(images).flatten(2).mT
+        for branch, drop_path in zip(self.branches, self.drop_path, strict=True):
+            block = lambda tokens, a=branch, b=drop_path: tokens + b(a(tokens).tanh())  # noqa: E731
+            tokens = checkpoint(block, tokens, use_reentrant=self.is_reentrant) if self.recomputes else block(tokens)
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("one_graph", [False, True])
+def test_anybodys_gradient_checkpointing_finds_the_same_state(is_reentrant, one_graph, images, labels):
+    model = augsub.patch(Recomputing(is_reentrant)).train()
+    objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel("drop_path", ratio=0.5)])
+    gradients = []
+    for model.recomputes in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)
+        if one_graph:
+            objective(model, images, labels).loss.backward()
+        else:
+            objective.backward(model, images, labels)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
+    assert {module.drop_prob for module in model.drop_path} == {0.1}

@@ -30,6 +30,8 @@ def test_build_takes_a_name_a_mapping_a_list_or_an_instance():
     [
         ("maskin", {}, "unknown augmentation 'maskin', did you mean 'masking'?; known: drop_path, dropout"),
         ({"ratio": 0.5}, {}, "has no 'name'"),
+        ({"name": None, "ratio": 0.5}, {}, "has no 'name'"),
+        ({"name": ["masking"]}, {}, "has no 'name'; known: drop_path, dropout"),
         ({"name": "masking", "rato": 0.5}, {}, "unexpected keyword argument 'rato'"),
         ("drop_path", {}, "missing a required argument: 'ratio'"),
         ("masking", {"ratio": 1.0}, "masking: ratio = 1.0, allowed is a number in [0, 1)"),

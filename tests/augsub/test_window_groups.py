@@ -113,7 +113,7 @@ def test_where_there_are_no_groups_it_is_said():
     with pytest.raises(ValueError, match="masking has no site in ResNet: it acts at windows"):
         augsub.patch(timm.create_model("resnet18"))(torch.randn(1, 3, 64, 64), augsub=drop_windows())
     model = augsub.patch(swin())
-    with pytest.raises(ValueError, match="a map of 20 x 20 positions does not divide into groups of windows of 8 x 8"):
+    with pytest.raises(ValueError, match="a map of 20 x 20 positions does not divide into several groups of "):
         crop = augsub.build("random_crop", ratio=0.6)
         model(torch.randn(1, 3, 64, 64), augsub=augsub.Compose([crop, drop_windows()]))
     with pytest.raises(ValueError, match=r"ratio = 0\.95 leaves none of 16 cells"):

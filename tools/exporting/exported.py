@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine.checkpoint.reading import load
 from engine.config import Config
 from engine.config_file import parse_config
 from engine.errors import InputError, input_errors
+from engine.plugins import import_plugins
 from models.build import create_model, takes_image_size
 
 
@@ -47,20 +49,23 @@ class Exported:
         return torch.randn(batch, *self.image_shape, generator=torch.Generator().manual_seed(0))
 
 
-def load_exported(checkpoint: Path, ema: bool) -> Exported:
+def load_exported(checkpoint: Path, ema: bool, plugins: Sequence[str] = ()) -> Exported:
     """The model in a checkpoint of a run.
 
     Args:
         ema: the averaged weights instead of the trained ones.
+        plugins: modules to import for it; a file must not say which code runs.
 
     Raises:
         InputError: a checkpoint of something else, or without averaged weights.
     """
     state = load(checkpoint)
     weights, name = _plain_weights(state, ema, checkpoint), state["model_name"]
-    config = parse_config(state["config"], f"the configuration in {checkpoint}", ["plugins=[]"])
+    config = parse_config(state["config"], f"the configuration in {checkpoint}")
+    import_plugins(plugins)
     image_size, arguments = config.data.image_size, {**state["data"], **config.model.kwargs}
-    with input_errors(f"checkpoint {checkpoint}"):
+    hint = f", whose run had --plugins {' '.join(config.plugins)}" if config.plugins and not plugins else ""
+    with input_errors(f"checkpoint {checkpoint}{hint}"):
         model = create_model(name, image_size=image_size, **arguments)
         model.load_state_dict(weights)
     if takes_image_size(name, image_size, **arguments):
