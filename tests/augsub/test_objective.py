@@ -194,9 +194,7 @@ def test_misuse_is_refused(make_model, images, labels):
     with pytest.raises(ValueError, match=r"loss of shape \(4,\), needed is a scalar"):
         augsub.SubModelObjective(nn.CrossEntropyLoss(reduction="none"), [HALF])(model, images, labels)
     for criterion in (nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy()):
-        with pytest.raises(
-            ValueError, match=r"out of bounds.*; labels must be in \[0, 10\), the model's classes$"
-        ):
+        with pytest.raises(ValueError, match=r"out of bounds.*; labels must be in \[0, 10\), the model's classes$"):
             augsub.SubModelObjective(criterion, [HALF])(model, images, labels + 10)
     distilled = augsub.patch(make_model("deit_distilled"))
     distilled.set_distilled_training(True)

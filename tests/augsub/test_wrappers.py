@@ -44,9 +44,7 @@ def test_a_model_inside_of_fsdp_is_patched_before(process_group, make_model):
 
 
 @pytest.mark.parametrize("is_reduced", [False, True])
-def test_fsdp2_reduces_in_the_callers_backward_or_not(
-    process_group, make_model, images, labels, is_reduced
-):
+def test_fsdp2_reduces_in_the_callers_backward_or_not(process_group, make_model, images, labels, is_reduced):
     model = augsub.patch(make_model("vit"))
     objective = masksub()
     objective.prepare(model)

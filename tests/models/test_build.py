@@ -3,9 +3,14 @@ from __future__ import annotations
 import logging
 
 import pytest
+import timm
 import torch
+from timm.models import register_model
 
 import augsub
+from engine.config_file import load_config
+from engine.errors import InputError
+from engine.run_model import complete
 from models.build import build_model, build_on_meta, check_image_shape, image_settings, takes_image_size
 from models.zoo import load_rows
 
@@ -52,6 +57,37 @@ def test_sizes_are_checked_without_computing(caplog):
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "efficientvit_m0"])  # whose patch size is one number
 def test_sizes_are_checked_whatever_a_model_calls_its_patch_size(name):
     check_image_shape(build_model(name), (3, 224, 224), [augsub.build("masking")])
+
+
+@pytest.fixture
+def untold():
+    """A registered model of which only the image size is listed."""
+
+    def test_untold(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+        model = timm.models.vit_tiny_patch16_224(**kwargs)
+        model.pretrained_cfg = {"input_size": (3, 96, 96), "mean": (0.5, 0.5, 0.5)}
+        return model
+
+    register_model(test_untold)
+    yield test_untold.__name__
+    del timm.models._registry._model_entrypoints[test_untold.__name__]
+
+
+def test_what_is_not_listed_of_a_model_is_left_out(untold):
+    settings = image_settings(untold)
+    assert settings.image_size == 96 and settings.transform == {"mean": [0.5, 0.5, 0.5]}
+
+
+def test_what_is_listed_nowhere_must_be_set(untold):
+    config = load_config("finetune_folder", [f"model.name={untold}"])
+    with pytest.raises(InputError) as error:
+        complete(config)
+    message = f"model.name = {untold}: timm lists no transform.std, transform.eval_crop, transform.eval_crop_mode, "
+    assert str(error.value) == message + "transform.eval_interpolation for it, set them"
+    given = ["transform.std=[1,1,1]", "transform.eval_crop=0.9", "transform.eval_crop_mode=center"]
+    config = load_config("finetune_folder", [f"model.name={untold}", *given, "transform.eval_interpolation=bicubic"])
+    complete(config)
+    assert (config.data.image_size, config.transform.mean, config.transform.eval_crop) == (96, [0.5] * 3, 0.9)
 
 
 @pytest.mark.slow

@@ -81,6 +81,29 @@ def test_a_model_that_is_built_for_one_size_is_told_it(tool, train_net, tmp_path
     assert "img_size=64" in printed and model(torch.zeros(1, 1, 64, 64)).shape == (1, 10)
 
 
+PLUGIN = """
+import timm
+
+@timm.models.register_model
+def test_of_mine(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+    return timm.models.vit_tiny_patch16_224(**kwargs)
+"""
+
+
+def test_a_model_of_a_plugin_is_exported_where_the_plugin_is_named(tool, train_net, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    run = ["--config", "digits_vit", "plugins=[mine]", "model.name=test_of_mine", "train.max_iters=2"]
+    assert train_net(*run, "output_dir=run")[0] == 0
+    checkpoint = Path("run", "checkpoints", "last.pt")
+    assert tool(checkpoint, "model.pth", "--plugins", "mine")[0] == 0
+    assert torch.load("model.pth", weights_only=True).keys() == load(checkpoint)["model"].keys()
+    monkeypatch.delitem(timm.models._registry._model_entrypoints, "test_of_mine")
+    code, _, errors = tool(checkpoint, "other.pth")
+    assert code == 2 and "last.pt, whose run had --plugins mine: timm has no model 'test_of_mine'" in errors
+
+
 def test_the_card_has_recipe_figures_and_how_to_load(tool, checkpoints, tmp_path):
     folder = tmp_path / "my_digits"
     assert tool(checkpoints["digits_vit"], folder)[0] == 0

@@ -167,8 +167,9 @@ def test_another_model(monkeypatch, capsys):
         (["--processes", "48"], "train.global_batch = 2048: does not divide into 48 processes"),
         (["--model", "vit_tyny_patch16_224"], "did you mean 'vit_tiny_patch16_224'?"),
         (["--measure", "train.accumulation=2"], "--measure: trains models of its own"),
+        (["--page", "page.md", "--json"], "--page: its text is about the default on its number of GPUs"),
     ],
-    ids=["one", "indivisible", "unknown", "measured"],
+    ids=["one", "indivisible", "unknown", "measured", "page"],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, error):
     monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments])
