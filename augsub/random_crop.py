@@ -32,8 +32,8 @@ class RandomCrop(SubModelAugmentation):
             return tokens
         if tokens.grid is None:
             raise ValueError(
-                "random_crop: the tokens form no grid any more; put it before what removes some of them, and build the "
-                "model without timm's patch_drop_rate"
+                "random_crop: the tokens form no grid any more; put random_crop before what removes them "
+                "(the model itself does with timm's patch_drop_rate)"
             )
         rows, columns = tokens.grid
         side = self._side(tokens.grid, multiple=1)
