@@ -106,13 +106,14 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for; 1 if measured and computed differ."""
+    is_changed = bool(arguments.overrides) or arguments.processes != GPUS
     if arguments.measure:
-        if arguments.overrides or arguments.processes != GPUS:
+        if is_changed:
             raise InputError("--measure: trains models of its own in two processes; nothing of them can be changed")
         measured = measure(cases())
         print_measured(measured, arguments.json)
         return _disagree(measured)
-    if arguments.page and (arguments.overrides or arguments.processes != GPUS or arguments.json):
+    if arguments.page and (is_changed or arguments.json):
         raise InputError("--page: its text is about the default on its number of GPUs; nothing of that can be changed")
     config = configured(arguments)
     step = build_step(config, data_source(config), arguments.processes)

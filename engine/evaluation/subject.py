@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.checkpoint.reading import load_facts
 from engine.checkpoint.sharded import PLAIN
-from engine.config import Config
+from engine.config import MODELS_TRANSFORM, Config
 from engine.config_file import parse_config
 from engine.errors import InputError
 from engine.run_folder import CHECKPOINTS, RunFolder
@@ -17,9 +17,9 @@ from engine.run_folder import CHECKPOINTS, RunFolder
 LOGGER = logging.getLogger("engine")
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar")
 # a model that no configuration of ours describes sees images as timm says
-MODELS_OWN = """
-data: {image_size: null}
-transform: {eval_crop: null, eval_crop_mode: null, eval_interpolation: null, mean: null, std: null}
+MODELS_OWN = f"""
+data: {{image_size: null}}
+transform: {{{", ".join(f"{key}: null" for key in MODELS_TRANSFORM)}}}
 """
 
 
