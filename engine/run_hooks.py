@@ -79,6 +79,7 @@ def build_hooks(
         hooks.LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
         *([hooks.StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
         *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
+        hooks.GradientNorm(config.log.period),
         guard,  # before anything looks at weights that may be ruined
         evaluation,
         *own_hooks,  # before the writing, which writes their results too

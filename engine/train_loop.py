@@ -21,6 +21,9 @@ class HookBase:
     def before_step(self) -> None:
         """Before a step; `trainer.iteration` steps are done."""
 
+    def after_backward(self) -> None:
+        """After the backward of each branch of each micro-batch; gradients add up until the step."""
+
     def after_step(self) -> None:
         """After a step; `trainer.iteration` steps are done, this one included."""
 

@@ -87,13 +87,17 @@ class Trainer(TrainerBase):
                     self.model,
                     images,
                     targets,
-                    backward=lambda loss: self.precision.backward(loss / accumulation),
+                    backward=self._backward,
                     sync=micro_batch == accumulation - 1,
                 )
             self.means.add(_losses(output))
             self.last_loss += output.loss / accumulation
         with optimizer_errors():
             self.precision.step(self.optimizer)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.precision.backward(loss / self.data.accumulation)
+        self._call("after_backward")
 
     def _seed(self, micro_batch: int) -> None:
         """Mixing, masks and dropped paths follow from the micro-batch's number in its global batch alone:

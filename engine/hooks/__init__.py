@@ -5,6 +5,7 @@ from engine.hooks.batchnorm import SameBatchNormStatistics
 from engine.hooks.checkpoint import Checkpoint
 from engine.hooks.ema import ExponentialMovingAverage
 from engine.hooks.evaluation import Evaluation
+from engine.hooks.gradient_norm import GradientNorm
 from engine.hooks.lr_schedule import LearningRateSchedule
 from engine.hooks.nan_guard import NaNGuard
 from engine.hooks.own import HOOK_REGISTRY, build_own_hooks
@@ -21,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "Evaluation",
     "ExponentialMovingAverage",
+    "GradientNorm",
     "LearningRateSchedule",
     "NaNGuard",
     "Preemption",

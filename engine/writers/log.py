@@ -19,7 +19,7 @@ class LogWriter(Writer):
         iteration, max_iterations: steps already done, and steps of the whole run.
     """
 
-    SHOWN = ("main_loss", "sub_loss", "top1", "ema_top1")
+    SHOWN = ("main_loss", "sub_loss", "grad_norm", "top1", "ema_top1")
 
     def __init__(self, iteration: int, max_iterations: int) -> None:
         self._first, self._last = iteration, max_iterations

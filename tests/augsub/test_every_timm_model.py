@@ -50,8 +50,8 @@ SIZE = {
 }  # where 128 pixels do not fit
 
 
-def small_model(name: str) -> tuple[nn.Module, Tensor]:
-    """The model with random weights none of which is (nearly) zero, and two images that fit it."""
+def small_model(name: str) -> tuple[nn.Module, int]:
+    """The model as timm initialises it, and the side of images that fit it, small ones where any do."""
     torch.manual_seed(0)
     file = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     arguments = {"num_classes": NUM_CLASSES, **EXTRA.get(name, {})}
@@ -67,11 +67,15 @@ def small_model(name: str) -> tuple[nn.Module, Tensor]:
     if "patch14" in name or file == "deepseek_vit":
         size = 112
         model = timm.create_model(name, img_size=size, **arguments)
+    return model, size
+
+
+def fill_zeros(model: nn.Module) -> None:
+    """Let everything that starts at (nearly) zero act: layer scales, norms, heads and gates."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.abs().max() < 1e-3 and parameter.dtype.is_floating_point:
-                nn.init.uniform_(parameter, 0.1, 0.3)  # layer scales, zero-initialised norms, heads and gates
-    return model, torch.randn(2, 3, size, size)
+                nn.init.uniform_(parameter, 0.1, 0.3)
 
 
 def forward(model: nn.Module, images: Tensor, **arguments) -> Tensor:
@@ -90,7 +94,9 @@ def reached(model: nn.Module, output: Tensor) -> set[str]:
 
 def check(name: str) -> str:
     """Everything that must hold for one model. Returns the site at which it is masked."""
-    model, images = small_model(name)
+    model, size = small_model(name)
+    fill_zeros(model)
+    images = torch.randn(2, 3, size, size)
     keys, kind = list(model.state_dict()), type(model)
     with torch.no_grad():
         plain = forward(model.eval(), images)

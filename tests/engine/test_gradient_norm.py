@@ -1,0 +1,89 @@
+"""The gradient's norm in the records, and the warning of sub-models that drown the main model."""
+
+from __future__ import annotations
+
+import logging
+from itertools import repeat
+
+import pytest
+import torch
+
+from engine.checkpoint.store import CheckpointStore
+from engine.config import AugsubConfig, Config, DataConfig, ModelConfig, OptimizerConfig, SubModelConfig
+from engine.config import TrainConfig as Train
+from engine.data import IMAGENET
+from engine.defaults import build_trainer
+from engine.distributed import Process
+from engine.hooks import GradientNorm
+from engine.run_folder import RunFolder
+from engine.train_loop import HookBase
+from engine.trainer import Trainer
+
+IMAGE_SIZE = 64
+
+
+class Gradients(HookBase):
+    """Notes the whole gradient after each backward of a step."""
+
+    def before_step(self):
+        self.noted = []
+
+    def after_backward(self):
+        parameters = self.trainer.bare_model.parameters()
+        self.noted.append(torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None]))
+
+
+def run_steps(folder, model: str, augmentation: dict, count: int, period: int, **train) -> tuple[Trainer, Gradients]:
+    config = Config(
+        output_dir=str(folder),
+        model=ModelConfig(name=model),
+        data=DataConfig(image_size=IMAGE_SIZE, workers=0),
+        train=Train(global_batch=8, **train),
+        optimizer=OptimizerConfig(lr=1e-9),  # the same gradients at every step
+        augsub=AugsubConfig(sub_models=[SubModelConfig(augmentations=[augmentation])]),
+    )
+    process = Process(0, 1, torch.device("cpu"))
+    trainer = build_trainer(config, IMAGENET, process, CheckpointStore(RunFolder(folder), process))
+    torch.manual_seed(0)
+    size = trainer.data.micro_batch
+    trainer.batches = repeat((torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE), torch.arange(size)))
+    trainer.hooks, probe = [], Gradients()
+    trainer.register_hooks([GradientNorm(period), probe])
+    trainer._call("before_train")
+    for _ in range(count):
+        trainer.run_iteration()
+    return trainer, probe
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_norm_is_that_of_the_step_before_clipping(accumulation, tmp_path):
+    trainer, probe = run_steps(
+        tmp_path, "test_vit", {"name": "masking"}, count=1, period=1, clip_norm=1e-3, accumulation=accumulation
+    )
+    assert len(probe.noted) == 2 * accumulation
+    assert trainer.results["grad_norm"] == pytest.approx(float(probe.noted[-1].norm()), rel=1e-5)
+
+
+def test_steps_between_two_records_have_none(tmp_path):
+    for count, is_recorded in ((1, False), (2, True), (3, False)):
+        trainer, _ = run_steps(tmp_path / str(count), "test_vit", {"name": "masking"}, count, period=2)
+        assert ("grad_norm" in trainer.results) == is_recorded
+
+
+def test_a_sub_model_that_drowns_the_main_model_is_told_once(tmp_path, caplog):
+    """Zeroed cells of a ConvNeXt meet a stem without bias: its norm divides the gradient by almost nothing."""
+    caplog.set_level(logging.WARNING, "engine")
+    zeroing = {"name": "masking", "ratio": 0.5, "mode": "zero_pixels"}
+    _, probe = run_steps(tmp_path, "test_convnext", zeroing, count=2, period=1)
+    main, both = probe.noted
+    assert (both - main).norm() > 100 * main.norm()
+    (line,) = caplog.messages
+    assert "iteration 1" in line and "sub-model 0, masking 0.5" in line
+
+
+def test_other_sub_models_are_not_warned_of(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "engine")
+    _, probe = run_steps(tmp_path, "test_vit", {"name": "masking", "ratio": 0.5}, count=2, period=1)
+    main, both = probe.noted
+    assert (both - main).norm() > 0
+    assert caplog.messages == []
