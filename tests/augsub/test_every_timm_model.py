@@ -39,6 +39,8 @@ VARIANTS = (
     "botnet26t_256",  # position-bound attention in a convolutional network
     "maxvit_rmlp_pico_rw_256",  # network of relative positions
 )
+# Norms over the channels of a position: of a zeroed cell they made gradients of 1e5 to 6e10 times the main model's
+EXPLODED_WITH_ZERO_PIXELS = ("convnext_tiny", "convnext_atto", "convnextv2_atto", "caformer_s18", "mambaout_femto")
 EXTRA = {"eva_giant_patch14_224": {"depth": 2}, "vit_small_patch16_18x2_224": {"depth": 3}}
 SIZE = {
     "csatv2": 256,  # stride 64
@@ -123,6 +125,54 @@ def test_smallest_model_of_every_row(name: str, record_property) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_other_traits(name: str) -> None:
     check(name)
+
+
+class Pooled(nn.Module):
+    """Logits (B, K) of a classifier; of an encoder the mean of its tokens (B, L, D) or its map (B, D, H, W)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, **arguments) -> Tensor:
+        output = self.model(images, **arguments)
+        return output.flatten(2).mean(2) if output.ndim == 4 else output.mean(1) if output.ndim == 3 else output
+
+
+def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor, names: list[str]) -> list[float]:
+    """The gradient's norm in the main model, then in the sub-model under each augmentation at ratio 0.5."""
+    norms = []
+
+    def backward(loss: Tensor) -> None:
+        model.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad.double() for parameter in model.parameters() if parameter.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    sub_models = [augsub.SubModel(name, ratio=0.5, weight=1.0) for name in names]
+    objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), sub_models, main_weight=1.0)
+    objective.backward(model, images, labels, backward=backward)
+    return norms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ROWS, *VARIANTS, *EXPLODED_WITH_ZERO_PIXELS])
+def test_no_sub_model_drowns_the_main_model(name: str, record_property) -> None:
+    """At the start and after a few steps: a sub-model's target is close, so its gradient should be the smaller one."""
+    bare_model, size = small_model(name)
+    support = augsub.supports(bare_model)
+    model = Pooled(augsub.patch(bare_model)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # as in a warmup
+    shares = {}
+    for steps in range(4):
+        images, labels = torch.randn(4, 3, size, size), torch.randint(NUM_CLASSES, (4,))
+        main, *subs = gradient_norms(model, images, labels, list(support))
+        shares[steps] = [norm / main for norm in subs]
+        gradient_norms(model, images, labels, [])
+        optimizer.step()
+    cells = [f"{shares[0][number]:.2g}, {shares[3][number]:.2g}" for number in range(len(support))]
+    record_property("gradients", (name, dict(zip(support, cells, strict=True))))
+    assert max(max(row, default=0) for row in shares.values()) <= 10, (support, shares)
 
 
 def test_every_family_serves_classes_that_timm_has() -> None:
