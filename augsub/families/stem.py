@@ -28,7 +28,7 @@ class StemFamily(Family):
     def takes_other_sizes(self, model: ForeignModule) -> bool:
         return not self.fixed_size
 
-    def mask_token_width(self, model: ForeignModule) -> int:
+    def mask_token_width(self, model: ForeignModule) -> int | None:
         return output_width(model.get_submodule(self.stem))
 
 
@@ -48,6 +48,16 @@ class CSATv2Family(StemFamily):
     def mask_token_width(self, model: ForeignModule) -> int:
         stem = model.get_submodule(self.stem)
         return sum(convolution.out_channels for convolution in (stem.conv_y, stem.conv_cb, stem.conv_cr))
+
+
+class EfficientNetFamily(StemFamily):
+    """Only with norms over the channels of a position; BatchNorm lets zeroed pixels pass."""
+
+    def sites(self, model: ForeignModule) -> dict[str, Site]:
+        return super().sites(model) if isinstance(model.bn1, nn.LayerNorm) else Family.sites(self, model)
+
+    def mask_token_width(self, model: ForeignModule) -> int | None:
+        return super().mask_token_width(model) if isinstance(model.bn1, nn.LayerNorm) else None
 
 
 PATCH_EMBED_NLC_FIXED = StemFamily("patch_embed", "NLC", fixed_size=True)
@@ -89,6 +99,7 @@ register_family(STEM_NCHW, "davit.DaVit", "focalnet.FocalNet")
 # gradient by the root of its eps. With zeroed pixels that of convnext_tiny had a norm of 5.8e10 at the start, beside 34
 register_family(STEM_NCHW, "convnext.ConvNeXt", "edgenext.EdgeNeXt", "metaformer.MetaFormer")
 register_family(StemFamily("stem", "NHWC"), "mambaout.MambaOut")
+register_family(EfficientNetFamily("bn1", "NCHW"), "efficientnet.EfficientNet")
 register_family(CSATv2Family("stem_dct", "NCHW"), "csatv2.CSATv2")
 register_family(StemFamily("conv_stem", "NCHW"), "mobilenetv5.MobileNetV5", "mobilenetv5.MobileNetV5Encoder")
 register_family(STEM_NCHW_FIXED, "maxxvit.MaxxVit", "gcvit.GlobalContextVit", "visformer.Visformer")

@@ -33,14 +33,17 @@ VARIANTS = (
     "vit_pe_core_tiny_patch16_384",  # rotary, attention pooling
     "eva_giant_patch14_224",  # no rotary
     "naflexvit_base_patch16_map",
+    "test_efficientnet_ln",  # norms of each position, not of channels
     "swin_s3_tiny_224",
     "swinv2_cr_tiny_ns_224",
     "mobilevitv2_050",
     "botnet26t_256",  # position-bound attention in a convolutional network
     "maxvit_rmlp_pico_rw_256",  # network of relative positions
 )
-# Norms over the channels of a position: of a zeroed cell they made gradients of 1e5 to 6e10 times the main model's
-EXPLODED_WITH_ZERO_PIXELS = ("convnext_tiny", "convnext_atto", "convnextv2_atto", "caformer_s18", "mambaout_femto")
+# Norms over the channels of a position: of a zeroed cell they made gradients of 1e5 to 1e24 times the main model's
+EXPLODED_WITH_ZERO_PIXELS = (
+    "convnext_tiny", "convnext_atto", "convnextv2_atto", "caformer_s18", "mambaout_femto",
+)  # fmt: skip
 EXTRA = {"eva_giant_patch14_224": {"depth": 2}, "vit_small_patch16_18x2_224": {"depth": 3}}
 SIZE = {
     "csatv2": 256,  # stride 64
