@@ -51,12 +51,23 @@ def uproot_drop_paths(model: nn.Module) -> None:
                 setattr(parent, name, nn.Identity().train(parent.training))
 
 
+def has_residual(block: nn.Module) -> bool:
+    """Whether a block adds its input to its branch, by the attributes with which timm's blocks say that they do not.
+
+    Some call their drop path all the same: without a residual connection it would erase the image.
+    """
+    if hasattr(block, "no_skip"):
+        return not block.no_skip  # of Xception, whose shortcut is None where it is the input itself
+    has_skip = getattr(block, "has_skip", True) and getattr(block, "residual", True)
+    return has_skip and getattr(block, "shortcut", block) is not None
+
+
 def find_drop_paths(model: nn.Module) -> list[nn.Module]:
     """All stochastic-depth modules of blocks that have a residual connection."""
     return [
         module
         for parent in model.modules()
-        if getattr(parent, "has_skip", True)
+        if has_residual(parent)
         for module in parent.children()
         if isinstance(module, (DropPath, ResidualDrop))
     ]

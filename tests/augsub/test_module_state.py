@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from timm.layers import DropPath
 from torch import nn
@@ -103,3 +104,21 @@ def test_anybodys_gradient_checkpointing_finds_the_same_state(is_reentrant, one_
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
     assert {module.drop_prob for module in model.drop_path} == {0.1}
+
+
+@pytest.mark.parametrize("name", ["mobilevitv2_050", "ese_vovnet39b", "xception41", "hgnetv2_b0"])
+def test_no_block_loses_all_of_an_image(name):
+    """Of blocks without a residual connection timm calls the drop path of some: the branch is all that they have."""
+    model = augsub.patch(timm.create_model(name, num_classes=10)).train()
+    erased = []
+
+    def note(block, args, output):
+        if isinstance(output, torch.Tensor) and not output.any():
+            erased.append(type(block).__name__)
+
+    for block in model.modules():
+        if any(isinstance(child, DropPath) for child in block.children()):
+            block.register_forward_hook(note)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64), augsub="drop_path", augsub_ratio=0.999)
+    assert erased == []
