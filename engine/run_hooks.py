@@ -56,12 +56,7 @@ def build_hooks(
         store,
         evaluation,
         guard,
-        facts={
-            "config": to_yaml(config),
-            "model_name": config.model.name,
-            "data": {"num_classes": data.num_classes, "in_chans": data.in_chans},
-            "class_names": list(data.class_names),
-        },
+        facts={"config": to_yaml(config), "model_name": config.model.name, **data.source.facts},
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,
     )

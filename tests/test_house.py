@@ -107,7 +107,7 @@ CONFIG_KEYS = {
     "checkpoint distributed log published",
     "model": "name pretrained checkpoint pos_embed_antialias restart frozen drop_path_rate drop_path_shape drop_rate "
     "class_token_std head_std head_bias_bound kwargs",
-    "data": "dataset root train_split eval_split image_size repeats workers bad_files synthetic_samples",
+    "data": "dataset root train_split eval_split image_size repeats workers bad_files allow_mismatch synthetic_samples",
     "transform": "scale ratio interpolation hflip vflip color_jitter auto_augment random_erase erase_mode erase_count "
     "erase_area erase_aspect eval_crop eval_crop_mode eval_interpolation mean std",
     "augsub": "main_weight sub_models",

@@ -22,7 +22,7 @@ from torch import nn
 from engine.command_line import exit_code, log_to_terminal
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
-from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant
+from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant, synsets
 from engine.defaults import build_precision
 from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
 from engine.errors import input_errors, memory_errors, writing_errors
@@ -60,7 +60,8 @@ def evaluate_subject(
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
     loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
     precision, source, evaluated = build_precision(config, process), benchmark.source, []
-    for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint):
+    class_names = source.class_names if variant is None else synsets()
+    for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint, class_names):
         with input_errors("sub-models"):  # before an hour is spent on the main model
             image_shape = source.image_shape(config.data.image_size)
             check_image_shape(model, image_shape, [sub.augmentation for sub in subs])

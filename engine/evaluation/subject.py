@@ -41,7 +41,8 @@ class Subject:
 def find_subject(what: str, model_name: str | None, overrides: Sequence[str]) -> Subject:
     """What a command line means.
 
-    A checkpoint brings its own configuration, of which only `plugins` is left out: a file must not say which code runs.
+    A checkpoint brings its own configuration, without what a file must not say: which code runs (`plugins`), and that
+    other data are meant (`data.allow_mismatch`).
 
     Args:
         what: a run's folder, a checkpoint, a file of weights, or the name of a timm model.
@@ -86,7 +87,9 @@ def _saved_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
     text = load_facts(checkpoint).get("config")
     if text is None:
         raise InputError(f"{checkpoint} holds no configuration: say which model these weights are of, --model NAME")
-    return parse_config(text, f"the configuration in {checkpoint}", ["plugins=[]", *overrides])
+    return parse_config(
+        text, f"the configuration in {checkpoint}", ["plugins=[]", "data.allow_mismatch=false", *overrides]
+    )
 
 
 def _results_of(checkpoint: Path) -> Path:
