@@ -24,6 +24,7 @@ from engine.data_rules import check_resumed
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
+from engine.evaluation.results import WEIGHTS
 from engine.log_file import LogFile
 from engine.mixing import build_mixup
 from engine.optim import build_optimizer
@@ -107,7 +108,7 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     held_out, precision = build_held_out(config, source, process), build_precision(config, process)
     results = {}
     for prefix, model in models_to_evaluate(config, source, process, file, source.class_names):
-        found = evaluate(model, held_out, precision, process)
+        found = evaluate(model, held_out, precision, process, f"the {WEIGHTS[prefix]} weights")
         results |= {prefix + name: value for name, value in found.items()}
     held_out.bad_files.unite(process)
     return results

@@ -68,6 +68,12 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
+def test_one_writer_makes_all_json():
+    """json.dumps by itself writes NaN, which is no JSON."""
+    writers = [name(path) for path in FILES if re.search(r"\bjson\.dumps?\(|import dump", path.read_text())]
+    assert writers == ["engine/json_text.py"]
+
+
 @pytest.mark.parametrize("augmentation", augsub.list_augmentations())
 def test_an_augmentation_is_named_in_its_own_file_and_one_import(augmentation):
     site_names = {"drop_path", "dropout"}  # augmentations that carry the name of the site where they act

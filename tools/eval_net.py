@@ -28,7 +28,7 @@ from engine.distributed import Process, launched_processes, launched_rank, leave
 from engine.errors import input_errors, memory_errors, writing_errors
 from engine.evaluation.measurement import measure_benchmark
 from engine.evaluation.report import write
-from engine.evaluation.results import Evaluated, Setting, SubModelFigures
+from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures
 from engine.evaluation.subject import Subject, find_subject
 from engine.evaluation.tables import printed
 from engine.evaluation.views import SubModelView
@@ -68,10 +68,12 @@ def evaluate_subject(
         if process.is_main:
             with writing_errors(f"--output {output}"):
                 output.mkdir(parents=True, exist_ok=True)
-        one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process))
+        name = f"the {WEIGHTS[prefix]} weights"
+        one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process, name))
         for sub in subs:
             view = SubModelView(model, sub.augmentation, config.seed, process)
-            figures = measure_benchmark(view, benchmark, loaders, precision, process).whole.figures()
+            sub_name = f"the sub-model {sub.augmentation} of {name}"
+            figures = measure_benchmark(view, benchmark, loaders, precision, process, sub_name).whole.figures()
             one.sub_models.append(SubModelFigures(sub.name, sub.ratio, figures))
         evaluated.append(one)
     bad_files.unite(process)

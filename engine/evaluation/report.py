@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from engine import atomic
 from engine.errors import writing_errors
 from engine.evaluation import pictures
 from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures, mean_corruption_error
+from engine.json_text import to_json
 
 MOST_CONFUSED = 25  # pairs that are listed
 TITLE = 50  # characters of the data's name in a picture, its last ones
@@ -28,7 +28,7 @@ def write(folder: Path, setting: Setting, evaluated: Sequence[Evaluated]) -> Non
     _write_csv(folder / "results.csv", [_result_row(setting, one) for one in evaluated])
     _write_csv(folder / "classes.csv", [row for one in evaluated for row in class_rows(setting, one)])
     content = {**vars(setting), "results": [_as_json(setting, one) for one in evaluated]}
-    _write_text(folder / "results.json", json.dumps(content, indent=2))
+    _write_text(folder / "results.json", to_json(content, indent=2))
     if parts := [row for one in evaluated for row in _part_rows(one)]:
         _write_csv(folder / "corruptions.csv", parts)
     if subs := [row for one in evaluated for row in _sub_model_rows(one)]:
