@@ -46,6 +46,7 @@ class DataConfig:
     repeats: int = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
     workers: int = 4  # loader processes per training process; 0 loads in the training process
     bad_files: int = 0  # unreadable image files that a run may skip; one more stops it
+    allow_mismatch: bool = False  # go on although classes or images are not those that the weights come from
     synthetic_samples: int = 512  # images per split of the synthetic dataset
 
 

@@ -20,9 +20,11 @@ from engine.config_file import to_yaml
 from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
 from engine.data.transforms import normalisation
+from engine.data_rules import check_resumed
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
+from engine.evaluation.results import WEIGHTS
 from engine.log_file import LogFile
 from engine.mixing import build_mixup
 from engine.optim import build_optimizer
@@ -51,6 +53,8 @@ def train(config: Config, process: Process, resume: bool) -> None:
         store, newest, changes = find_start(config, process, resume)
         complete(config)
         source = open_source(config)
+        if newest is not None:
+            check_resumed(config, source, load_facts(newest), newest)
         trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
         if process.is_main:
             until_the_end.enter_context(folder.opened(to_yaml(config), is_resumed=resume))
@@ -103,8 +107,8 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     source = build_held_out_source(config)
     held_out, precision = build_held_out(config, source, process), build_precision(config, process)
     results = {}
-    for prefix, model in models_to_evaluate(config, source, process, file):
-        found = evaluate(model, held_out, precision, process)
+    for prefix, model in models_to_evaluate(config, source, process, file, source.class_names):
+        found = evaluate(model, held_out, precision, process, f"the {WEIGHTS[prefix]} weights")
         results |= {prefix + name: value for name, value in found.items()}
     held_out.bad_files.unite(process)
     return results

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "data.root",
     "data.workers",
     "data.bad_files",
+    "data.allow_mismatch",
     "train.max_iters",
     "train.micro_batch",  # another number or size of GPUs
     "train.accumulation",

@@ -15,6 +15,7 @@ from engine.config import Config
 from engine.config_file import leaves, to_yaml
 from engine.errors import input_errors
 from engine.evaluation import evaluate
+from engine.evaluation.results import WEIGHTS
 from engine.parallel import is_sharded
 from engine.run_folder import RunFolder
 from engine.schedule import build_schedule
@@ -45,9 +46,9 @@ def build_hooks(
         config.schedule, config.optimizer, config.train.epochs, data.iterations_per_epoch, config.train.global_batch
     )
     run_evaluation = partial(_evaluate, trainer)
-    evaluations = {"": partial(run_evaluation, trainer.bare_model)}
+    evaluations = {"": partial(run_evaluation, trainer.bare_model, "")}
     if ema is not None and config.ema.evaluate:
-        evaluations["ema_"] = partial(run_evaluation, ema.module, is_average=True)
+        evaluations["ema_"] = partial(run_evaluation, ema.module, "ema_")
     guard = hooks.NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
     evaluation = hooks.Evaluation(
         evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric
@@ -56,12 +57,7 @@ def build_hooks(
         store,
         evaluation,
         guard,
-        facts={
-            "config": to_yaml(config),
-            "model_name": config.model.name,
-            "data": {"num_classes": data.num_classes, "in_chans": data.in_chans},
-            "class_names": list(data.class_names),
-        },
+        facts={"config": to_yaml(config), "model_name": config.model.name, **data.source.facts},
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,
     )
@@ -99,11 +95,12 @@ def build_hooks(
     return everywhere + (only_main if process.is_main else [])
 
 
-def _evaluate(trainer: Trainer, model: nn.Module, is_average: bool = False) -> dict[str, float]:
+def _evaluate(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
     if trainer.process.world_size > 1:
         # each process has seen other images; of an average, those of the main process: they are what is saved
-        distribute_bn(model, trainer.process.world_size, reduce=not is_average)
-    return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process)
+        distribute_bn(model, trainer.process.world_size, reduce=prefix != "ema_")
+    name = f"the {WEIGHTS[prefix]} weights after iteration {trainer.iteration}"
+    return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process, name)
 
 
 def _open_writers(config: Config, folder: RunFolder, trainer: Trainer, iteration: int) -> list[Writer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import augsub
 from engine.checkpoint.reading import load
 from engine.config import MODELS_TRANSFORM, Config
 from engine.data import DataSource
+from engine.data_rules import check_classes
 from engine.distributed import Process
 from engine.errors import InputError, input_errors
 from engine.parallel import synchronise_batchnorm
@@ -21,7 +22,7 @@ from engine.plugins import import_plugins
 from models.blocks import checkpoint_gradients
 from models.build import check_image_shape, create_model, image_settings
 from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
-from models.weights import load_weights
+from models.weights import head_tensors, load_weights
 
 LOGGER = logging.getLogger("engine")
 IF_AVAILABLE = "if_available"  # value of model.pretrained
@@ -61,7 +62,7 @@ def build_run_model(config: Config, source: DataSource, process: Process, is_res
     augsub.patch(model)
     with input_errors("model"):
         if not is_resumed:
-            start_weights(config, model)
+            start_weights(config, model, source)
         freeze(model, settings.frozen)
     if config.train.grad_checkpointing:
         with input_errors(f"train.grad_checkpointing with model.name = {settings.name}"):
@@ -69,17 +70,40 @@ def build_run_model(config: Config, source: DataSource, process: Process, is_res
     return model
 
 
-def start_weights(config: Config, model: nn.Module) -> None:
-    """Load `model.checkpoint`, and initialise anew what is to start anew."""
+def start_weights(config: Config, model: nn.Module, source: DataSource) -> None:
+    """Load `model.checkpoint`, and initialise anew what is to start anew.
+
+    Raises:
+        InputError: a head that is kept is for other classes than the data have.
+    """
     settings = config.model
+    head, restarted = head_tensors(model), tuple(f"{name}." for name in settings.restart)
+    keeps_head = settings.head_std is None and not any(tensor.startswith(restarted) for tensor in head)
     if settings.checkpoint is not None:
         content = load(Path(settings.checkpoint))
-        load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias).log(settings.checkpoint)
+        report = load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias)
+        report.log(settings.checkpoint)
+        if keeps_head and head <= set(report.loaded):
+            start = f"model.checkpoint = {settings.checkpoint}, whose head is kept,"
+            check_classes(config, source.class_names, content.get("class_names"), start)
+    elif settings.pretrained and keeps_head:
+        check_pretrained_classes(config, source.class_names, model)
     restart(model, settings.restart)
     if settings.head_std is not None:
         start_head(model, settings.head_std, settings.head_bias_bound)
     if settings.class_token_std is not None:
         start_class_token(model, settings.class_token_std)
+
+
+def check_pretrained_classes(config: Config, class_names: Sequence[str], model: nn.Module) -> None:
+    """Compare the classes with those of timm's pretrained head, if it knows their names and there are as many.
+
+    Raises:
+        InputError: they differ.
+    """
+    own = getattr(model, "pretrained_cfg", {})
+    if own.get("num_classes") == len(class_names):
+        check_classes(config, class_names, own.get("label_names"), f"model.name = {config.model.name}")
 
 
 def create_configured_model(config: Config, source: DataSource, pretrained: bool | str = False) -> nn.Module:
@@ -111,15 +135,19 @@ def create_configured_model(config: Config, source: DataSource, pretrained: bool
 
 
 def models_to_evaluate(
-    config: Config, source: DataSource, process: Process, file: str | Path | None
+    config: Config, source: DataSource, process: Process, file: str | Path | None, class_names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Module]]:
     """The patched model with the weights in a file, and with their average if there is one: pairs (prefix, model).
 
     Args:
+        class_names: what the model's outputs stand for, by number, as far as the data know.
         file: a checkpoint or any file of weights, which must be complete; None: timm's pretrained ones.
 
     Yields:
         The prefix of the results of these weights, "" or "ema_", and the model, each time the same object.
+
+    Raises:
+        InputError: weights that are not complete, or of other classes.
     """
     model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
@@ -132,10 +160,12 @@ def models_to_evaluate(
                 f"evaluation: {config.model.name} is pretrained for {own_classes} classes, "
                 f"the data have {source.num_classes}"
             )
+        check_pretrained_classes(config, class_names, model)
         yield "", model
         return
     LOGGER.info("evaluating %s", file)
     content = load(Path(file))
+    check_classes(config, class_names, content.get("class_names"), f"evaluation: checkpoint {file}")
     hooks = content.get("hooks")
     averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
     for prefix, weights in (("", content), ("ema_", averaged)):

@@ -86,7 +86,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
     needed = {name: weight for name, weight in original.items() if name not in pretraining}
     weights = _in_timms_layout(needed, model, antialias, source)
 
-    own, head = model.state_dict(), _head_tensors(model)
+    own, head = model.state_dict(), head_tensors(model)
     misfits = {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
     fitting = {name: weight for name, weight in weights.items() if name in own and name not in misfits}
     report = LoadReport(
@@ -179,7 +179,8 @@ def _resized(before: Weights, after: Weights) -> dict[str, tuple[tuple[int, ...]
     }
 
 
-def _head_tensors(model: nn.Module) -> set[str]:
+def head_tensors(model: nn.Module) -> set[str]:
+    """Names of the classifier's tensors in a timm model's state dict."""
     classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     return {f"{classifier}.{tensor}" for classifier in classifiers for tensor in ("weight", "bias")}

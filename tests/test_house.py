@@ -68,6 +68,12 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
+def test_one_writer_makes_all_json():
+    """json.dumps by itself writes NaN, which is no JSON."""
+    writers = [name(path) for path in FILES if re.search(r"\bjson\.dumps?\(|import dump", path.read_text())]
+    assert writers == ["engine/json_text.py"]
+
+
 @pytest.mark.parametrize("augmentation", augsub.list_augmentations())
 def test_an_augmentation_is_named_in_its_own_file_and_one_import(augmentation):
     site_names = {"drop_path", "dropout"}  # augmentations that carry the name of the site where they act
@@ -107,7 +113,7 @@ CONFIG_KEYS = {
     "checkpoint distributed log published",
     "model": "name pretrained checkpoint pos_embed_antialias restart frozen drop_path_rate drop_path_shape drop_rate "
     "class_token_std head_std head_bias_bound kwargs",
-    "data": "dataset root train_split eval_split image_size repeats workers bad_files synthetic_samples",
+    "data": "dataset root train_split eval_split image_size repeats workers bad_files allow_mismatch synthetic_samples",
     "transform": "scale ratio interpolation hflip vflip color_jitter auto_augment random_erase erase_mode erase_count "
     "erase_area erase_aspect eval_crop eval_crop_mode eval_interpolation mean std",
     "augsub": "main_weight sub_models",

@@ -11,7 +11,6 @@ One FLOP is one multiply-add; all figures are for the forward of one image.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from functools import partial
 
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from engine.command_line import exit_code
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
+from engine.json_text import to_json
 from engine.table import text_table
 from models.complexity_tables import comparison_table, literature_table, module_table, summary_rows, uncounted_line
 from models.support import support_of, support_table
@@ -49,7 +49,7 @@ def print_analysis(title: str, analysis: Analysis, arguments: argparse.Namespace
     """One model: its figures and its modules, or plain numbers."""
     complexity, augmentations = analysis
     if arguments.json:
-        print(json.dumps(complexity.as_dict(), indent=2))
+        print(to_json(complexity.as_dict(), indent=2))
         return
     print(f"{title}, one image\n{text_table(summary_rows(*analysis))}\n")
     print(module_table(complexity, augmentations, arguments.depth))
@@ -61,7 +61,7 @@ def print_all_configs(as_json: bool) -> None:
     paths = tqdm(sorted(CONFIGS.glob("*.yaml")), unit="config", disable=None, leave=False)
     analyses = {path.stem: analyze_configured(load_config(path)) for path in paths}
     if as_json:
-        print(json.dumps({name: complexity.as_dict() for name, (complexity, _) in analyses.items()}, indent=2))
+        print(to_json({name: complexity.as_dict() for name, (complexity, _) in analyses.items()}, indent=2))
     else:
         print(f"{comparison_table(analyses)}\n\n{literature_table()}")
 
@@ -72,9 +72,7 @@ def print_support(wildcard: str, as_json: bool) -> None:
     if not names:
         raise InputError(f"--list-support: timm has no model {wildcard!r}")
     support = {name: support_of(name) for name in names}
-    print(
-        json.dumps(support, indent=2) if as_json else support_table(["model"], [([n], s) for n, s in support.items()])
-    )
+    print(to_json(support, indent=2) if as_json else support_table(["model"], [([n], s) for n, s in support.items()]))
 
 
 def run(arguments: argparse.Namespace) -> None:

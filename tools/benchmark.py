@@ -10,7 +10,6 @@ Contenders of one table are measured in turns; ratios are medians over pairs of 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -25,6 +24,7 @@ import torch
 from engine import atomic
 from engine.command_line import exit_code
 from engine.errors import InputError, input_errors, writing_errors
+from engine.json_text import to_json
 from models.build import image_settings
 from tools.benchmarking.costs import Setting
 from tools.benchmarking.data import measure_data
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
     content = {"machine": facts, "command": command, "figures": [asdict(figure) for figure in figures]}
     with writing_errors(arguments.json):
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(arguments.json, json.dumps(content, indent=1))
+        atomic.write_text(arguments.json, to_json(content, indent=1))
     print(f"\n{arguments.json}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.checkpoint.reading import load_facts
 from engine.config import Config
 from engine.data import IMAGENET, DataSource
+from engine.data_rules import check_resumed
 from engine.defaults import build_trainer, find_start, open_source
 from engine.distributed import Process
 from engine.errors import InputError
@@ -42,6 +43,8 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
         source = open_source(config)
     except InputError as error:
         missing = error
+    if newest is not None and missing is None:
+        check_resumed(config, source, load_facts(newest), newest)
     trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
     if process.is_main:
         picture = RunFolder(config.output_dir).plan

@@ -22,14 +22,14 @@ from torch import nn
 from engine.command_line import exit_code, log_to_terminal
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
-from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant
+from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant, synsets
 from engine.defaults import build_precision
 from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
 from engine.errors import input_errors, memory_errors, writing_errors
 from engine.evaluation.measurement import measure_benchmark
 from engine.evaluation.report import write
-from engine.evaluation.results import Evaluated, Setting, SubModelFigures
-from engine.evaluation.subject import Subject, find_subject
+from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures
+from engine.evaluation.subject import Subject, find_subject, folder_for
 from engine.evaluation.tables import printed
 from engine.evaluation.views import SubModelView
 from engine.run_model import complete, models_to_evaluate
@@ -43,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("what", metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model")
     parser.add_argument("--model", metavar="NAME", help="timm model of a file of weights that has no configuration")
     parser.add_argument("--variant", metavar="NAME", help=f"ImageNet's relatives: {', '.join(VARIANTS)}")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: evaluation/ in the run or in runs/")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="default: a folder of evaluation/ in the run or in runs/"
+    )
     parser.add_argument("--sub-model", action="store_true", help="evaluate the configuration's sub-models too")
     parser.add_argument("--augsub", metavar="NAME", help="this sub-model instead, at ratio 0.5")
     parser.add_argument("--ratios", metavar="R,R,…", help="sub-models at these ratios, for example 0,0.25,0.5,0.75")
@@ -60,17 +62,20 @@ def evaluate_subject(
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
     loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
     precision, source, evaluated = build_precision(config, process), benchmark.source, []
-    for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint):
+    class_names = source.class_names if variant is None else synsets()
+    for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint, class_names):
         with input_errors("sub-models"):  # before an hour is spent on the main model
             image_shape = source.image_shape(config.data.image_size)
             check_image_shape(model, image_shape, [sub.augmentation for sub in subs])
         if process.is_main:
             with writing_errors(f"--output {output}"):
                 output.mkdir(parents=True, exist_ok=True)
-        one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process))
+        name = f"the {WEIGHTS[prefix]} weights"
+        one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process, name))
         for sub in subs:
             view = SubModelView(model, sub.augmentation, config.seed, process)
-            figures = measure_benchmark(view, benchmark, loaders, precision, process).whole.figures()
+            sub_name = f"the sub-model {sub.augmentation} of {name}"
+            figures = measure_benchmark(view, benchmark, loaders, precision, process, sub_name).whole.figures()
             one.sub_models.append(SubModelFigures(sub.name, sub.ratio, figures))
         evaluated.append(one)
     bad_files.unite(process)
@@ -80,18 +85,27 @@ def evaluate_subject(
 def setting_of(subject: Subject, variant: str | None, source: DataSource, model: nn.Module) -> Setting:
     """What was evaluated, for the reports."""
     config = subject.config
-    data = config.data.dataset if config.data.root is None else config.data.root
     is_transformed = config.data.dataset not in UNTRANSFORMED
+    data = config.data.root or config.data.dataset
+    split = f" ({config.data.eval_split})" if is_transformed else ""
     return Setting(
         model=config.model.name,
         source=str(subject.checkpoint or "timm's pretrained weights"),
-        data=data if variant is None else f"ImageNet ({variant}), {data}",
+        data=f"{data}{split}" if variant is None else f"ImageNet ({variant}), {data}",
         image_size=config.data.image_size,
         crop=config.transform.eval_crop if is_transformed else None,
         interpolation=config.transform.eval_interpolation if is_transformed else None,
         parameters=sum(tensor.numel() for name, tensor in model.named_parameters() if name != "mask_token"),
         class_names=source.class_names,
     )
+
+
+def asked_for(arguments: argparse.Namespace) -> list[str]:
+    """What the command line asks for beside the plain evaluation of the subject."""
+    options = [
+        f"{name}={getattr(arguments, name)}" for name in ("variant", "augsub", "ratios") if getattr(arguments, name)
+    ]
+    return [*options, *(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -104,8 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
     complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     subs = sub_models(config, arguments.augsub, ratios) if wanted else []
-    suffix = "" if arguments.variant is None else f"_{arguments.variant}"
-    output = arguments.output or subject.folder.with_name(subject.folder.name + suffix)
+    output = arguments.output or folder_for(subject, asked_for(arguments))
     with (
         process_group(config.distributed.timeout_minutes) as process,
         worker_deaths(config.data.workers),

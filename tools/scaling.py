@@ -12,7 +12,6 @@ Activations are not counted. Nothing is computed with weights: the model is buil
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from engine.command_line import exit_code
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
+from engine.json_text import to_json
 from engine.run_model import complete
 from engine.table import text_table
 from tools.analysis import data_source
@@ -90,7 +90,7 @@ def as_numbers(step: Step) -> dict[str, dict]:
 def print_step(config: Config, step: Step, as_json: bool) -> None:
     """The tables of a configuration."""
     if as_json:
-        print(json.dumps(as_numbers(step), indent=2))
+        print(to_json(as_numbers(step), indent=2))
         return
     print(f"{summary(config, step)}\n\n{traffic_table(step)}\n\n{arithmetic(step)}\n")
     print(f"Kept by each GPU, activations not counted\n\n{memory_table(step)}")
@@ -99,7 +99,7 @@ def print_step(config: Config, step: Step, as_json: bool) -> None:
 def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
     """What two processes did."""
     if as_json:
-        print(json.dumps([asdict(item) for item in measured], indent=2))
+        print(to_json([asdict(item) for item in measured], indent=2))
     else:
         print(f"{measured_table(measured)}\n\n{agreement(measured)}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from functools import partial
 from itertools import pairwise
@@ -13,6 +12,7 @@ from engine.config_file import load_config, to_yaml
 from engine.data import worker_deaths
 from engine.defaults import evaluate_only, train
 from engine.distributed import launched_processes, leave, process_group
+from engine.json_text import to_json
 from tools.dry_run import dry_run
 
 EXAMPLES = """\
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.eval_only:
             results = evaluate_only(config, process)
             if process.is_main:
-                print(json.dumps(results, indent=2))
+                print(to_json(results, indent=2))
         elif arguments.dry_run:
             dry_run(config, process, resume=arguments.resume is not None)
         else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import Dataset
@@ -42,12 +44,20 @@ class ImageFiles(Dataset):
             raise UnreadableImage(self._name(index), reason_of(error)) from error
         return self._transform(image), label  # outside: an error of a transform is none of the file
 
+    def listing(self) -> Iterator[str]:
+        """A line for each image: of files path and label, else the label."""
+        if hasattr(self._reader, "samples"):
+            return (f"{path.removeprefix(self._reader.root)}\0{label}" for path, label in self._reader.samples)
+        return map(str, self._reader.dataset[self._reader.label_key])
+
     def _name(self, index: int) -> str:
         return self._reader.filename(index, absolute=True) or f"{self._split} image {index}"
 
 
 class OtherImages(Dataset):
     """Data sets that open their images themselves; names are unknown."""
+
+    LABELS = ("targets", "labels", "_labels")  # where torchvision's sets have them
 
     def __init__(self, dataset: Dataset, split: str) -> None:
         self._dataset = dataset
@@ -61,3 +71,8 @@ class OtherImages(Dataset):
             return self._dataset[index]
         except (OSError, Image.DecompressionBombError) as error:  # Pillow's UnidentifiedImageError is an OSError
             raise UnreadableImage(f"{self._split} image {index}", reason_of(error)) from error
+
+    def listing(self) -> Iterator[str]:
+        """The label of each image; nothing if the data set does not list them."""
+        labels = next((getattr(self._dataset, name) for name in self.LABELS if hasattr(self._dataset, name)), ())
+        return map(str, np.asarray(labels).tolist())

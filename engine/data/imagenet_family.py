@@ -97,7 +97,7 @@ def open_variant(variant: str, config: Config) -> Benchmark:
         return _open_corruptions(root, config)
     candidates = list(map(int, _lines(f"imagenet_{variant}_indices.txt"))) if variant in ("a", "r") else None
     numbers = candidates or range(NUM_CLASSES)
-    names = [str(number) if variant == "v2" else _synsets()[number] for number in numbers]
+    names = [str(number) if variant == "v2" else synsets()[number] for number in numbers]
     classes = {name: label for label, name in enumerate(names)}
     folder = _folder_of_classes(root, classes, config.data.eval_split)
     _check_classes(folder, classes, variant)
@@ -138,7 +138,7 @@ def _open_corruptions(root: Path, config: Config) -> Benchmark:
         raise InputError(f"data.root = {root}: --variant c needs the folders of corruptions: {', '.join(CORRUPTIONS)}")
     if missing := [name for name in CORRUPTIONS if name not in found]:
         LOGGER.warning("%s: means are over %d of 15 corruptions, without %s", root, len(present), ", ".join(missing))
-    classes = {name: label for label, name in enumerate(_synsets())}
+    classes = {name: label for label, name in enumerate(synsets())}
     names = _descriptions(range(NUM_CLASSES))
     sources = {}
     for corruption in present:
@@ -185,8 +185,8 @@ def _source_of(reader: ReaderImageFolder, config: Config, names: Sequence[str]) 
 
 
 @cache
-def _synsets() -> list[str]:
-    """By class number."""
+def synsets() -> list[str]:
+    """Names of ImageNet's classes, by number."""
     return ImageNetInfo().label_names()
 
 
@@ -194,7 +194,7 @@ def _descriptions(numbers: Sequence[int]) -> list[str]:
     """Synset and the first of its words: n01498041 stingray."""
     info = ImageNetInfo()
     words = {number: info.index_to_description(number).partition(",")[0] for number in numbers}
-    return [f"{_synsets()[number]} {word}" for number, word in words.items()]
+    return [f"{synsets()[number]} {word}" for number, word in words.items()]
 
 
 def _lines(name: str) -> list[str]:

@@ -29,7 +29,7 @@ def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
 
     Raises:
         InputError: no root, no folder for a split, a class without images, splits with different
-            classes, or a data set that timm cannot open.
+            classes, one class only, or a data set that timm cannot open.
     """
     train = _open(data, data.train_split, build_train_transform(transform, data.image_size))
     held_out = _open(data, data.eval_split, build_eval_transform(transform, data.image_size))
@@ -52,13 +52,20 @@ def build_held_out_images(data: DataConfig, transform: TransformConfig) -> DataS
 
 
 def _source(data: DataConfig, held_out: Dataset, train: Dataset | None) -> DataSource:
-    """Both splits number their classes alike, so that the held-out one tells them."""
+    """Both splits number their classes alike, so that the held-out one tells them.
+
+    Raises:
+        InputError: there is one class only, of which every model is right.
+    """
+    class_names = _class_names(held_out, data)
+    if len(class_names) < 2:
+        raise InputError(f"data.root = {data.root}: the only class is {class_names[0]}, at least two are needed")
     return DataSource(
         train=train,
         held_out=naming_bad_files(held_out, "held-out"),
-        num_classes=_num_classes(held_out, data),
+        num_classes=len(class_names),
         in_chans=3,
-        class_names=_class_names(held_out, data),
+        class_names=class_names,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class DataLoaders:
         micro_batch: training images at once in one process.
         accumulation: micro-batches per step.
         max_iterations: steps of the whole run.
-        num_classes, in_chans, class_names: of the data set.
+        source: the data set.
     """
 
     train_from: Callable[[int], Batches]
@@ -49,9 +49,7 @@ class DataLoaders:
     accumulation: int
     iterations_per_epoch: int
     max_iterations: int
-    num_classes: int
-    in_chans: int
-    class_names: Sequence[str]
+    source: DataSource
 
 
 def build_source(config: Config) -> DataSource:
@@ -113,9 +111,7 @@ def build_loaders(config: Config, source: DataSource, process: Process) -> DataL
         accumulation=accumulation,
         iterations_per_epoch=iterations_per_epoch,
         max_iterations=max_iterations,
-        num_classes=source.num_classes,
-        in_chans=source.in_chans,
-        class_names=source.class_names,
+        source=source,
     )
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from torch.utils.data import Dataset
+
+from engine.data.fingerprint import fingerprint
 
 
 @dataclass
@@ -30,6 +34,15 @@ class DataSource:
     def image_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, H, W) of square images."""
         return self.in_chans, image_size, image_size
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint tells of the data of its run."""
+        return {
+            "data": {"num_classes": self.num_classes, "in_chans": self.in_chans},
+            "class_names": list(self.class_names),
+            "fingerprints": {"training": fingerprint(self.train), "held-out": fingerprint(self.held_out)},
+        }
 
 
 # In place of data that is not there, to count and to plan with: it has the size of ImageNet-1k, and no image

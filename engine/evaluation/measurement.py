@@ -49,16 +49,23 @@ class Outcome:
 
 
 def measure_benchmark(
-    model: nn.Module, benchmark: Benchmark, loaders: Mapping[str, Loader], precision: Precision, process: Process
+    model: nn.Module,
+    benchmark: Benchmark,
+    loaders: Mapping[str, Loader],
+    precision: Precision,
+    process: Process,
+    model_name: str = "the model",
 ) -> Outcome:
     """Go through all images of a benchmark. All processes must call it together.
 
     Args:
         model: of all classes, without distributed wrapper.
         loaders: this process's share of each of the benchmark's sources.
+        model_name: for a message.
 
     Raises:
         InputError: a source without images.
+        RunError: a logit is NaN or infinite.
     """
     num_classes = len(benchmark.source.class_names)
     view = model if benchmark.candidates is None else AmongClasses(model, benchmark.candidates)
@@ -68,7 +75,7 @@ def measure_benchmark(
         meters = list(part.meters)
         if benchmark.accepted is not None:
             meters = [AcceptedLabels(benchmark.accepted.to(process.device), meters)]
-        measure(view, loader, precision, process, meters)
+        measure(view, loader, precision, process, meters, f"{model_name} on {name}" if name else model_name)
         outcome.parts[name] = part.figures()
         outcome.whole.add(part)
     return outcome

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from engine.data import IGNORED
 from engine.distributed import Process
-from engine.errors import InputError
+from engine.errors import InputError, RunError
 
 
 class Meter(Protocol):
@@ -64,6 +64,23 @@ class Accuracy(SummingMeter):
             "eval_loss": loss / images,
             "images": int(images),
         }
+
+
+class NonFinite(SummingMeter):
+    """Images of which a logit is NaN or infinite: no figure says anything of such a model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # images, those of them
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        counted = labels != IGNORED
+        self.totals += torch.stack([counted.sum(), (counted & ~logits.isfinite().all(dim=1)).sum()])
+
+    def refuse(self, name: str) -> None:
+        """Raise RunError, in all processes, if there are any; `name` says whose logits they are."""
+        images, spoilt = map(int, self.totals.tolist())
+        if spoilt:
+            raise RunError(f"evaluation: logits of {name} are NaN or infinite for {spoilt} of {images} images")
 
 
 class Calibration(SummingMeter):

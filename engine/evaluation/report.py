@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,27 @@ from engine import atomic
 from engine.errors import writing_errors
 from engine.evaluation import pictures
 from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures, mean_corruption_error
+from engine.json_text import to_json
 
 MOST_CONFUSED = 25  # pairs that are listed
 TITLE = 50  # characters of the data's name in a picture, its last ones
+# Files of which there are some evaluations without
+NOT_ALWAYS = ("corruptions.csv", "sub_models.csv", "ratios.png", "ema_confusion.png", "ema_calibration.png")
 Row = dict[str, Any]
 
 
 def write(folder: Path, setting: Setting, evaluated: Sequence[Evaluated]) -> None:
-    """Files of all results.
+    """Files of all results of an evaluation, in place of those of an earlier one.
 
     Raises:
         RunError: one of them cannot be written.
     """
+    for name in NOT_ALWAYS:
+        (folder / name).unlink(missing_ok=True)
     _write_csv(folder / "results.csv", [_result_row(setting, one) for one in evaluated])
     _write_csv(folder / "classes.csv", [row for one in evaluated for row in class_rows(setting, one)])
     content = {**vars(setting), "results": [_as_json(setting, one) for one in evaluated]}
-    _write_text(folder / "results.json", json.dumps(content, indent=2))
+    _write_text(folder / "results.json", to_json(content, indent=2))
     if parts := [row for one in evaluated for row in _part_rows(one)]:
         _write_csv(folder / "corruptions.csv", parts)
     if subs := [row for one in evaluated for row in _sub_model_rows(one)]:

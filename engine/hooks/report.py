@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence, Sized
@@ -11,6 +10,7 @@ from typing import Any
 from engine import atomic
 from engine.curves import draw_curves
 from engine.hooks.evaluation import Evaluation
+from engine.json_text import to_json
 from engine.run_folder import RunFolder
 from engine.table import text_table
 from engine.train_loop import HookBase
@@ -51,7 +51,7 @@ class Report(HookBase):
     def after_train(self) -> None:
         records = read_lines(self._folder.metrics)
         summary = self._summary(records[-1] if records else {})
-        atomic.write_text(self._folder.summary, json.dumps(summary, indent=2) + "\n")
+        atomic.write_text(self._folder.summary, f"{to_json(summary, indent=2)}\n")
         draw_curves(records, self._title, self._folder.curves)
         LOGGER.info("\n%s\n%s", self._title, text_table(self._rows(summary)))
 

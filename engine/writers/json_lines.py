@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from engine.errors import writing_errors
+from engine.json_text import to_json, with_nan
 from engine.writers.writer import REMEDY, Record, Writer
 
 
@@ -25,7 +26,7 @@ class JSONLinesWriter(Writer):
 
     def write(self, record: Record) -> None:
         with writing_errors(self._path, REMEDY):
-            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.write(f"{to_json(record)}\n".encode())
             self._file.flush()
             os.fsync(self._file.fileno())  # a checkpoint must not survive a power failure that its records do not
 
@@ -38,7 +39,7 @@ def read_lines(path: Path) -> list[Record]:
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
+            records.append(with_nan(json.loads(line)))
         except json.JSONDecodeError:
             break
     return records

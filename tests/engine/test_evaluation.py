@@ -11,9 +11,9 @@ from torch import nn
 import augsub
 from engine.data import IGNORED
 from engine.distributed import Process
-from engine.errors import InputError
+from engine.errors import InputError, RunError
 from engine.evaluation import evaluate, measure
-from engine.evaluation.meters import AcceptedLabels, Accuracy, Calibration, Confusion
+from engine.evaluation.meters import AcceptedLabels, Accuracy, Calibration, Confusion, NonFinite
 from engine.evaluation.views import AmongClasses, SubModelView
 from engine.precision import Precision
 
@@ -115,6 +115,31 @@ def test_meters_see_what_evaluate_sees_and_the_mode_is_restored(outputs):
 def test_without_images_there_is_no_accuracy():
     with pytest.raises(InputError, match="none of the held-out images can be read"):
         fed(Accuracy(CPU), torch.zeros(1, CLASSES), torch.tensor([IGNORED])).result()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_have_no_accuracy(outputs, value):
+    """argmax takes NaN for class 0: such a model would be right of all its images."""
+    logits, labels = outputs
+    spoilt = logits.clone()
+    spoilt[::10, 3] = value  # of one class, in every batch
+
+    def figures(logits, labels):
+        batches = list(zip(logits.split(20), labels.split(20), strict=True))
+        return evaluate(nn.Identity(), batches, Precision("off", CPU), ALONE, "the averaged weights")
+
+    message = r"^evaluation: logits of the averaged weights are NaN or infinite for 11 of 103 images$"
+    with pytest.raises(RunError, match=message):
+        figures(spoilt, labels)
+    others = labels.clone()
+    others[::10] = IGNORED  # what is no image is blank, and may give anything
+    assert figures(spoilt, others) == figures(logits, others)
+
+
+def test_counting_what_is_not_finite_reads_nothing_back(outputs):
+    """A waiting for the device in each batch would show on a GPU."""
+    logits, labels = (tensor.to("meta") for tensor in outputs)
+    NonFinite(torch.device("meta")).update(logits, labels)  # reading a value of it would raise
 
 
 def batches_of(images, labels):

@@ -65,6 +65,11 @@ def test_an_image_folder_with_faults_is_refused(image_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(image_folder / "train" / "fox" / "0.png")
     refused("classes in one split only: fox")
     shutil.rmtree(image_folder / "train" / "fox")
+    for split in ("train", "val"):
+        shutil.move(image_folder / split / "dog", tmp_path / f"dogs_{split}")
+    refused(f"data.root = {image_folder}: the only class is cat, at least two are needed")
+    with pytest.raises(InputError, match="the only class is cat, at least two are needed"):
+        build_held_out_images(DataConfig(root=str(image_folder)), TransformConfig())
     refused("data.dataset = hfds/nothing", dataset="hfds/nothing", root=None)
     refused("data.dataset = wds/cats: allowed is folder, digits, synthetic, or timm's torch/NAME", dataset="wds/cats")
 

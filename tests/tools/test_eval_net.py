@@ -90,6 +90,11 @@ def with_timm_alone(name: str, weights: Path, root: Path) -> dict[str, float]:
     }
 
 
+def make_fewer(images: Path, root: Path) -> None:
+    for name in ("ant", "bee"):
+        shutil.copytree(images / "val" / name, root / "val" / name)
+
+
 def results(folder: Path) -> list[dict]:
     return json.loads((folder / "results.json").read_text())["results"]
 
@@ -219,9 +224,9 @@ def test_a_pretrained_model_by_its_name(evaluate, images, tmp_path):
     code, output, error = evaluate(name, f"data.root={images}", "--output", tmp_path / "results", "data.workers=0")
     assert code == 0, error
     assert "timm's pretrained weights" in output and results(tmp_path / "results")[0]["images"] == 39
-    shutil.copytree(images / "val" / "ant", tmp_path / "fewer" / "val" / "ant")
+    make_fewer(images, tmp_path / "fewer")
     code, _, error = evaluate(name, f"data.root={tmp_path}/fewer", "--output", tmp_path / "no")
-    assert code == 2 and f"{name} is pretrained for 6 classes, the data have 1" in error
+    assert code == 2 and f"{name} is pretrained for 6 classes, the data have 2" in error
     assert not (tmp_path / "no").exists()
 
 
@@ -266,7 +271,7 @@ def test_a_checkpoint_does_not_say_which_code_runs(evaluate, run_folder, tmp_pat
         ("test_vit.pth", [], "test_vit.pth holds no configuration: say which model these weights are of, --model NAME"),
         ("test_vit.pth", ["--model", "test_vut"], "timm has no model 'test_vut', did you mean 'test_vit'?"),
         ("test_vit.pth", ["--model", "resnet18"], "test_vit.pth is of another model"),
-        ("test_vit.pth", ["--model", "test_vit", "data.root=FEWER"], "test_vit.pth is for 6 classes, the data have 1"),
+        ("test_vit.pth", ["--model", "test_vit", "data.root=FEWER"], "test_vit.pth is for 6 classes, the data have 2"),
         ("test_vit.pth", ["--model", "test_vit", "data.eval_split=holdout"], "no folder for the split holdout"),
         ("test_vit.pth", ["--model", "test_vit", "data.dataset=foo"], "data.dataset = foo: allowed is folder, digits"),
         ("test_vit.pth", ["--model", "test_vit", "--variant", "w2"], "--variant w2: allowed is real, v2, a, r, sketch"),
@@ -286,7 +291,7 @@ def test_a_checkpoint_does_not_say_which_code_runs(evaluate, run_folder, tmp_pat
 )
 def test_bad_input_ends_in_one_line(evaluate, images, run_folder, tmp_path, monkeypatch, what, options, message):
     saved_weights("test_vit", tmp_path)
-    shutil.copytree(images / "val" / "ant", tmp_path / "fewer" / "val" / "ant")
+    make_fewer(images, tmp_path / "fewer")
     monkeypatch.chdir(tmp_path)
     options = [option.replace("FEWER", str(tmp_path / "fewer")) for option in options]
     data = [] if what == "RUN" or any("data.root" in option for option in options) else [f"data.root={images}"]

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import RunError
+from engine.json_text import to_json
 from engine.memory import peak_resident
 from models.build import create_model
 from tools.benchmarking.costs import Setting
@@ -45,7 +46,7 @@ def measure_memory(setting: Setting, device: torch.device) -> list[Figure]:
 
 
 def _in_a_process(name: str, setting: Setting, device: torch.device) -> int:
-    command = [sys.executable, "-m", "tools.benchmarking.memory", name, json.dumps(asdict(setting)), str(device)]
+    command = [sys.executable, "-m", "tools.benchmarking.memory", name, to_json(asdict(setting)), str(device)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **EXACT}, cwd=root)
     if done.returncode:

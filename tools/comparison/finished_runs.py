@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config import Config
 from engine.config_file import load_config
 from engine.errors import InputError
+from engine.json_text import with_nan
 from engine.run_folder import RunFolder
 from engine.writers import Record, read_lines
 
@@ -82,4 +83,4 @@ def _read_summary(folder: RunFolder) -> Record:
         raise InputError(f"{folder.summary}: cannot be read: {error}") from error
     if not isinstance(summary, dict) or "iterations" not in summary:
         raise InputError(f"{folder.summary}: is no summary of a run")
-    return summary
+    return with_nan(summary)

@@ -45,7 +45,8 @@ def caption(has_flops: bool = False) -> str:
     """What the columns of the summary are."""
     flops = " FLOPs are those of all forwards of a run, in parts of the baseline's." if has_flops else ""
     return (
-        "Mean ± standard error over seeds, of the last evaluation and the last logged training loss of the main model. "
+        "Mean ± standard error over seeds, of the last evaluation and the last logged training loss of the main model: "
+        "of the runs' last checkpoints, not of their best ones. "
         f"Differences are paired by seed, in points, with their interval of {percent(CONFIDENCE)} (Student's t). "
         f"Seconds depend on the machine and on what runs beside.{flops}"
     )
