@@ -22,6 +22,8 @@ def main_loss(criterion: Criterion, logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: if the criterion cannot take these targets, or returns no scalar.
     """
+    if targets.ndim == 1 and not targets.is_floating_point():
+        targets = targets.long()  # torch takes class numbers of no other type
     if isinstance(criterion, SoftTargetCrossEntropy) and targets.ndim == 1:
         raise ValueError(_refusal(criterion, logits, targets, "it would broadcast them"))
     try:
@@ -37,8 +39,12 @@ def main_loss(criterion: Criterion, logits: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
+def name_of(criterion: Criterion) -> str:
+    """The criterion in a message."""
+    return getattr(criterion, "__name__", type(criterion).__name__)
+
+
 def _refusal(criterion: Criterion, logits: Tensor, targets: Tensor, reason: str) -> str:
-    name = getattr(criterion, "__name__", type(criterion).__name__)
     if "out of bounds" in reason:
         remedy = f"labels must be in [0, {logits.shape[-1]}), the model's classes"
     elif targets.ndim == 1:
@@ -46,6 +52,6 @@ def _refusal(criterion: Criterion, logits: Tensor, targets: Tensor, reason: str)
     else:
         remedy = "soft targets (B, K), as mixup makes them, need timm.loss.SoftTargetCrossEntropy or BinaryCrossEntropy"
     return (
-        f"{name} cannot take targets {tuple(targets.shape)}, {targets.dtype}, "
+        f"{name_of(criterion)} cannot take targets {tuple(targets.shape)}, {targets.dtype}, "
         f"with logits {tuple(logits.shape)}: {reason.rstrip('.')}; {remedy}"
     )

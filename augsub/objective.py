@@ -15,7 +15,7 @@ from augsub.augmentation import SubModelAugmentation
 from augsub.main_loss import Criterion, main_loss
 from augsub.patching import find_patched, prepare_sites
 from augsub.registry import AugmentationSpec, build
-from augsub.soft_target import soft_target, sub_criterion
+from augsub.teaching import TargetForm, check_first_batch, teaching_for
 
 
 class SubModel:
@@ -73,20 +73,30 @@ class SubModelObjective:
     prediction, detached. Without sub-models it is plain training: the main weight is 1.
 
     Args:
-        criterion: loss of (logits, targets), a scalar. A binary cross-entropy gives sub-models
-            sigmoid targets, any other loss softmax targets.
+        criterion: loss of (logits, targets), a scalar.
         sub_models: the sub-models, in the order of their forwards.
         main_weight: weight of the main loss, at least 0.
+        targets: what sub-models learn from: `softmax`, probabilities of which one class is right, or `sigmoid`,
+            of each class by itself. It follows from a cross-entropy or binary cross-entropy of torch or timm; any
+            other criterion needs it.
 
     Raises:
         TypeError: if `sub_models` is not a sequence of `SubModel`.
-        ValueError: for a weight out of range.
+        ValueError: for a weight out of range, or a criterion beside sub-models of which the form of the targets or
+            the scale is not known.
     """
 
-    def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel] = (), main_weight: float = 0.5) -> None:
+    def __init__(
+        self,
+        criterion: Criterion,
+        sub_models: Sequence[SubModel] = (),
+        main_weight: float = 0.5,
+        targets: TargetForm | None = None,
+    ) -> None:
         self.criterion = criterion
-        self.sub_criterion = sub_criterion(criterion)
         self.sub_models = _checked_sub_models(sub_models)
+        self._teaching = teaching_for(criterion, targets) if self.sub_models else None
+        self._has_seen_a_batch = False
         self.main_weight = _checked_weight("main_weight", main_weight) if self.sub_models else 1.0
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -112,7 +122,8 @@ class SubModelObjective:
 
         Raises:
             ValueError: if no model is patched, or the criterion does not take the targets or returns
-                no scalar.
+                no scalar; with the first batch also if (B, K) targets are no distributions under softmax, or
+                an unknown criterion is no mean. That costs a look at values, for which a GPU waits once.
         """
         branches = self.branches(model, images, targets)
         finished: list[Branch] = []
@@ -166,13 +177,23 @@ class SubModelObjective:
         if self.sub_models and isinstance(model, nn.Module):
             find_patched(model)
         logits = _logits_of(model(images))
-        yield Branch(logits, main_loss(self.criterion, logits, targets), self.main_weight)
+        loss = main_loss(self.criterion, logits, targets)
+        self._look_at_first_batch(logits, targets, loss)
+        yield Branch(logits, loss, self.main_weight)
 
-        teaching = soft_target(logits.detach(), self.criterion)
-        del logits
+        if self._teaching is None:
+            return
+        target = self._teaching.target(logits)
+        del logits, loss
         for sub_model in self.sub_models:
             sub_logits = _logits_of(model(images, augsub=sub_model.augmentation))
-            yield Branch(sub_logits, self.sub_criterion(sub_logits.float(), teaching), sub_model.weight)
+            yield Branch(sub_logits, self._teaching.loss(sub_logits, target), sub_model.weight)
+
+    def _look_at_first_batch(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+        if self._teaching is None or self._has_seen_a_batch or torch.compiler.is_compiling():
+            return
+        check_first_batch(self._teaching, self.criterion, logits, targets, loss)
+        self._has_seen_a_batch = True
 
     def _is_last(self) -> list[bool]:
         """For each branch, whether it is the last one."""

@@ -145,8 +145,8 @@ class Pooled(nn.Module):
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor, names: list[str]) -> list[float]:
     """The gradient's norm in the main model, then in the sub-model under each augmentation at ratio 0.5.
 
-    A class token is left out: timm starts it at 1e-6, and without a position the first norm that it meets, if stochastic
-    depth drops the branch before, has 1e3 for its gradient. The main model's own stochastic depth does the same.
+    A class token is left out: timm starts it at 1e-6, and without a position the first norm that it meets, where the
+    branch before was dropped, multiplies its gradient by 1e3. The main model's own stochastic depth does the same.
     """
     norms = []
     learning = [parameter for name, parameter in model.named_parameters() if not name.endswith("cls_token")]
