@@ -16,7 +16,7 @@ TRAINERS = {
     "transformers": ["transformers>=5.0", "accelerate>=1.0"],
 }
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
-DEVELOP = ["mkdocs-material", "mkdocstrings[python]", "mypy", "pytest", "ruff", "setuptools>=77"]
+DEVELOP = ["mkdocs-material", "mkdocstrings[python]", "mypy", "peft", "pytest", "ruff", "setuptools>=77"]
 
 setup(
     name="augsub",

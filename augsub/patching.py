@@ -7,10 +7,12 @@ so copies, pickles, state dicts, compilation and sharding see an ordinary module
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypeIs
@@ -24,6 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 MASK_TOKEN_STD = 0.02  # as timm initialises every other token
 WRAPPERS = {
     "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "LightningModule",
+    "PeftModel", "BaseTuner",
 }  # fmt: skip
 NO_REPLICAS = "DataParallel computes in copies of the model, which have no sub-model: use DistributedDataParallel"
 
@@ -48,7 +51,7 @@ class PatchedModel(_Base):
         """Main model, or the sub-model under the augmentation `augsub`.
 
         Args:
-            *args: images (B, C, H, W) first, passed on to the model's own forward.
+            *args: images (B, C, H, W) first, passed on to the model's own forward; images may have its name for them.
             augsub: whatever `augsub.build` takes; None is the main model.
             augsub_ratio: the augmentation's ratio if `augsub` is a name.
             **kwargs: passed on too.
@@ -61,6 +64,8 @@ class PatchedModel(_Base):
             ValueError: if the augmentation, or the images for it, do not fit this model, or this is a
                 copy of it in DataParallel.
         """
+        if isinstance(augsub, torch.fx.Proxy):
+            raise TypeError("torch.fx traces plain models: give it augsub.unpatch(copy.deepcopy(model))")
         if augsub is None:
             if augsub_ratio is not None:
                 raise ValueError(f"augsub_ratio = {augsub_ratio} was given without augsub")
@@ -68,6 +73,9 @@ class PatchedModel(_Base):
         if getattr(self, "_is_replica", False):  # so DataParallel marks its copies
             raise ValueError(NO_REPLICAS)
         augmentation = build(augsub) if augsub_ratio is None else build(augsub, ratio=augsub_ratio)
+        if not args:
+            name = _name_of_images(_original_class(self))  # type: ignore[arg-type]  # a class is hashable
+            args = (kwargs.pop(name, None),)
         logits = self._augsub.run(augmentation, super().forward, *args, **kwargs)
         return self._with_mask_token(logits) if isinstance(logits, Tensor) else logits
 
@@ -94,7 +102,9 @@ def patch(model: Model) -> Model:
     """Let `model` take `augsub=` and `augsub_ratio=` in its forward, in place.
 
     The main model stays bit-identical and no random number is drawn from the global generator.
-    Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D).
+    Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D). Threads may share the model: a
+    sub-forward waits for the main forwards under way, and they for it. With drop_path or dropout in a sub-model, no
+    thread should call the model while another one is in its backward.
 
     Raises:
         TypeError: if `model` is no module.
@@ -196,8 +206,15 @@ def _refuse_wrapper(model: nn.Module) -> None:
     classes = {base.__name__ for base in type(model).__mro__}
     if classes & WRAPPERS or hasattr(model, "_orig_mod"):
         raise ValueError(f"{type(model).__name__} is a wrapper: patch the model itself, before wrapping it")
-    if getattr(model, "base_model", model) is not model:  # of Hugging Face Transformers
+    if getattr(model, "base_model", model) is not model and hasattr(type(model), "base_model_prefix"):  # Transformers
         raise ValueError(f"{type(model).__name__} has a head around its model: patch its base_model instead")
+
+
+@functools.cache
+def _name_of_images(original: type[nn.Module]) -> str:
+    """What a model's own forward calls its first argument."""
+    _, images, *_ = inspect.signature(original.forward).parameters
+    return images
 
 
 @functools.cache

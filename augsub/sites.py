@@ -49,6 +49,9 @@ class ImageSite:
     stride: int
     resizable: bool
 
+    def places(self) -> Sequence[nn.Module]:
+        return ()
+
     def serves(self, augmentation: AugmentationOrClass) -> bool:
         return self.resizable or not augmentation.resizes_images
 
@@ -64,6 +67,10 @@ class HookedSite:
 
     module: nn.Module
     end: nn.Module | None = None
+
+    def places(self) -> Sequence[nn.Module]:
+        """The modules of the model on which the site relies."""
+        return [module for module in (self.module, self.end) if module is not None]
 
     def serves(self, augmentation: AugmentationOrClass) -> bool:
         return True
@@ -151,6 +158,9 @@ class ModuleSite:
     """Modules whose attributes an augmentation sets during the sub-forward."""
 
     modules: list[nn.Module]
+
+    def places(self) -> Sequence[nn.Module]:
+        return self.modules
 
     def serves(self, augmentation: AugmentationOrClass) -> bool:
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
 from augsub.registry import AUGSUB_REGISTRY
 from augsub.sites import Assignment, AugmentationOrClass, HookedSite, ImageSite
+from augsub.turns import Turns
 
 
 class SubForward:
@@ -24,8 +26,12 @@ class SubForward:
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model = model
         self.model_name = type(model).__name__
         self.sites = family.sites(model)
+        names = {module: name for name, module in model.named_modules()}
+        self._places = {site: [(names[place], place) for place in self.sites[site].places()] for site in self.sites}
+        self._turns = Turns()
         self.patch_embed: Any = getattr(model, "patch_embed", None)
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
@@ -40,13 +46,26 @@ class SubForward:
         ]
 
     def main(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward."""
+        """The model's own forward; threads may run it side by side."""
+        with self._turn(alone=False):
+            return self._main(forward, *args, **kwargs)
+
+    def run(self, augmentation: SubModelAugmentation, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward under `augmentation`; no other thread runs the model at that time."""
+        with self._turn(alone=True):
+            return self._run(augmentation, forward, *args, **kwargs)
+
+    def _turn(self, alone: bool) -> AbstractContextManager[None]:
+        # What was compiled keeps nothing on the model while it runs
+        return nullcontext() if torch.compiler.is_compiling() else self._turns.take(alone)
+
+    def _main(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._release()
         logits = forward(*args, **kwargs)
         self._replay_in_backward(logits, [])
         return logits
 
-    def run(
+    def _run(
         self,
         augmentation: SubModelAugmentation,
         forward: Callable[..., Any],
@@ -54,7 +73,6 @@ class SubForward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The model's own forward under `augmentation`."""
         self._check_images(images)
         self._release()
         plan = self.plan(augmentation)
@@ -89,13 +107,14 @@ class SubForward:
         """Which members act at which site: each at the first of its sites that the model has.
 
         Raises:
-            ValueError: if a member has no site in this model.
+            ValueError: if a member has no site in this model, or a module of its site was replaced.
         """
         plan: dict[str, list[SubModelAugmentation]] = {}
         for member in augmentation.members:
             site = self.site_of(member)
             if site is None:
                 raise ValueError(self._no_site(member))
+            self._check_places(site)
             plan.setdefault(site, []).append(member)
         return plan
 
@@ -108,8 +127,22 @@ class SubForward:
 
     def support(self) -> dict[str, str]:
         """Registered augmentations that have a site in this model, with the site's name."""
+        for site in self.sites:
+            self._check_places(site)
         found = {name: self.site_of(augmentation) for name, augmentation in sorted(AUGSUB_REGISTRY)}
         return {name: site for name, site in found.items() if site is not None}
+
+    def _check_places(self, site: str) -> None:
+        """Raise ValueError if a module of the site is no longer where it was when the model was patched."""
+        for name, place in self._places[site]:
+            found: Any = self.model
+            for attribute in name.split("."):
+                found = getattr(found, attribute, None)
+            if found is not place:
+                raise ValueError(
+                    f"{self.model_name}.{name} was replaced after augsub.patch, which knows the module that was there: "
+                    "augsub.unpatch the model and patch it again"
+                )
 
     def _no_site(self, member: SubModelAugmentation) -> str:
         fixed = member.resizes_images and "image" in member.sites

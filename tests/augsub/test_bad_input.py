@@ -44,8 +44,12 @@ def test_a_model_with_inputs_by_name_keeps_its_own_call():
     sub = model(images, augsub="masking", augsub_ratio=0.5)["logits"]
     assert not torch.equal(main, sub)
     sub.sum().backward()
+    torch.manual_seed(1)
+    by_name = model(pixel_values=images, augsub="masking", augsub_ratio=0.5)["logits"]
+    torch.manual_seed(1)
+    assert torch.equal(by_name, model(images, augsub="masking", augsub_ratio=0.5)["logits"])
     with pytest.raises(TypeError, match="takes images as its first argument, not NoneType"):
-        model(pixel_values=images, augsub="masking")
+        model(pixels=images, augsub="masking")
     objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel("masking")])
     with pytest.raises(TypeError, match=r"needs logits .* not a dict"):
         objective(model, images, torch.zeros(2, dtype=torch.long))
