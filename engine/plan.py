@@ -27,6 +27,8 @@ def log_plan(config: Config, trainer: Trainer) -> None:
         config.train.global_batch,
         trainer.data.iterations_per_epoch,
     )
+    for split, files in trainer.data.source.left_out.items():
+        LOGGER.info("left out, no images: %s (%s)", files, split)
     warn_of_small_batches(config, trainer)
 
 

@@ -79,6 +79,7 @@ def _data_rows(config: Config, source: DataSource) -> Rows:
         ("training images", f"{len(source.train):,} of {source.in_chans} x {side} x {side}"),
         ("held-out images", f"{len(source.held_out):,}"),
         ("classes", f"{source.num_classes}"),
+        *((f"left out of {split}", files) for split, files in source.left_out.items()),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,11 @@ class ImageFiles(Dataset):
         if hasattr(self._reader, "samples"):
             return (f"{path.removeprefix(self._reader.root)}\0{label}" for path, label in self._reader.samples)
         return map(str, self._reader.dataset[self._reader.label_key])
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files beside the images were left out, by suffix."""
+        return getattr(self._reader, "left_out", {})
 
     def _name(self, index: int) -> str:
         return self._reader.filename(index, absolute=True) or f"{self._split} image {index}"

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,13 +32,13 @@ from pathlib import Path
 
 import torch
 from timm.data import ImageDataset, ImageNetInfo
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 
 from engine.config import Config
 from engine.data.files import naming_bad_files
+from engine.data.folder import ImageFolder, ImageList, class_folders, is_image
 from engine.data.held_out import IGNORED
-from engine.data.images import class_folders, root_of, split_folder
+from engine.data.images import root_of, split_folder
 from engine.data.source import DataSource
 from engine.data.transforms import build_eval_transform
 from engine.errors import InputError
@@ -107,11 +108,14 @@ def open_variant(variant: str, config: Config) -> Benchmark:
 def _open_real(root: Path, config: Config) -> Benchmark:
     """Labels are the images' numbers, counted from 0; images without any right label are not counted."""
     right = json.loads(_text("imagenet_real_labels.json"))
-    reader = ReaderImageFolder(str(root))
-    reader.samples = [(path, _validation_number(path, len(right))) for path, _ in reader.samples]
-    if len(reader.samples) < len(right):
-        LOGGER.warning("%s: only %d of the %d images of --variant real", root, len(reader.samples), len(right))
-    reader.samples = [(path, number if right[number] else IGNORED) for path, number in reader.samples]
+    paths = sorted(os.path.join(place, name) for place, _, names in os.walk(root) for name in filter(is_image, names))
+    numbers = [_validation_number(path, len(right)) for path in paths]
+    if not paths:
+        raise InputError(f"data.root = {root}: holds no image")
+    if len(paths) < len(right):
+        LOGGER.warning("%s: only %d of the %d images of --variant real", root, len(paths), len(right))
+    labels = [number if right[number] else IGNORED for number in numbers]
+    reader = ImageList(root, list(zip(paths, labels, strict=True)))
     widest = max(map(len, right))
     accepted = torch.tensor([labels + [IGNORED] * (widest - len(labels)) for labels in right])
     return Benchmark({"": _source_of(reader, config, _descriptions(range(NUM_CLASSES)))}, accepted=accepted)
@@ -175,10 +179,10 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _source(folder: Path, classes: Classes, config: Config, names: Sequence[str]) -> DataSource:
-    return _source_of(ReaderImageFolder(str(folder), class_map=classes), config, names)
+    return _source_of(ImageFolder(folder, classes), config, names)
 
 
-def _source_of(reader: ReaderImageFolder, config: Config, names: Sequence[str]) -> DataSource:
+def _source_of(reader: ImageList, config: Config, names: Sequence[str]) -> DataSource:
     transform = build_eval_transform(config.transform, config.data.image_size)
     dataset = ImageDataset(reader.root, reader=reader, transform=transform)
     return DataSource(None, naming_bad_files(dataset, "held-out"), NUM_CLASSES, in_chans=3, class_names=names)

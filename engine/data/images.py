@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageDataset, create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from engine.config import DataConfig, TransformConfig
 from engine.data.decoding import to_rgb
 from engine.data.files import naming_bad_files
+from engine.data.folder import ImageFolder
 from engine.data.source import DataSource
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
@@ -77,14 +75,8 @@ def _open(data: DataConfig, split: str, transform: Any) -> Dataset:
 
 
 def _open_folder(data: DataConfig, split: str) -> ImageDataset:
-    """timm names a class after the folder around an image, wherever that is: only class folders may hold images."""
     folder = split_folder(root_of(data), split)
-    class_folders(folder)
-    reader = ReaderImageFolder(str(folder))
-    for path, _ in reader.samples:
-        if os.path.dirname(os.path.dirname(path)) != str(folder):
-            raise InputError(f"{path}: an image must lie directly in a class folder of {folder}")
-    return ImageDataset(str(folder), reader=reader)
+    return ImageDataset(str(folder), reader=ImageFolder(folder))
 
 
 def _open_named(data: DataConfig, split: str) -> Dataset:
@@ -136,15 +128,3 @@ def split_folder(root: Path, split: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise InputError(f"data.root = {root}: no folder for the split {split} (any of {', '.join({split, *synonyms})})")
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders; each must hold an image itself."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise InputError(f"{folder}: has no class folders")
-    extensions = tuple(get_img_extensions())
-    for name in classes:
-        if not any(file.lower().endswith(extensions) for file in os.listdir(folder / name)):
-            raise InputError(f"{folder / name}: the class folder holds no image itself ({', '.join(extensions)})")
-    return classes

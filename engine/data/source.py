@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,13 +36,28 @@ class DataSource:
         """(C, H, W) of square images."""
         return self.in_chans, image_size, image_size
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Files in the folders of each split that are no images: `training` to "12 .txt, 3 hidden"."""
+        counts = {name: getattr(dataset, "left_out", {}) for name, dataset in self._splits.items()}
+        return {
+            name: ", ".join(f"{count} {suffix}" for suffix, count in Counter(found).most_common())
+            for name, found in counts.items()
+            if found
+        }
+
+    @property
+    def _splits(self) -> dict[str, Dataset]:
+        splits = {"training": self.train, "held-out": self.held_out}
+        return {name: dataset for name, dataset in splits.items() if dataset is not None}
+
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint tells of the data of its run."""
         return {
             "data": {"num_classes": self.num_classes, "in_chans": self.in_chans},
             "class_names": list(self.class_names),
-            "fingerprints": {"training": fingerprint(self.train), "held-out": fingerprint(self.held_out)},
+            "fingerprints": {name: fingerprint(dataset) for name, dataset in self._splits.items()},
         }
 
 
