@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -35,6 +35,7 @@ from engine.data import IMAGENET, DataSource
 from engine.data.bad_files import UnreadableImage
 from engine.data.decoding import DecodingError, decode, reason_of
 from engine.data.delivery import Delivery, Normalise, build_delivery
+from engine.data.folder import is_image, natural_order
 from engine.data.transforms import build_eval_transform, normalisation
 from engine.defaults import build_sub_models
 from engine.errors import InputError, input_errors
@@ -48,7 +49,7 @@ FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")
 AUGMENTATIONS = ("masking", "random_crop", "random_crop+masking", "drop_path", "dropout")
 BUNDLED = "flower.jpg"  # with scikit-learn
 SAMPLES = 6  # draws for each image
-SHOWN_HELD_OUT = 3  # images of a configuration's data
+SHOWN = 3  # images of a configuration's data, or of --images
 NamedImage = tuple[str, Tensor]  # normalised, (C, H, W)
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=.*", re.DOTALL)
 
@@ -98,7 +99,7 @@ def configured(arguments: argparse.Namespace) -> tuple[Drawn, list[augsub.SubMod
     return Drawn(config.model.name, model, images, config.transform.mean, config.transform.std), sub_models
 
 
-def named(name: str, paths: Sequence[Path] | None) -> Drawn:
+def named(name: str, files: Sequence[Path]) -> Drawn:
     """A timm model as timm builds it, with images as timm evaluates it."""
     with input_errors("--model"):
         settings = image_settings(name)
@@ -106,13 +107,12 @@ def named(name: str, paths: Sequence[Path] | None) -> Drawn:
     if settings.image_size is None:
         raise InputError(f"--model {name}: timm lists no image size for it; give a configuration that does, --config")
     transform = TransformConfig(**settings.transform)
-    return Drawn(name, model, photographs(paths, transform, settings.image_size), transform.mean, transform.std)
+    return Drawn(name, model, photographs(files, transform, settings.image_size), transform.mean, transform.std)
 
 
 def held_out_images(source: DataSource, deliver: Delivery) -> list[NamedImage]:
     """A few held-out images, from the first to the last."""
-    last = len(source.held_out) - 1
-    indices = np.linspace(0, last, min(SHOWN_HELD_OUT, last + 1)).astype(int).tolist()
+    indices = evenly(range(len(source.held_out)), SHOWN)
     try:
         images, _ = deliver(*default_collate([source.held_out[index] for index in indices]))
     except UnreadableImage as error:
@@ -121,19 +121,33 @@ def held_out_images(source: DataSource, deliver: Delivery) -> list[NamedImage]:
     return [(f"held-out image {index}", image) for index, image in zip(indices, images, strict=True)]
 
 
-def photographs(paths: Sequence[Path] | None, transform: TransformConfig, image_size: int) -> list[NamedImage]:
+def photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
     to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
-    if not paths:
+    if not files:
         return [(BUNDLED, normalise(to_bytes(Image.fromarray(load_sample_image(BUNDLED)))))]
-    return [(file.name, normalise(to_bytes(read(file)))) for path in paths for file in image_files(path)]
+    return [(file.name, normalise(to_bytes(read(file)))) for file in files]
+
+
+def chosen(paths: Sequence[Path]) -> list[Path]:
+    """A few of all image files, and of those directly in folders."""
+    files = [file for path in paths for file in image_files(path)]
+    if len(files) > SHOWN:
+        print(f"--images: {SHOWN} of {len(files):,} images are drawn, evenly chosen")
+    return evenly(files, SHOWN)
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, from the first to the last."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places]
 
 
 def image_files(path: Path) -> list[Path]:
     """The file itself, or the images directly in a folder."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in get_img_extensions())
+    files = sorted((file for file in path.iterdir() if is_image(file.name)), key=lambda file: natural_order(file.name))
     if not files:
         raise InputError(f"--images {path}: the folder holds no image")
     return files
@@ -184,6 +198,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--output {arguments.output}: the name must end in .png")
     if not arguments.output.parent.is_dir():
         raise InputError(f"--output {arguments.output}: no such folder")
+    arguments.images = chosen(arguments.images or [])
     if arguments.config:
         subject, sub_models = configured(arguments)
         subjects = [subject]

@@ -19,6 +19,9 @@ class DecodingError(Exception):
 def decode(file: BinaryIO) -> Image.Image:
     """The image in an open file, or its first frame, as RGB.
 
+    Pixels are as they are stored: an EXIF orientation is not applied, as timm and torchvision do not. Weights are
+    pretrained and published numbers measured without it, and whoever predicts with timm later sees the same.
+
     Raises:
         DecodingError: not an image, a part of one, or one that is too large to be one.
     """

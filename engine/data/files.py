@@ -42,7 +42,10 @@ class ImageFiles(Dataset):
                 image = decode(file)
         except (OSError, tarfile.TarError, DecodingError) as error:
             raise UnreadableImage(self._name(index), reason_of(error)) from error
-        return self._transform(image), label  # outside: an error of a transform is none of the file
+        try:
+            return self._transform(image), label
+        except ValueError as error:  # timm's border mode leaves no pixel of a side that is 300 times shorter
+            raise UnreadableImage(self._name(index), f"{image.width} x {image.height} pixels: {error}") from error
 
     def listing(self) -> Iterator[str]:
         """A line for each image: of files path and label, else the label."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import Config, TrainConfig, TransformConfig
@@ -17,7 +18,7 @@ from engine.data.digits import build_digits
 from engine.data.held_out import IGNORED
 from engine.data.loaders import build_held_out, build_loaders, build_source
 from engine.data.stream import SeededDataset, TrainingOrder
-from engine.data.transforms import build_train_transform
+from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
 
 
@@ -201,3 +202,29 @@ def test_posterizing_to_no_bits_is_black_and_no_error():
     assert not np.asarray(posterize(Image.fromarray(pixels))).any()
     posterize.magnitude = 5  # two bits stay
     assert (np.asarray(posterize(Image.fromarray(pixels))) == pixels & 0b11000000).all()
+
+
+@pytest.mark.parametrize("eval_crop", [0.875, 1.0])
+@pytest.mark.parametrize(
+    "size", [(500, 375), (799, 100), (801, 100), (1101, 100), (100, 1250), (1000, 77), (777, 33), (20, 1999), (6001, 7)]
+)
+def test_long_images_are_evaluated_as_timm_does(size, eval_crop):
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1] // 5 + 1, size[0] // 5 + 1, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize(size, Image.BICUBIC)
+    config = TransformConfig(eval_crop=eval_crop)
+    timms = create_transform(64, interpolation="bicubic", crop_pct=eval_crop, crop_mode="center", normalize=False)
+    difference = build_eval_transform(config, 64)(image).int() - timms(image).int()
+    assert difference.abs().max() <= 3
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+def test_a_strip_of_a_pixel_is_never_enlarged_as_a_whole(size, monkeypatch):
+    largest, resize = [], Image.Image.resize
+
+    def noting(image, size, *args, **kwargs):
+        largest.append(size)
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", noting)
+    assert build_eval_transform(TransformConfig(), 224)(Image.new("RGB", size)).shape == (3, 224, 224)
+    assert largest and max(width * height for width, height in largest) < 256 * 256 * 13

@@ -134,3 +134,16 @@ def test_what_is_no_whole_image_is_told_in_one_line(kind):
     with pytest.raises(DecodingError, match=reason) as error:
         decoded(content)
     assert "\n" not in str(error.value) and "BytesIO" not in str(error.value)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_exif_orientation_is_not_applied_as_in_timm(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "0.jpg"
+    Image.new("RGB", (24, 8), (200, 10, 10)).save(path, exif=exif)
+    assert Image.open(path).getexif()[0x0112] == orientation
+    with open(path, "rb") as file:
+        image = decode(file)
+    assert image.size == (24, 8)
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))

@@ -15,6 +15,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from engine.config import DataConfig, TransformConfig
+from engine.data.bad_files import UnreadableImage
 from engine.data.files import ImageFiles
 from engine.data.folder import ImageFolder, image_suffixes, natural_order
 from engine.data.images import build_images
@@ -132,3 +133,15 @@ def test_a_file_whose_name_is_no_utf8_is_an_image(tmp_path):
     images = ImageDataset(str(tmp_path), reader=ImageFolder(tmp_path), transform=lambda image: image.size)
     dataset = ImageFiles(images, "training")
     assert [dataset[index][0] for index in range(len(dataset))] == [(16, 16)] * 2
+
+
+def test_an_image_that_a_transform_leaves_nothing_of_is_a_bad_file(tmp_path):
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            make_class(tmp_path / split / name, "0.png")
+    Image.new("RGB", (6000, 1)).save(tmp_path / "val" / "bee" / "0.png")
+    source = build_images(DataConfig(root=str(tmp_path), image_size=32), TransformConfig(eval_crop_mode="border"))
+    with pytest.raises(UnreadableImage) as error:
+        source.held_out[1]
+    name, reason = error.value.bad_file
+    assert name.endswith("val/bee/0.png") and reason.startswith("6000 x 1 pixels: ")

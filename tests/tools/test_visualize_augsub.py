@@ -71,11 +71,12 @@ def test_the_picture_of_the_readme_is_the_one_of_its_command(tmp_path):
 
 def test_ratios_of_one_model_on_images_of_a_folder(visualize, image_folder):
     folder, file = image_folder / "val" / "cat", image_folder / "val" / "dog" / "0.jpg"
+    (folder / "2.jpg").unlink()
     arguments = ("--model", "test_resnet", "--augsub", "masking", "--ratio", 0, 0.75, "--images", folder, file)
     code, error, picture = visualize(*arguments)
     assert (code, error) == (0, "")
-    assert_panels(picture, rows=4, columns=3)
-    for row in range(4):
+    assert_panels(picture, rows=3, columns=3)
+    for row in range(3):
         main, whole, masked = (panel(picture, row, column) for column in range(3))
         assert np.abs(main - whole).mean() < 1  # columns are not aligned to whole pixels
         assert (np.abs(masked - 127.5).max(axis=-1) < 8).mean() > 0.7  # zero is grey for this model
@@ -143,3 +144,13 @@ def test_bad_input_ends_in_one_line(arguments, message, visualize):
     code, error, picture = visualize(*arguments)
     assert code == 2 and not picture.exists()
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_of_many_photographs_a_few_are_drawn_evenly_chosen(tmp_path, capsys):
+    for number in range(41):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.webp")
+    (tmp_path / "notes.txt").write_text("")
+    assert [file.name for file in visualize_augsub.chosen([tmp_path])] == ["0.webp", "20.webp", "40.webp"]
+    assert capsys.readouterr().out == "--images: 3 of 41 images are drawn, evenly chosen\n"
+    assert visualize_augsub.chosen([tmp_path / "7.webp"]) == [tmp_path / "7.webp"]
+    assert capsys.readouterr().out == ""
