@@ -24,7 +24,7 @@ class ModelConfig:
     checkpoint: Optional[str] = None  # file to start from instead: ours, timm's, MAE's, CLIP's, DeiT's or Swin's
     pos_embed_antialias: bool = True  # when a position table of model.checkpoint is resized to another image size
     restart: List[str] = field(default_factory=list)  # modules that start anew although weights were loaded
-    frozen: List[str] = field(default_factory=list)  # parameters, or modules whose parameters, do not learn
+    frozen: List[str] = field(default_factory=list)  # modules and parameters that stay as they are
     drop_path_rate: Optional[float] = None  # stochastic depth of the main model; null: timm's default
     drop_path_shape: str = "linear"  # linear: from 0 in the first block to the rate in the last | uniform
     drop_rate: Optional[float] = None  # dropout before the head; null: timm's default

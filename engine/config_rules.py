@@ -160,6 +160,8 @@ def check(config: Config) -> None:
     for key, number in _numbers(asdict(config)):
         if LARGEST < abs(number) < math.inf or (isinstance(number, int) and abs(number) > LARGEST_WHOLE):
             raise InputError(f"{key} = {shortened(number)}: too large, allowed is {LARGEST:g}, of whole numbers 2**63")
+    for key in _unspaced(asdict(config)):
+        raise InputError(f"{key} = null: a space is missing after the colon, {key.replace(':', ': ')}")
     for key, (allowed, meaning) in RULES.items():
         value = reduce(getattr, key.split("."), config)
         if value is not None and not _holds(allowed, value):
@@ -182,14 +184,23 @@ def _holds(allowed: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
-def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
-    """All numbers, with the keys that lead to them."""
+def _values(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values that are no mappings or lists, with the keys that lead to them."""
     if isinstance(content, dict | list):
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
         for step, value in pairs:
-            yield from _numbers(value, f"{key}.{step}" if key else str(step))
-    elif isinstance(content, int | float):
+            yield from _values(value, f"{key}.{step}" if key else str(step))
+    else:
         yield key, content
+
+
+def _numbers(content: Any) -> Iterator[tuple[str, int | float]]:
+    return ((key, value) for key, value in _values(content) if isinstance(value, int | float))
+
+
+def _unspaced(content: Any) -> Iterator[str]:
+    """Keys like `depth:4`, which YAML takes for a key without a value."""
+    return (key for key, value in _values(content) if value is None and ":" in key)
 
 
 def _contradictions(config: Config) -> Iterator[str]:

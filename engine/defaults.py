@@ -25,6 +25,7 @@ from engine.distributed import Process
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
 from engine.evaluation.results import WEIGHTS
+from engine.hooks import FrozenStatistics
 from engine.log_file import LogFile
 from engine.mixing import build_mixup
 from engine.optim import build_optimizer
@@ -39,6 +40,7 @@ from engine.seeding import seed_all
 from engine.trainer import Trainer
 from models.blocks import innermost_blocks
 from models.build import check_image_shape
+from models.initialise import frozen_batchnorms
 from models.param_groups import param_groups
 from models.rendering import render, render_main
 from models.seen import see
@@ -128,9 +130,8 @@ def build_trainer(
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
-    augmentations = [sub_model.augmentation for sub_model in objective.sub_models]
-    with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(bare_model, source.image_shape(config.data.image_size), augmentations)
+    frozen = FrozenStatistics(frozen_batchnorms(bare_model, config.model.frozen))
+    check_images(config, source, bare_model, objective, frozen, data.micro_batch)
 
     bare_model.to(process.device)
     if config.train.channels_last and not is_sharded(config.distributed, process):  # FSDP2 shards contiguous tensors
@@ -150,14 +151,37 @@ def build_trainer(
         mix=mixup,
         seed=config.seed,
     )
+    trainer.register_hooks([frozen])  # before all others, some of which look at the model
     trainer.register_hooks(build_hooks(config, trainer, store, ema, partial(draw_sub_models, config, trainer)))
     return trainer
+
+
+def check_images(
+    config: Config,
+    source: DataSource,
+    model: nn.Module,
+    objective: augsub.SubModelObjective,
+    frozen: FrozenStatistics,
+    micro_batch: int,
+) -> None:
+    """Refuse images that main model or sub-models cannot take, or too few of them at once."""
+    shape = source.image_shape(config.data.image_size)
+    augmentations = [sub_model.augmentation for sub_model in objective.sub_models]
+    frozen.before_step()
+    with input_errors(f"data.image_size with model.name = {config.model.name}"):
+        check_image_shape(model, shape, augmentations)
+    if micro_batch == 1:  # BatchNorm needs two values in each channel
+        remedy = "one image at once: raise train.global_batch, or lower train.accumulation, or another data.image_size"
+        with input_errors(f"train.global_batch = {config.train.global_batch}, {remedy}"):
+            check_image_shape(model, shape, augmentations, batch=1)
 
 
 def build_model_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """The optimiser of all that learns in a model."""
     with input_errors("optimizer"):
         groups = param_groups(model, config.weight_decay, config.layer_decay, config.full_lr)
+    if not groups:
+        raise InputError("model.frozen: nothing is left to learn; leave the head out, or some of the last modules")
     return build_optimizer(config, groups)
 
 

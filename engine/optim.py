@@ -35,9 +35,15 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
     if config.name in FUSED and groups[0]["params"][0].is_cuda:
         arguments["fused"] = True  # one kernel instead of a dozen
     with input_errors("optimizer"):
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             groups, opt=config.name, lr=config.lr, weight_decay=0.0, **{**arguments, **config.kwargs}
         )
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(
+            f"optimizer.name = {config.name}: needs the gradient's own graph, which a backward of each branch does not "
+            "keep; use a first-order optimiser"
+        )
+    return optimizer
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from engine.config import Config
 from engine.trainer import Trainer
 
 LOGGER = logging.getLogger("engine")
+MOST_INITIAL = 0.1  # of an average that is of use
+SPAN_OF_AVERAGE = 10  # times that an average goes through in a run: e ** -10 of its start is left
 
 
 def log_plan(config: Config, trainer: Trainer) -> None:
@@ -29,16 +31,27 @@ def log_plan(config: Config, trainer: Trainer) -> None:
     )
     for split, files in trainer.data.source.left_out.items():
         LOGGER.info("left out, no images: %s (%s)", files, split)
-    warn_of_small_batches(config, trainer)
+    log_warnings(config, trainer)
 
 
-def warn_of_small_batches(config: Config, trainer: Trainer) -> None:
-    """Say that micro-batches are smaller than the recipe's."""
+def log_warnings(config: Config, trainer: Trainer) -> None:
+    """Say what may go wrong: micro-batches smaller than the recipe's, an average too slow for the run."""
     if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
         LOGGER.warning(
             "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",
             trainer.data.micro_batch,
             config.train.micro_batch,
+        )
+    steps = trainer.max_iterations
+    initial = config.ema.decay**steps  # share of the first weights in the last average
+    if config.ema.enabled and not config.ema.warmup and initial > MOST_INITIAL:
+        LOGGER.warning(
+            "WARNING: ema.decay = %g: after %d steps the average still consists of the initial weights to %.1f %%; "
+            "ema.warmup=true ramps the decay up, or set ema.decay=%.2g",
+            config.ema.decay,
+            steps,
+            100 * initial,
+            max(0.0, 1 - SPAN_OF_AVERAGE / steps),
         )
 
 

@@ -119,6 +119,9 @@ def create_configured_model(config: Config, source: DataSource, pretrained: bool
     for name in ("pretrained", "img_size", *arguments):
         if name in settings.kwargs:
             raise InputError(f"model.kwargs.{name}: comes from other keys of the configuration or from the data")
+    for name, value in settings.kwargs.items():
+        if value is None:  # timm would leave it out
+            raise InputError(f"model.kwargs.{name} = null: must have a value, or go")
     create = partial(create_model, settings.name, **arguments, **settings.kwargs)
     with input_errors("model"):
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
+import re
 import socket
 import urllib.request
 import warnings
@@ -141,7 +143,18 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module
         if isinstance(error, TypeError) and "img_size" in arguments and "img_size" in str(error):
             raise  # the model does not take it
         what = f"timm cannot build {name} with {arguments}{' and its pretrained weights' if pretrained else ''}"
-        raise ValueError(f"{what}: {_first_line(error)}") from error
+        raise ValueError(f"{what}: {_first_line(error)}{_nearest_argument(name, error)}") from error
+
+
+def _nearest_argument(name: str, error: Exception) -> str:
+    """The model's own argument that is meant by one which it refuses, as text; empty if there is none."""
+    refused = re.search(r"unexpected keyword argument '(.+)'", str(error))
+    if refused is None:
+        return ""
+    classes = type(build_on_meta(name)).__mro__[:-1]
+    known = {argument for each in classes for argument in inspect.signature(each.__init__).parameters}
+    match = difflib.get_close_matches(refused[1], known, n=1)
+    return f", did you mean {match[0]!r}?" if match else ""
 
 
 def _look_in_the_cache_if_offline() -> None:
@@ -159,6 +172,7 @@ def check_image_shape(
     model: nn.Module,
     image_shape: tuple[int, int, int],
     augmentations: Sequence[augsub.SubModelAugmentation] = (),
+    batch: int = 2,
 ) -> None:
     """Run main model and sub-models once without computing (meta tensors), to see whether sizes fit.
 
@@ -166,6 +180,7 @@ def check_image_shape(
         model: a patched model.
         image_shape: (C, H, W).
         augmentations: one for each sub-model.
+        batch: images at once.
 
     Raises:
         ValueError: with the model's or the augmentation's own reason.
@@ -177,7 +192,7 @@ def check_image_shape(
             "%s pixels are no multiple of the patch size %s: the rest is padded or not seen", size, patch_size
         )
     weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    images = torch.empty(2, *image_shape, device="meta")
+    images = torch.empty(batch, *image_shape, device="meta")
     for augmentation in (None, *augmentations):
         try:
             functional_call(model, weights, (images,), {"augsub": augmentation})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from timm.layers import DropPath
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from augsub.families.modules import drop_path_places
 
@@ -66,6 +67,22 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
         frozen = [parameters[name]] if name in parameters else _module(model, name, "frozen").parameters()
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def frozen_batchnorms(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """BatchNorm layers in the modules of these names, and those of whose parameters all are frozen.
+
+    Args:
+        names: as for `freeze`.
+    """
+    modules = dict(model.named_modules())
+    inside = {part for name in names if name in modules for part in modules[name].modules()}
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, _BatchNorm)
+        and (layer in inside or (layer.affine and not any(weight.requires_grad for weight in layer.parameters())))
+    ]
 
 
 def _module(model: nn.Module, name: str, key: str) -> nn.Module:

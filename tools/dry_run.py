@@ -12,7 +12,7 @@ from engine.defaults import build_trainer, find_start, open_source
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.parallel import is_sharded
-from engine.plan import plan_rows, warn_of_small_batches
+from engine.plan import log_warnings, plan_rows
 from engine.run_folder import RunFolder
 from engine.run_model import build_run_model, complete, create_configured_model
 from engine.schedule import build_schedule
@@ -57,7 +57,7 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
             *_memory_rows(config, source, trainer),
             ("learning rate, drawn", str(picture)),
         ]
-        warn_of_small_batches(config, trainer)
+        log_warnings(config, trainer)
         print(f"{Path(config.output_dir).name}: {config.model.name}\n{text_table(rows)}")
     if missing is not None:
         raise InputError(

@@ -33,13 +33,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="last.pt, best.pt or iter_<n>.pt of a run")
     parser.add_argument("target", type=Path, help="what to write: *.safetensors, *.pt, *.pth, *.onnx, or a new folder")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="the averaged weights, or not (default: those by which the run chose its best checkpoint)",
+    )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="that register the run's model")
     return parser.parse_args()
 
 
-def export(checkpoint: Path, target: Path, ema: bool, plugins: Sequence[str] = ()) -> str:
-    """Write the target, after timm's model has taken all weights; says how to load it.
+def export(checkpoint: Path, target: Path, ema: bool | None = None, plugins: Sequence[str] = ()) -> str:
+    """Write the target, after timm's model has taken all weights; says which they are and how to load them.
 
     Raises:
         InputError: a checkpoint of something else, or another kind of target.
@@ -48,11 +52,9 @@ def export(checkpoint: Path, target: Path, ema: bool, plugins: Sequence[str] = (
     if target.suffix not in {*SUFFIXES, ".onnx", ""}:
         raise InputError(f"{target}: allowed is a name that ends in .safetensors, .pt, .pth or .onnx, or a new folder")
     exported = load_exported(checkpoint, ema, plugins)
-    if target.suffix == "":
-        return write_folder(target, exported)
-    if target.suffix == ".onnx":
-        return write_onnx(target, exported)
-    return write_weights(target, exported)
+    write = {"": write_folder, ".onnx": write_onnx}.get(target.suffix, write_weights)
+    loading = write(target, exported)
+    return f"{loading}  # the averaged weights" if exported.is_average else loading
 
 
 def write_weights(file: Path, exported: Exported) -> str:

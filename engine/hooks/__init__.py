@@ -1,7 +1,7 @@
 """What happens around training steps. The order in which they run stands in `engine/run_hooks.py`."""
 
 from engine.hooks.bad_files import UniteBadFiles
-from engine.hooks.batchnorm import SameBatchNormStatistics
+from engine.hooks.batchnorm import FrozenStatistics, SameBatchNormStatistics
 from engine.hooks.checkpoint import Checkpoint
 from engine.hooks.ema import ExponentialMovingAverage
 from engine.hooks.evaluation import Evaluation
@@ -22,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "Evaluation",
     "ExponentialMovingAverage",
+    "FrozenStatistics",
     "GradientNorm",
     "LearningRateSchedule",
     "NaNGuard",

@@ -1,6 +1,8 @@
-"""Running statistics of BatchNorm, where no wrapper keeps them the same in all processes."""
+"""Running statistics of BatchNorm: the same in all processes, and of frozen layers the same for ever."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
@@ -19,3 +21,17 @@ class SameBatchNormStatistics(HookBase):
     def before_step(self) -> None:
         for buffer in self._statistics:
             dist.broadcast(buffer, src=0)
+
+
+class FrozenStatistics(HookBase):
+    """Lets frozen BatchNorm layers use their running statistics and keep them, in main model and sub-models.
+
+    An evaluation puts all layers back into training mode, so this comes before every step.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+
+    def before_step(self) -> None:
+        for layer in self._layers:
+            layer.eval()

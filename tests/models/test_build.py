@@ -11,7 +11,7 @@ import augsub
 from engine.config_file import load_config
 from engine.errors import InputError
 from engine.run_model import complete
-from models.build import build_model, build_on_meta, check_image_shape, image_settings, takes_image_size
+from models.build import build_model, build_on_meta, check_image_shape, create_model, image_settings, takes_image_size
 from models.zoo import load_rows
 
 
@@ -100,3 +100,20 @@ def test_every_class_of_models_passes_the_check_of_its_own_size(name):
 def test_what_a_model_must_be_told_of_the_image_size():
     assert takes_image_size("vit_tiny_patch16_224", 64) and takes_image_size("levit_128s", 64, num_classes=3)
     assert not takes_image_size("resnet18", 64, in_chans=1)
+
+
+def test_an_argument_that_a_model_does_not_take_is_refused_with_the_nearest():
+    for name, argument, nearest in (
+        ("vit_tiny_patch16_224", "ptch_size", "patch_size"),
+        ("resnet18", "zero_init_lst", "zero_init_last"),
+        ("convnext_atto", "ls_init_valu", "ls_init_value"),
+    ):
+        with pytest.raises(ValueError, match=f"unexpected keyword argument '{argument}', did you mean '{nearest}'"):
+            create_model(name, **{argument: 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [row.smallest for row in load_rows()])
+def test_no_class_of_timm_swallows_an_argument(name):
+    with torch.device("meta"), pytest.raises(TypeError, match="no_such_argument"):
+        timm.create_model(name, no_such_argument=1)

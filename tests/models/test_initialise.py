@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.layers import DropPath
 
-from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
+from models.initialise import freeze, frozen_batchnorms, make_drop_path_uniform, restart, start_class_token, start_head
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
@@ -54,3 +54,13 @@ def test_frozen_parts_do_not_learn():
 def test_what_the_model_does_not_have_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         change(timm.create_model("test_vit"))
+
+
+def test_batchnorms_are_frozen_with_their_module_or_their_parameters():
+    model = timm.create_model("resnet10t", num_classes=10)
+    names = ["bn1.weight", "bn1.bias", "layer1", "layer2.0.bn1.weight"]
+    freeze(model, names)
+    frozen = frozen_batchnorms(model, names)
+    assert set(frozen) == {model.bn1, *(m for m in model.layer1.modules() if isinstance(m, torch.nn.BatchNorm2d))}
+    assert frozen_batchnorms(model, []) == [model.bn1, *(m for m in frozen if m is not model.bn1)]  # as they are frozen
+    assert frozen_batchnorms(timm.create_model("resnet10t"), []) == []

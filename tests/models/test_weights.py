@@ -216,3 +216,52 @@ def test_swin_keeps_its_function_from_window_7_to_12():
     with torch.no_grad():
         old, new = before(smooth(224, 224)), after(smooth(384, 384))
     assert F.cosine_similarity(old, new).item() > 0.99
+
+
+def tiny_vit() -> nn.Module:
+    return create_model("vit_tiny_patch16_224", num_classes=CLASSES, image_size=32, patch_size=8, embed_dim=24, depth=2)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"criterion.weight": torch.ones(10)}, {"ema.decay": torch.tensor(0.9), "step": torch.tensor(3)}]
+)
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "model.", "_orig_mod.", "model._orig_mod.", "module._orig_mod.", "_orig_mod.module.", "net.",
+     "module.model.", "timm_model.", "student.backbone."],
+)  # fmt: skip
+def test_wrappers_in_any_order_are_taken_off(prefix, extra):
+    own = {name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()}
+    model = tiny_vit()
+    report = load_weights(model, {**{prefix + name: weight for name, weight in own.items()}, **extra}, "file")
+    assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())
+    assert report.unexpected == tuple(sorted(extra)) and report.initial == ()
+
+
+def test_blocks_that_were_compiled_by_themselves_have_their_names_back():
+    own = {name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()}
+    model = tiny_vit()
+    load_weights(model, {name.replace("blocks.1.", "blocks.1._orig_mod."): own[name] for name in own}, "file")
+    assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "path", ["state_dict_ema", "model_ema", "ema", "model.module", "state_dict.model", "ema.module"]
+)
+def test_a_state_dict_is_found_in_its_container_and_an_average_alone_is_said_to_be_one(path, caplog):
+    caplog.set_level("WARNING", "models")
+    own = {name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()}
+    content: dict = {f"module.{name}": weight for name, weight in own.items()}
+    for key in reversed(path.split(".")):
+        content = {key: content, "epoch": 3}
+    model = tiny_vit()
+    load_weights(model, content, "file")
+    assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())
+    assert any("holds no trained weights, only their average" in line for line in caplog.messages) == ("ema" in path)
+
+
+def test_trained_weights_come_before_their_average():
+    own, average = ({name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()} for _ in "ab")
+    model = tiny_vit()
+    load_weights(model, {"model_ema": average, "model": own}, "file")
+    assert torch.equal(model.state_dict()["pos_embed"], own["pos_embed"])

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from engine.checkpoint.reading import load
 from tools import export
@@ -158,3 +159,41 @@ def test_errors_are_one_line_and_leave_nothing(tool, checkpoints, tmp_path):
         code, _, error = tool(checkpoint, target)
         assert (code, error.count("\n")) == (2, 1) and complaint in error, (target, error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.pt", "taken"]
+
+
+@pytest.mark.parametrize("choice", [None, "--ema", "--no-ema"])
+def test_what_chose_the_best_checkpoint_is_what_is_exported(choice, tool, tmp_path):
+    """The average, if the run's metric is ema_top1, unless the command says otherwise."""
+    run, target = tmp_path / "run", tmp_path / "model.safetensors"
+    settings = ["train.max_iters=4", "ema.enabled=true", "ema.decay=0.5", "evaluation.metric=ema_top1"]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "train_net.py",
+        "--config",
+        "digits_vit",
+        f"output_dir={run}",
+        *settings,
+    ]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code, output, _ = tool(run / "checkpoints" / "best.pt", target, *([choice] if choice else []))
+    assert code == 0 and output.endswith("  # the averaged weights\n") == (choice != "--no-ema")
+    state = load(run / "checkpoints" / "best.pt")
+    wanted = state["model"] if choice == "--no-ema" else state["hooks"]["ema"]["model"]
+    assert torch.equal(load_file(target)["blocks.0.attn.qkv.weight"], wanted["blocks.0.attn.qkv.weight"])
+
+
+def test_a_card_and_its_configuration_tell_nothing_of_others_weights_nor_of_this_machine(tool, image_folder, tmp_path):
+    run, target = tmp_path / "run", tmp_path / "hub"
+    command = [sys.executable, ROOT / "tools" / "train_net.py", "--config", "finetune_folder", f"output_dir={run}"]
+    command += [
+        f"data.root={image_folder}",
+        "model.name=test_vit.r160_in1k",
+        "model.pretrained=false",
+        "train.epochs=4",
+    ]
+    command += ["schedule.warmup_epochs=1", "data.workers=0", "data.image_size=32", "optimizer.layer_decay=null"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert tool(run / "checkpoints" / "last.pt", target)[0] == 0
+    config, card = json.loads((target / "config.json").read_text()), (target / "README.md").read_text()
+    assert config["architecture"] == "test_vit" and not {"tag", "license"} & config["pretrained_cfg"].keys()
+    assert "r160_in1k" not in card and str(tmp_path) not in card and str(image_folder) not in card

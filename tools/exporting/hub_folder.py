@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -28,6 +29,8 @@ RECIPE = (
     "transform",
     "ema",
 )  # sections of the card
+# what timm's configuration of a model says of its pretrained weights: of others only the licence stays
+OF_PRETRAINED = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description")
 
 
 def write_folder(folder: Path, exported: Exported) -> str:
@@ -51,6 +54,8 @@ def write_folder(folder: Path, exported: Exported) -> str:
 def _save(exported: Exported, folder: Path) -> None:
     arguments = {key: value for key, value in exported.arguments.items() if key != "num_classes"}
     labels = {"label_names": list(exported.class_names)} if exported.class_names else {}
+    others = ("tag",) if exported.config.model.pretrained else OF_PRETRAINED
+    exported.model.pretrained_cfg = {k: v for k, v in exported.model.pretrained_cfg.items() if k not in others}
     save_for_hf(
         exported.model,
         str(folder),
@@ -79,6 +84,7 @@ def _preprocessing(exported: Exported) -> dict[str, Any]:
 def card(exported: Exported, title: str) -> str:
     """The model card."""
     config, figures = exported.config, exported.figures
+    config = replace(config, data=replace(config.data, root=None))  # where the images lie is nobody else's affair
     sections = {section: getattr(config, section) for section in RECIPE}
     measured = [f"- {name}: {value:.4g}" for name, value in figures.items() if name != "images"]
     return Template(CARD.read_text()).substitute(
