@@ -47,6 +47,8 @@ def name_of(criterion: Criterion) -> str:
 def _refusal(criterion: Criterion, logits: Tensor, targets: Tensor, reason: str) -> str:
     if "out of bounds" in reason:
         remedy = f"labels must be in [0, {logits.shape[-1]}), the model's classes"
+    elif targets.ndim == 1 and targets.is_floating_point():
+        remedy = "labels (B,) must be whole numbers"
     elif targets.ndim == 1:
         remedy = "labels (B,) need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy"
     else:

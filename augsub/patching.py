@@ -197,6 +197,7 @@ def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation
     if isinstance(model, DistributedDataParallel):
         raise ValueError("DistributedDataParallel holds this model already: call objective.prepare before wrapping it")
     patched = find_patched(model)
+    patched._augsub.check_complete()
     used_sites = {site for augmentation in augmentations for site in patched._augsub.plan(augmentation)}
     if "stem" in patched._augsub.sites:
         patched.mask_token.requires_grad_("stem" in used_sites)

@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
+from augsub.families.modules import drop_path_places
 from augsub.registry import AUGSUB_REGISTRY
 from augsub.sites import Assignment, AugmentationOrClass, HookedSite, ImageSite
 from augsub.turns import Turns
@@ -32,6 +34,7 @@ class SubForward:
         names = {module: name for name, module in model.named_modules()}
         self._places = {site: [(names[place], place) for place in self.sites[site].places()] for site in self.sites}
         self._turns = Turns()
+        self._family = family
         self.patch_embed: Any = getattr(model, "patch_embed", None)
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
@@ -127,10 +130,23 @@ class SubForward:
 
     def support(self) -> dict[str, str]:
         """Registered augmentations that have a site in this model, with the site's name."""
-        for site in self.sites:
-            self._check_places(site)
+        self.check_complete()
         found = {name: self.site_of(augmentation) for name, augmentation in sorted(AUGSUB_REGISTRY)}
         return {name: site for name, site in found.items() if site is not None}
+
+    def check_complete(self) -> None:
+        """Raise ValueError if sites are gone, or there are others than when the model was patched."""
+        for site in self.sites:
+            self._check_places(site)
+        known = {place for places in self._places.values() for _, place in places}
+        now = {place for site in self._family.sites(self.model).values() for place in site.places()}
+        now |= {block for block, _, occupant in drop_path_places(self.model) if not isinstance(occupant, DropPath)}
+        added = [name for name, module in self.model.named_modules() if module in now - known]
+        if added:
+            raise ValueError(
+                f"{self.model_name}.{added[0]} was added after augsub.patch, which does not know it: "
+                "augsub.unpatch the model and patch it again"
+            )
 
     def _check_places(self, site: str) -> None:
         """Raise ValueError if a module of the site is no longer where it was when the model was patched."""

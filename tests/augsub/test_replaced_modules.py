@@ -76,3 +76,15 @@ def test_other_parts_may_be_replaced(make_model, images):
     model.blocks[0] = torch.compile(model.blocks[0], backend="eager")  # a wrapper, with the same modules inside
     for augmentation in augsub.supports(model):
         assert model(images, augsub=augmentation, augsub_ratio=0.5).shape == (len(images), 3)
+
+
+@pytest.mark.parametrize("variant", ["vit", "vit_drop"])
+def test_a_block_that_was_added_is_noticed_before_training(variant, make_model, images):
+    """Its drop paths and dropouts would keep their own rates."""
+    model = augsub.patch(make_model(variant))
+    model.blocks.append(make_model(variant).blocks[0])
+    objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel("drop_path", ratio=0.5)])
+    for use in (objective.prepare, augsub.supports):
+        with pytest.raises(ValueError, match=r"VisionTransformer\.blocks\.3.* was added after augsub\.patch"):
+            use(model)
+    objective.prepare(augsub.patch(augsub.unpatch(model)))
