@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from engine.errors import InputError
+from engine.typed_yaml import Dumper
 from tools.comparison.finished_runs import FinishedRun, read_run
 from tools.comparison.ways import Way, differing_keys
 
@@ -63,7 +64,7 @@ def make_way(name: str, runs: Sequence[FinishedRun]) -> Way:
 
 def override_text(key: str, value: object) -> str:
     """`key=value` as the command line takes it."""
-    flow = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    flow = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=float("inf"), sort_keys=False)
     return f"{key}={flow.strip().removesuffix('...').strip()}"  # YAML ends a bare value with a line of dots
 
 
