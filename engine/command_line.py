@@ -1,17 +1,33 @@
-"""How a tool ends: with an exit code and, after an error, one line."""
+"""What all tools share: arguments that name files, and how they end, with an exit code and one line of an error."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from engine.distributed import launched_rank
-from engine.errors import Preempted, RunError
+from engine.errors import InputError, Preempted, RunError
+from engine.paths import expanded
 
 FAILED = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def located(text: str) -> str:
+    """The type of an argument that names a model or where it lies: `~` is a home folder."""
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def as_path(text: str) -> Path:
+    """The type of an argument that names a file or a folder: `~` is a home folder."""
+    return Path(located(text))
 
 
 def exit_code(run: Callable[[], int | None], traceback: bool = False, after_interrupt: str = "") -> int:

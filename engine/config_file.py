@@ -15,8 +15,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import Config
-from engine.config_rules import check
+from engine.config_rules import PATHS, check
 from engine.errors import InputError
+from engine.paths import expanded
 from engine.typed_yaml import inside, read, read_value
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -95,7 +96,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         InputError: there is none; the nearest name is said.
     """
-    path = Path(name)
+    path = Path(expanded(str(name)))
     with reported(str(name)):
         folders = [path.parent, *([CONFIGS] if path.name == str(name) else [])]
         candidates = [folder / file for folder in folders for file in (path.name, f"{path.name}.yaml")]
@@ -113,6 +114,9 @@ def _complete(content: DictConfig, place: str, overrides: Sequence[str]) -> Conf
         with reported(f"override {override!r}"):
             _apply(override, merged)
     with reported(place):
+        for key in (*PATHS, "model.name"):  # which may be local-dir:FOLDER
+            if path := OmegaConf.select(merged, key):
+                OmegaConf.update(merged, key, expanded(path, f"{key} = "))
         config: Config = OmegaConf.to_object(merged)
     check(config)
     return config
@@ -127,7 +131,7 @@ def _read(path: Path, schema: type, seen: tuple[Path, ...] = ()) -> DictConfig:
     with reported(f"{path}: not a readable YAML file"):
         content = _mapping(path.read_bytes(), schema, str(path))
     for base in reversed(_bases(content, path)):
-        content = _merge(_read(path.parent / base, schema, (*seen, path.resolve())), content, str(path))
+        content = _merge(_read(path.parent / expanded(base), schema, (*seen, path.resolve())), content, str(path))
     return content
 
 

@@ -18,7 +18,7 @@ from functools import partial
 import timm
 from tqdm import tqdm
 
-from engine.command_line import exit_code
+from engine.command_line import exit_code, located
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
 from engine.table import text_table
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
-    what.add_argument("--model", metavar="NAME", help="any timm model, as timm builds it")
+    what.add_argument("--model", type=located, metavar="NAME", help="any timm model, as timm builds it")
     what.add_argument("--all-configs", action="store_true", help="every file in configs/, and the literature")
     what.add_argument("--list-support", metavar="WILDCARD", help="timm models by name, for example 'vit_*'")
     parser.add_argument("--augsub", metavar="NAME", help=f"sub-model of --model (default {DEFAULT_AUGSUB})")

@@ -23,7 +23,7 @@ import timm
 import torch
 
 from engine import atomic
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code
 from engine.errors import InputError, input_errors, writing_errors
 from models.build import image_settings
 from tools.benchmarking.costs import Setting
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), help="file to write")
+    parser.add_argument("--json", type=as_path, default=Path("runs/benchmark.json"), help="file to write")
     return parser.parse_args()
 
 

@@ -65,10 +65,11 @@ def test_words_of_a_key_with_a_few_allowed_ones():
 
 @pytest.mark.parametrize("word", ["null", "~", "Null", ""])
 def test_null_is_null_where_a_key_may_have_it_and_quotes_make_text_of_it(word):
-    assert parse_config(f"data: {{root: {word}}}", "here").data.root is None
-    assert parse_config("data: {root: x}", "here", [f"data.root={word}"]).data.root is None
-    assert parse_config("", "here", [f"data.root='{word}'"]).data.root == word
-    assert parse_config(f'data: {{root: "{word}"}}', "here").data.root == word
+    key = "transform.auto_augment"
+    assert parse_config(f"transform: {{auto_augment: {word}}}", "here").transform.auto_augment is None
+    assert value(parse_config("transform: {auto_augment: x}", "here", [f"{key}={word}"]), key) is None
+    assert value(parse_config("", "here", [f"{key}='{word}'"]), key) == word
+    assert parse_config(f'transform: {{auto_augment: "{word}"}}', "here").transform.auto_augment == word
 
 
 def test_nothing_is_no_text():
@@ -117,13 +118,14 @@ def test_interpolation_works_beside_text():
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_saved_configuration_is_read_back_unchanged(unchecked, tmp_path, text):
-    config = Config(output_dir=text, plugins=[text, "b"], hooks=[{"name": text, text: [text]}])
-    config.model = replace(config.model, name=text, kwargs={"a": text, "b": {"c": [text]}})
+    config = Config(output_dir="x", plugins=[text, "b"], hooks=[{"name": text, text: [text]}])
+    config.loss = replace(config.loss, name=text)
+    config.log = replace(config.log, wandb=text)
+    config.model = replace(config.model, kwargs={"a": text, "b": {"c": [text]}})
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config), encoding="utf-8")
-    config.output_dir = text or "runs/config"
     assert load_config(saved) == config
-    keys = ("output_dir", "model.name", "model.kwargs")  # and from what a table of runs calls them
+    keys = ("log.wandb", "loss.name", "plugins", "hooks", "model.kwargs")  # and from what a table of runs calls them
     again = parse_config("", "here", [override_text(key, value(config, key)) for key in keys])
     assert [value(again, key) for key in keys] == [value(config, key) for key in keys]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from engine.errors import InputError
+from engine.paths import expanded
 from engine.typed_yaml import Dumper
 from tools.comparison.finished_runs import FinishedRun, read_run
 from tools.comparison.ways import Way, differing_keys
@@ -69,8 +70,8 @@ def override_text(key: str, value: object) -> str:
 
 
 def _read_runs(pattern: str) -> list[FinishedRun]:
-    path = Path(pattern)
-    matches = [] if path.exists() else sorted(Path(match) for match in glob.glob(pattern))
+    path = Path(expanded(pattern))
+    matches = [] if path.exists() else sorted(Path(match) for match in glob.glob(str(path)))
     return [read_run(folder) for folder in matches or [path]]
 
 

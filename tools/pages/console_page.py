@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from engine import atomic
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code
 from engine.errors import InputError, RunError, input_errors, writing_errors
 
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -70,7 +70,7 @@ def run(page: Path) -> None:
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, help="a Markdown file")
+    parser.add_argument("page", type=as_path, help="a Markdown file")
     return exit_code(partial(run, parser.parse_args().page))
 
 
