@@ -9,6 +9,11 @@ from engine.errors import InputError
 LOCAL_MODEL = "local-dir:"  # timm's prefix for a folder in place of a model's name
 
 
+def readable(name: str) -> str:
+    """A file's name as text: of bytes that are not UTF-8, which Python keeps as lone surrogates, escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def expanded(path: str, place: str = "") -> str:
     """A path, or a model's name that holds one, with the home folder that `~` or `~user` means.
 

@@ -18,7 +18,7 @@ from functools import partial
 import timm
 from tqdm import tqdm
 
-from engine.command_line import exit_code, located
+from engine.command_line import exit_code, located, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
 from engine.table import text_table
@@ -29,7 +29,7 @@ from tools.analysis import DEFAULT_AUGSUB, DEFAULT_RATIO, Analysis, analyze_conf
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
     what.add_argument("--model", type=located, metavar="NAME", help="any timm model, as timm builds it")

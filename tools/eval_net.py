@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from engine.command_line import as_path, exit_code, located, log_to_terminal
+from engine.command_line import as_path, exit_code, located, log_to_terminal, tool_parser
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant
@@ -39,7 +39,7 @@ from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "what", type=located, metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model"
     )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
-from engine.command_line import as_path, exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
@@ -38,7 +38,7 @@ GPUS = 64
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE", default=DEFAULT, help="default configs/deit3_h_400e.yaml")
     what.add_argument("--model", metavar="NAME", help="any timm model, with one sub-model and AdamW")

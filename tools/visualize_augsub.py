@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 import augsub
-from engine.command_line import as_path, exit_code, located
+from engine.command_line import as_path, exit_code, located, tool_parser
 from engine.config import TransformConfig
 from engine.config_file import load_config
 from engine.data import IMAGENET, DataSource
@@ -38,6 +38,7 @@ from engine.data.delivery import Delivery, Normalise, build_delivery
 from engine.data.transforms import build_eval_transform, normalisation
 from engine.defaults import build_sub_models
 from engine.errors import InputError, input_errors
+from engine.paths import readable
 from engine.run_model import complete, create_configured_model
 from models.build import build_model, image_settings
 from models.seen import Seen, see
@@ -66,7 +67,7 @@ class Drawn:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
     what.add_argument(
@@ -130,7 +131,7 @@ def photographs(paths: Sequence[Path] | None, transform: TransformConfig, image_
     to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
     if not paths:
         return [(BUNDLED, normalise(to_bytes(Image.fromarray(load_sample_image(BUNDLED)))))]
-    return [(file.name, normalise(to_bytes(read(file)))) for path in paths for file in image_files(path)]
+    return [(readable(file.name), normalise(to_bytes(read(file)))) for path in paths for file in image_files(path)]
 
 
 def image_files(path: Path) -> list[Path]:
