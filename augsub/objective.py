@@ -152,7 +152,8 @@ class SubModelObjective:
             model: as for `__call__`.
             images: (B, C, H, W).
             targets: as for `__call__`.
-            backward: called with each branch's weighted loss, for example to scale it.
+            backward: called with each branch's weighted loss, for example to scale it, or to divide it by the
+                number of micro-batches of gradient accumulation.
             sync: False on all but the last micro-batch of gradient accumulation: no reduction at all.
                 Under FSDP2 this alone decides, whatever `set_requires_gradient_sync` was called with.
         """

@@ -31,9 +31,9 @@ def new_content(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of a text file."""
+    """Replace the content of a text file, in UTF-8; a file's name in it that is none is written with escapes."""
     with new_content(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def link(source: Path, path: Path) -> None:

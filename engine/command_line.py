@@ -1,17 +1,49 @@
-"""How a tool ends: with an exit code and, after an error, one line."""
+"""What all tools share: how their command lines are read, and how they end: an exit code, and one line of an error."""
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
+from pathlib import Path
 
 from engine.distributed import launched_rank
-from engine.errors import Preempted, RunError
+from engine.errors import InputError, Preempted, RunError
+from engine.paths import expanded
 
 FAILED = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def tool_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a tool's command line. From here on any text can be read and printed, whatever the locale.
+
+    What the terminal's encoding has not is printed as an escape, on standard output as Python does on standard error.
+    """
+    if sys.getfilesystemencoding() != "utf-8":  # names in configurations, and text in files, are UTF-8
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def located(text: str) -> str:
+    """The type of an argument that names a model or where it lies: `~` is a home folder."""
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def as_path(text: str) -> Path:
+    """The type of an argument that names a file or a folder: `~` is a home folder."""
+    return Path(located(text))
 
 
 def exit_code(run: Callable[[], int | None], traceback: bool = False, after_interrupt: str = "") -> int:
@@ -49,6 +81,6 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _end(code: int, line: str) -> int:
-    rank = launched_rank()
+    rank, line = launched_rank(), " ".join(line.splitlines())
     print(f"[rank {rank}] {line}" if rank else line, file=sys.stderr)
     return code

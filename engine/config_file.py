@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import Config
-from engine.config_rules import check
+from engine.config_rules import PATHS, check
 from engine.errors import InputError
+from engine.paths import expanded, readable
+from engine.typed_yaml import inside, read, read_value
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SECTIONS = tuple(field.name for field in fields(Config) if is_dataclass(field.default_factory))
@@ -38,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = find_config(path)
     with reported(str(path)):
-        content = _read(path, seen=())
+        content = _read(path, Config)
     config = _complete(content, str(path), overrides)
     config.output_dir = config.output_dir or f"runs/{path.stem}"
     return config
@@ -51,7 +54,7 @@ def read_over(schema: type, path: Path) -> DictConfig:
         InputError: missing or malformed file, unknown key (the nearest one is named), value of the wrong type.
     """
     with reported(str(path)):
-        return _merge(OmegaConf.structured(schema), _read(path, seen=()), str(path))
+        return _merge(OmegaConf.structured(schema), _read(path, schema), str(path))
 
 
 def parse_config(text: str, place: str, overrides: Sequence[str] = ()) -> Config:
@@ -64,9 +67,7 @@ def parse_config(text: str, place: str, overrides: Sequence[str] = ()) -> Config
         InputError: as `load_config`.
     """
     with reported(place):
-        content = OmegaConf.create(text) if isinstance(text, str) else None
-    if not isinstance(content, DictConfig):
-        raise InputError(f"{place}: the top level must be keys with values")
+        content = _mapping(text, Config, place)
     return _complete(content, place, overrides)
 
 
@@ -95,7 +96,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         InputError: there is none; the nearest name is said.
     """
-    path = Path(name)
+    path = Path(expanded(str(name)))
     with reported(str(name)):
         folders = [path.parent, *([CONFIGS] if path.name == str(name) else [])]
         candidates = [folder / file for folder in folders for file in (path.name, f"{path.name}.yaml")]
@@ -111,26 +112,35 @@ def _complete(content: DictConfig, place: str, overrides: Sequence[str]) -> Conf
         merged = _merge(OmegaConf.structured(Config), content, place)
     for override in overrides:
         with reported(f"override {override!r}"):
-            merged = _apply(override, merged)
+            _apply(override, merged)
     with reported(place):
+        for key in (*PATHS, "model.name"):  # which may be local-dir:FOLDER
+            if path := OmegaConf.select(merged, key):
+                OmegaConf.update(merged, key, expanded(path, f"{key} = "))
         config: Config = OmegaConf.to_object(merged)
     check(config)
     return config
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+def _read(path: Path, schema: type, seen: tuple[Path, ...] = ()) -> DictConfig:
     """The file merged over the files it names in `_base_` (paths relative to itself)."""
     if not path.is_file():
         raise InputError(f"config file {path} does not exist{_nearest_file(path, [path.parent])}")
     if path.resolve() in seen:
         raise InputError(f"{path}: _base_ leads back to this file")
     with reported(f"{path}: not a readable YAML file"):
-        content = OmegaConf.load(path)
-    if not isinstance(content, DictConfig):
-        raise InputError(f"{path}: the top level must be keys with values")
+        content = _mapping(path.read_bytes(), schema, str(path))
     for base in reversed(_bases(content, path)):
-        content = _merge(_read(path.parent / base, (*seen, path.resolve())), content, str(path))
+        content = _merge(_read(path.parent / expanded(base), schema, (*seen, path.resolve())), content, str(path))
     return content
+
+
+def _mapping(text: str | bytes, schema: type, place: str) -> DictConfig:
+    """The content of a YAML text."""
+    content = read(text, schema) if isinstance(text, str | bytes) else ()
+    if not isinstance(content, dict | None):
+        raise InputError(f"{place}: the top level must be keys with values")
+    return OmegaConf.create(content or {})
 
 
 def _bases(content: DictConfig, path: Path) -> list[str]:
@@ -160,17 +170,17 @@ def _merge(config: DictConfig, content: DictConfig, place: str) -> DictConfig:
         raise
 
 
-def _apply(override: str, config: DictConfig) -> DictConfig:
-    """The configuration with one key set; a mapping of free keys (`kwargs`) replaces the one that was there."""
-    key, equals, _ = override.partition("=")
+def _apply(override: str, config: DictConfig) -> None:
+    """Set one key; a mapping of free keys (`kwargs`) replaces the one that was there."""
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"override {override!r}: must have the form key=value, for example train.epochs=10")
-    update = OmegaConf.from_dotlist([override])
-    merged = _merge(config, update, f"override {override!r}")
-    old, new = OmegaConf.select(config, key), OmegaConf.select(update, key)
-    if isinstance(old, DictConfig) and OmegaConf.get_type(old) is dict and isinstance(new, DictConfig):
-        OmegaConf.update(merged, key, new, merge=False)
-    return merged
+    if readable(override) != override:
+        raise InputError(f"override {override!r}: must be UTF-8, as the configuration that a run saves is")
+    old = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+    is_free = isinstance(old, DictConfig) and OmegaConf.get_type(old) is dict
+    value = read_value(text, reduce(inside, key.split("."), Config))
+    OmegaConf.update(config, key, value, merge=not is_free)
 
 
 @contextmanager
@@ -186,6 +196,8 @@ def _one_line(error: Exception) -> str:
     """The first line of OmegaConf's message, with the full key where it knows one; YAML's problem, with its line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"byte {error.position}: {error.reason}"
     lines = str(error).strip().splitlines()
     message = lines[0] if lines else type(error).__name__
     key = getattr(error, "full_key", None)

@@ -154,6 +154,8 @@ RULES: dict[str, Rule] = {
     ),
 }
 
+PATHS = tuple(key for key, rule in RULES.items() if rule is PATH)
+
 
 def check(config: Config) -> None:
     """Raise InputError for the first value that is out of range; null is left alone."""

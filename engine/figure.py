@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from engine import atomic
 from engine.errors import input_errors, writing_errors
 
+plt.rcParams["text.parse_math"] = False  # a $ in the name of a run or a class is a $
 # Okabe and Ito's palette; their yellow is too pale for lines
 OKABE_ITO = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",

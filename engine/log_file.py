@@ -19,7 +19,7 @@ class LogFile(MemoryHandler):
 
     def open(self, path: Path) -> None:
         """Write to `path` from now on."""
-        file = _File(path)
+        file = _File(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.setTarget(file)
         self.capacity = 1

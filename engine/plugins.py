@@ -1,6 +1,6 @@
 """The user's own modules: the only code that a run executes and that does not come with this project.
 
-Configurations, checkpoints and data never run code: YAML is read by OmegaConf's safe loader, checkpoints
+Configurations, checkpoints and data never run code: YAML is read by a safe loader, checkpoints
 with weights_only, and nothing is evaluated. Only what `plugins` names is imported.
 """
 

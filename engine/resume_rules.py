@@ -7,12 +7,11 @@ from fnmatch import fnmatch
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import MODELS_TRANSFORM, Config
 from engine.config_file import leaves
 from engine.errors import InputError
+from engine.typed_yaml import read
 
 # Where things are, how fast they go, what is reported: the run stays the same run, most of them to the bit.
 MAY_CHANGE = (
@@ -83,8 +82,8 @@ def differences(config: Config, saved_content: Mapping[str, Any]) -> dict[str, t
 
 def _parsed(saved_yaml: Any) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.create(saved_yaml)) if isinstance(saved_yaml, str) else None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        content = read(saved_yaml, Config) if isinstance(saved_yaml, str) else None
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--resume: the checkpoint's configuration cannot be read: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise InputError("--resume: the checkpoint holds no configuration, it is not one of a run")

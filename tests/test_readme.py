@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+
+import augsub
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,6 +32,24 @@ def test_the_loop_is_short():
     loop = code_blocks("python")[0]
     lines = [line for line in loop.splitlines() if line.strip()]
     assert "objective.backward" in loop and len(lines) < 15
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """As the README says it, on two micro-batches; a ratio of 0 draws nothing."""
+    (spelling,) = re.findall(r"\*\*Accumulation\*\*.*?backward=(lambda loss: [^`]*)\)`", README)
+    torch.manual_seed(0)
+    model = augsub.patch(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_classes=5))
+    objective = augsub.SubModelObjective(torch.nn.CrossEntropyLoss(), [augsub.SubModel("masking", ratio=0.0)])
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
+    objective.prepare(model)
+    objective.backward(model, images, labels)
+    whole = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    backward = eval(spelling, {"n": 2})
+    objective.backward(model, images[:4], labels[:4], backward=backward, sync=False)
+    objective.backward(model, images[4:], labels[4:], backward=backward)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, whole[name], rtol=1e-4, atol=1e-6)
 
 
 def test_the_plugin_command_trains_with_the_plugin_file(tmp_path):

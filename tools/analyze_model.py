@@ -17,7 +17,7 @@ from functools import partial
 import timm
 from tqdm import tqdm
 
-from engine.command_line import exit_code
+from engine.command_line import exit_code, located, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
 from engine.json_text import to_json
@@ -29,10 +29,10 @@ from tools.analysis import DEFAULT_AUGSUB, DEFAULT_RATIO, Analysis, analyze_conf
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
-    what.add_argument("--model", metavar="NAME", help="any timm model, as timm builds it")
+    what.add_argument("--model", type=located, metavar="NAME", help="any timm model, as timm builds it")
     what.add_argument("--all-configs", action="store_true", help="every file in configs/, and the literature")
     what.add_argument("--list-support", metavar="WILDCARD", help="timm models by name, for example 'vit_*'")
     parser.add_argument("--augsub", metavar="NAME", help=f"sub-model of --model (default {DEFAULT_AUGSUB})")

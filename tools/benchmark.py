@@ -22,7 +22,7 @@ import timm
 import torch
 
 from engine import atomic
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError, input_errors, writing_errors
 from engine.json_text import to_json
 from models.build import image_settings
@@ -42,7 +42,7 @@ WHOLE_GPU = ("vit_base_patch16_224:224:128", "swin_tiny_patch4_window7_224:224:1
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few rounds")
     parser.add_argument("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="timm models, pixels, images per step")
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), help="file to write")
+    parser.add_argument("--json", type=as_path, default=Path("runs/benchmark.json"), help="file to write")
     return parser.parse_args()
 
 

@@ -14,9 +14,8 @@ import argparse
 import signal
 import sys
 from functools import partial
-from pathlib import Path
 
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError
 from tools.comparison.pictures import draw_curves
 from tools.comparison.run_groups import read_ways
@@ -29,11 +28,11 @@ DEFAULT_JOBS = 2
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run folders, or NAME=FOLDER,FOLDER for one way")
     parser.add_argument("--metric", choices=METRICS, default="top1", help="accuracy to compare (default top1)")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw losses and accuracies over epochs")
-    parser.add_argument("--study", metavar="FILE", type=Path, help="train and report what this file says")
+    parser.add_argument("--picture", metavar="FILE", type=as_path, help="draw losses and accuracies over epochs")
+    parser.add_argument("--study", metavar="FILE", type=as_path, help="train and report what this file says")
     parser.add_argument("--jobs", type=int, metavar="N", help=f"runs of a study at a time (default {DEFAULT_JOBS})")
     return parser.parse_intermixed_args()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.checkpoint.reading import load_facts
 from engine.config import Config
+from engine.config_file import CONFIGS, load_config
 from engine.data import IMAGENET, DataSource
 from engine.data_rules import check_resumed
 from engine.defaults import build_trainer, find_start, open_source
@@ -25,6 +26,7 @@ from models.complexity_tables import cost_rows
 from tools.step_costs.costs import Way, memory
 from tools.step_costs.step import NeedsValuesError, build_step
 
+RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
 Rows = list[tuple[str, str]]
 
 
@@ -32,8 +34,8 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
     """Print the plan of a run and draw its learning rate.
 
     Raises:
-        InputError: whatever the run itself would refuse. Data that is not there comes last, after a plan for
-            as many images and classes as ImageNet-1k has.
+        InputError: whatever the run itself would refuse. That nobody has said where ImageNet-1k is comes last,
+            after a plan for as many images and classes as it has.
     """
     store, newest, changes = find_start(config, process, resume)
     config.train.compile = False  # takes minutes, and changes nothing of the plan
@@ -42,6 +44,9 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
     try:
         source = open_source(config)
     except InputError as error:
+        data, recipes = config.data, load_config(RECIPES).data
+        if (data.dataset, data.root) != (recipes.dataset, recipes.root) or Path(data.root).exists():
+            raise
         missing = error
     if newest is not None and missing is None:
         check_resumed(config, source, load_facts(newest), newest)
@@ -51,6 +56,7 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
         _draw(config, trainer, picture)
         rows = [
             *_start_rows(newest, changes),
+            *([("data", f"not there, counted as ImageNet-1k: {missing}")] if missing else []),
             *_data_rows(config, source),
             *_cost_rows(config, source, trainer),
             *plan_rows(config, trainer),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from engine.command_line import exit_code, log_to_terminal
+from engine.command_line import as_path, exit_code, located, log_to_terminal, tool_parser
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant, synsets
@@ -39,12 +39,16 @@ from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model")
-    parser.add_argument("--model", metavar="NAME", help="timm model of a file of weights that has no configuration")
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "what", type=located, metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model"
+    )
+    parser.add_argument(
+        "--model", type=located, metavar="NAME", help="timm model of a file of weights that has no configuration"
+    )
     parser.add_argument("--variant", metavar="NAME", help=f"ImageNet's relatives: {', '.join(VARIANTS)}")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="default: a folder of evaluation/ in the run or in runs/"
+        "--output", type=as_path, metavar="FOLDER", help="default: a folder of evaluation/ in the run or in runs/"
     )
     parser.add_argument("--sub-model", action="store_true", help="evaluate the configuration's sub-models too")
     parser.add_argument("--augsub", metavar="NAME", help="this sub-model instead, at ratio 0.5")

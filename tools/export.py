@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from engine import atomic
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError, writing_errors
 from tools.exporting.exported import Exported, load_exported
 from tools.exporting.hub_folder import write_folder
@@ -30,9 +30,11 @@ SUFFIXES = {".safetensors", ".pt", ".pth"}
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="last.pt, best.pt or iter_<n>.pt of a run")
-    parser.add_argument("target", type=Path, help="what to write: *.safetensors, *.pt, *.pth, *.onnx, or a new folder")
+    parser = tool_parser(__doc__)
+    parser.add_argument("checkpoint", type=as_path, help="last.pt, best.pt or iter_<n>.pt of a run")
+    parser.add_argument(
+        "target", type=as_path, help="what to write: *.safetensors, *.pt, *.pth, *.onnx, or a new folder"
+    )
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,

@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
@@ -39,12 +38,12 @@ GPUS = 64
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE", default=DEFAULT, help="default configs/deit3_h_400e.yaml")
     what.add_argument("--model", metavar="NAME", help="any timm model, with one sub-model and AdamW")
     what.add_argument("--measure", action="store_true", help="count the collectives of small models in two processes")
-    what.add_argument("--page", metavar="FILE", type=Path, help="write the default's tables and the measured ones")
+    what.add_argument("--page", metavar="FILE", type=as_path, help="write the default's tables and the measured ones")
     parser.add_argument("--processes", type=int, default=GPUS, metavar="N", help=f"GPUs (default {GPUS})")
     parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")

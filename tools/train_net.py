@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from itertools import pairwise
 
-from engine.command_line import exit_code, log_to_terminal
+from engine.command_line import exit_code, log_to_terminal, tool_parser
 from engine.config_file import load_config, to_yaml
 from engine.data import worker_deaths
 from engine.defaults import evaluate_only, train
@@ -38,9 +38,7 @@ exit codes:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, EXAMPLES)
     run = parser.add_argument_group("the run")
     run.add_argument("--config", required=True, metavar="NAME", help="a file in configs/ (swin_b), or any YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="change the configuration: train.epochs=10")

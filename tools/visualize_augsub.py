@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 import augsub
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, located, tool_parser
 from engine.config import TransformConfig
 from engine.config_file import load_config
 from engine.data import IMAGENET, DataSource
@@ -39,6 +39,7 @@ from engine.data.folder import is_image, natural_order
 from engine.data.transforms import build_eval_transform, normalisation
 from engine.defaults import build_sub_models
 from engine.errors import InputError, input_errors
+from engine.paths import readable
 from engine.run_model import complete, create_configured_model
 from models.build import build_model, image_settings
 from models.seen import Seen, see
@@ -67,15 +68,19 @@ class Drawn:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
-    what.add_argument("--model", metavar="NAME", help="any timm model (default: one each of three families)")
+    what.add_argument(
+        "--model", type=located, metavar="NAME", help="any timm model (default: one each of three families)"
+    )
     parser.add_argument("--augsub", nargs="+", metavar="NAME", help="sub-models; + composes several into one")
     parser.add_argument("--ratio", nargs="+", type=float, metavar="R", help="one or more for each (default 0.5)")
-    parser.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="files or folders (default: a flower)")
+    parser.add_argument(
+        "--images", nargs="+", type=as_path, metavar="PATH", help="files or folders (default: a flower)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
-    parser.add_argument("--output", type=Path, default=Path("what_the_sub_model_sees.png"), help="PNG file to write")
+    parser.add_argument("--output", type=as_path, default=Path("what_the_sub_model_sees.png"), help="PNG file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of --config, for example data.image_size=64")
     words = sys.argv[1:]
     overrides = [word for word in words if OVERRIDE.fullmatch(word)]  # --augsub and --images would swallow them
@@ -126,7 +131,7 @@ def photographs(files: Sequence[Path], transform: TransformConfig, image_size: i
     to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
     if not files:
         return [(BUNDLED, normalise(to_bytes(Image.fromarray(load_sample_image(BUNDLED)))))]
-    return [(file.name, normalise(to_bytes(read(file)))) for file in files]
+    return [(readable(file.name), normalise(to_bytes(read(file)))) for file in files]
 
 
 def chosen(paths: Sequence[Path]) -> list[Path]:

@@ -16,6 +16,7 @@ from engine.data.folder import ImageFolder
 from engine.data.source import DataSource
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
+from engine.paths import readable
 
 # The names under which the folder of a split is looked for: timm's, and test
 SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
@@ -104,7 +105,7 @@ def _class_to_idx(dataset: Any) -> dict[str, int] | None:
 
 def _class_names(dataset: Any, data: DataConfig) -> list[str]:
     """By number; a number that no class has is its own name."""
-    names = {number: str(name) for name, number in _class_to_idx(dataset).items()}
+    names = {number: readable(str(name)) for name, number in _class_to_idx(dataset).items()}
     return [names.get(number, str(number)) for number in range(_num_classes(dataset, data))]
 
 

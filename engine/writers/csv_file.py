@@ -30,7 +30,7 @@ class CSVWriter(Writer):
 
     def write(self, record: Record) -> None:
         if record.keys() <= set(self._columns):
-            with writing_errors(self._path, REMEDY), open(self._path, "a", newline="") as file:
+            with writing_errors(self._path, REMEDY), open(self._path, "a", newline="", encoding="utf-8") as file:
                 file.write(_rows([record], self._columns))
         else:
             self._rewrite()

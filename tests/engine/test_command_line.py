@@ -17,6 +17,7 @@ def raising(error: BaseException):
     ("error", "code", "line"),
     [
         (InputError("seed = x: a number"), 2, "error: seed = x: a number\n"),
+        (InputError("data.root = a\nb: no such folder"), 2, "error: data.root = a b: no such folder\n"),
         (Preempted("stopped by SIGTERM"), 75, "stopped by SIGTERM; --resume goes on\n"),
         (KeyboardInterrupt(), 130, "interrupted: go on\n"),
         (KeyError("two\nlines"), 2, rf"error: KeyError: 'two\nlines' (unforeseen, in {__file__}, line 11)" + "\n"),

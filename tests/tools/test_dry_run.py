@@ -73,16 +73,36 @@ def test_the_plan_of_a_resumed_run_leaves_its_folder_alone(train_net, tmp_path):
     assert "after 5 of 9 iterations" in (tmp_path / "run" / "log.txt").read_text()
 
 
+SWIN = ("--config", "swin_t", "--dry-run", "model.kwargs={depths: [1, 1, 1, 1]}")
+
+
 def test_without_its_data_a_recipe_is_planned_for_imagenet_and_the_error_comes_last(train_net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ("model.name=swin_tiny_patch4_window7_224", "model.kwargs={depths: [1, 1, 1, 1]}")
-    code, output, error = train_net("--config", "swin_t", "--dry-run", *small)
+    code, output, error = train_net(*SWIN)
     assert code == 2
     rows = plan(output)
+    assert rows["data"] == "not there, counted as ImageNet-1k: data.root = imagenet: no such folder"
     assert rows["training images"] == "1,281,167 of 3 x 224 x 224" and rows["classes"] == "1000"
     assert rows["length"] == "300 epochs, 375,300 iterations" and rows["iterations per epoch"] == "1,251"
     assert error.startswith("error: data.root") and error.count("\n") == 1
     assert error.endswith("; the plan counts the 1,281,167 training images and 1000 classes of ImageNet-1k instead\n")
+
+
+def test_a_wrong_folder_is_told_and_nothing_is_planned(train_net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command, message in {
+        (*SWIN, "data.root=imagenett"): "data.root = imagenett: no such folder",
+        (*SWIN, "data.root=null"): "data.root is not set",
+        (*SWIN, "data.dataset=wds/a"): "data.dataset = wds/a: allowed is folder",
+        ("--config", "finetune_folder", "--dry-run", "model.pretrained=false"): "data.root is not set",
+    }.items():
+        code, output, error = train_net(*command)
+        assert (code, output) == (2, "") and error.startswith(f"error: {message}"), command
+        assert "ImageNet" not in error and error.count("\n") == 1
+    Path("imagenet").mkdir()  # there, and not what it should be
+    code, output, error = train_net(*SWIN)
+    assert (code, output) == (2, "") and error.startswith("error: data.root = imagenet: no folder for the split train")
+    assert [path.name for path in tmp_path.iterdir()] == ["imagenet"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pathlib import Path
 import yaml
 
 from engine.errors import InputError
+from engine.paths import expanded
+from engine.typed_yaml import Dumper
 from tools.comparison.finished_runs import FinishedRun, read_run
 from tools.comparison.ways import Way, differing_keys
 
@@ -63,13 +65,13 @@ def make_way(name: str, runs: Sequence[FinishedRun]) -> Way:
 
 def override_text(key: str, value: object) -> str:
     """`key=value` as the command line takes it."""
-    flow = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    flow = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=float("inf"), sort_keys=False)
     return f"{key}={flow.strip().removesuffix('...').strip()}"  # YAML ends a bare value with a line of dots
 
 
 def _read_runs(pattern: str) -> list[FinishedRun]:
-    path = Path(pattern)
-    matches = [] if path.exists() else sorted(Path(match) for match in glob.glob(pattern))
+    path = Path(expanded(pattern))
+    matches = [] if path.exists() else sorted(Path(match) for match in glob.glob(str(path)))
     return [read_run(folder) for folder in matches or [path]]
 
 

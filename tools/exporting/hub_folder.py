@@ -15,6 +15,7 @@ import augsub
 from engine.atomic import temporary_name
 from engine.config import UNTRANSFORMED
 from engine.errors import InputError, writing_errors
+from engine.paths import readable
 from tools.exporting.exported import Exported
 
 CARD = Path(__file__).with_name("model_card.md")
@@ -46,7 +47,7 @@ def write_folder(folder: Path, exported: Exported) -> str:
     with writing_errors(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         _save(exported, temporary)
-        (temporary / "README.md").write_text(card(exported, folder.name))
+        (temporary / "README.md").write_text(card(exported, readable(folder.name)), encoding="utf-8")
         temporary.rename(folder)
     return f'timm.create_model("local-dir:{folder}", pretrained=True)'
 

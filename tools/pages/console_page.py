@@ -7,7 +7,6 @@ The commands are the lines of ```console blocks that begin with "$ "; all other 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from engine import atomic
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError, RunError, input_errors, writing_errors
 
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -69,8 +68,8 @@ def run(page: Path) -> None:
 
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, help="a Markdown file")
+    parser = tool_parser(__doc__)
+    parser.add_argument("page", type=as_path, help="a Markdown file")
     return exit_code(partial(run, parser.parse_args().page))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
 
 from engine import atomic
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import writing_errors
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -34,7 +33,7 @@ def run_page_tool(description: str | None, name: str, text: Callable[[], str]) -
 
     Returns: exit code 0, or 2 with one line for an error.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=DOCS / name, help=f"default: docs/{name}")
+    parser = tool_parser(description)
+    parser.add_argument("--output", type=as_path, default=DOCS / name, help=f"default: docs/{name}")
     output = parser.parse_args().output
     return exit_code(lambda: write_page(output, text()))

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError
 from tools.benchmarking.figures import PARTS, Figure, table
 from tools.pages.page import DOCS, filled, write_page
@@ -81,9 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what tools/benchmark.py wrote")
-    parser.add_argument("--output", type=Path, default=PAGE, help="default: docs/performance.md")
+    parser = tool_parser(__doc__)
+    parser.add_argument("files", nargs="+", type=as_path, metavar="FILE", help="what tools/benchmark.py wrote")
+    parser.add_argument("--output", type=as_path, default=PAGE, help="default: docs/performance.md")
     return exit_code(partial(run, parser.parse_args()))
 
 

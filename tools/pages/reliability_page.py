@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import timm
 import torch
 
-from engine.command_line import exit_code
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError
 from engine.resume_rules import MAY_CHANGE
 from engine.table import markdown_table
@@ -104,9 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Exit code 0, or 2 with one line for an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", type=Path, help="what pytest --junitxml wrote")
-    parser.add_argument("--output", type=Path, default=PAGE, help="default: docs/reliability.md")
+    parser = tool_parser(__doc__)
+    parser.add_argument("reports", nargs="+", type=as_path, help="what pytest --junitxml wrote")
+    parser.add_argument("--output", type=as_path, default=PAGE, help="default: docs/reliability.md")
     return exit_code(partial(run, parser.parse_args()))
 
 

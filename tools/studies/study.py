@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from engine.config import Config
 from engine.config_file import load_config, read_over, reported
 from engine.errors import InputError
+from engine.paths import expanded
 from tools.comparison.ways import OWN_KEYS
 
 # ruff: noqa: UP006, UP045
@@ -79,7 +80,8 @@ def load_study(path: Path) -> Study:
     content = read_over(Study, path)
     with reported(str(path)):
         study: Study = OmegaConf.to_object(content)
-    study.output_dir = study.output_dir or f"runs/{path.stem}"
+    study.output_dir = expanded(study.output_dir or f"runs/{path.stem}")
+    study.report, study.configs = expanded(study.report), [expanded(config) for config in study.configs]
     for key in ("configs", "seeds"):
         values = getattr(study, key)
         if not values:

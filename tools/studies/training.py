@@ -63,6 +63,7 @@ def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolEx
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        errors="backslashreplace",
     ) as process:
         processes.add(process)
         _, said = process.communicate()

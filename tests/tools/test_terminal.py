@@ -1,0 +1,100 @@
+"""Terminals and file systems without UTF-8, and names that are none, or that a picture could take for a formula."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+import tools.eval_net
+import tools.train_net
+import tools.visualize_augsub
+from engine.config_file import load_config
+from engine.figure import save
+from engine.log_file import LogFile
+
+ROOT = Path(__file__).parents[2]
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+LATIN_1 = os.fsdecode(b"caf\xe9 $^_{")  # no UTF-8, and no formula
+SETTINGS = """
+data: {dataset: folder, root: bäume, image_size: 16, workers: 1, eval_split: val}
+model: {kwargs: {depth: 1, embed_dim: 16, num_heads: 1, patch_size: 4}}
+train: {global_batch: 4, max_iters: 2}
+log: {csv: true, period: 1}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working folder: a configuration and images whose names are no ASCII, or no UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("Bäume", LATIN_1):
+            classes = tmp_path / "bäume" / split / name
+            classes.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(255, size=(16, 16, 3), dtype=np.uint8)).save(classes / f"é{number}.png")
+    (tmp_path / "ünï.yaml").write_text(f"_base_: {ROOT}/configs/digits_vit.yaml{SETTINGS}", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_run_where_nothing_is_utf_8_and_its_evaluation(call, folder):
+    command = [sys.executable, ROOT / "tools" / "train_net.py", "--config", "ünï.yaml", "output_dir=läufe/ä"]
+    ended = subprocess.run(command, env={**os.environ, **ASCII}, capture_output=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "results          l\\xe4ufe/\\xe4" in ended.stdout.decode("ascii")
+    assert load_config("läufe/ä/config.yaml").data.root == "bäume"
+    assert "results          läufe/ä" in Path("läufe/ä/log.txt").read_text(encoding="utf-8")
+    assert call(tools.eval_net, "läufe/ä", "--output", "ß")[0] == 0
+    table = Path("ß/classes.csv").read_text(encoding="utf-8")
+    assert "trained,Bäume,2," in table and "trained,caf\\xe9 $^_{,2," in table
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_help_of_every_tool_can_be_printed(monkeypatch, name):
+    tool = importlib.import_module(f"tools.{name}")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    assert ended.value.code == 0
+    print("\u2026 \xb1 \udce9")  # and all that follows
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode("ascii")
+    assert "usage: " in printed and printed.endswith("\\u2026 \\xb1 \\udce9\n")
+
+
+def test_what_cannot_be_saved_is_refused(call, folder):
+    code, _, error = call(tools.train_net, "--config", "ünï.yaml", f"output_dir={LATIN_1}")
+    assert code == 2 and error.startswith("error: override 'output_dir=caf\\udce9 $^_{': must be UTF-8")
+    assert not Path(LATIN_1).exists()
+
+
+def test_the_log_keeps_names_that_are_no_utf_8(tmp_path):
+    with LogFile() as log:
+        log.open(tmp_path / "log.txt")
+        logging.getLogger("engine").warning("%s cannot be read ✓", LATIN_1)
+    assert "caf\\udce9 $^_{ cannot be read ✓" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def test_pictures_take_any_name(call, folder):
+    figure, axes = plt.subplots()
+    axes.set_title("a $x$ $_{ \\frac")
+    save(figure, folder / "a.png")
+    image = folder / LATIN_1
+    (folder / "bäume" / "val" / "Bäume" / "é0.png").rename(image)
+    named = ("--model", "vit_tiny_patch16_224", "--augsub", "masking", "--images", str(image), "--output", "ä.png")
+    code, output, _ = call(tools.visualize_augsub, *named)
+    assert (code, output) == (0, "ä.png\n") and Path("ä.png").read_bytes()[:4] == b"\x89PNG"
