@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from engine.figure import BLUE, GREEN, PURPLE, VERMILION, save
 from engine.writers import Record
@@ -22,6 +23,7 @@ def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
     _draw(losses, records, LOSS_COLOURS)
     losses.set(title="Training loss", xlabel="epoch", ylabel="loss", yscale="log")
     losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter(LogFormatter())  # as plain numbers, where there are few
     _draw(accuracy, records, ACCURACY_COLOURS)
     accuracy.set(title="Held-out accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
     _mark_last(accuracy, records)
