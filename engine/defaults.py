@@ -30,7 +30,7 @@ from engine.log_file import LogFile
 from engine.mixing import build_mixup
 from engine.optim import build_optimizer
 from engine.parallel import is_sharded, replicate, shard, shards_of
-from engine.plan import log_plan
+from engine.plan import log_left_out, log_plan
 from engine.precision import Precision
 from engine.resume_rules import continue_from
 from engine.run_folder import RunFolder
@@ -107,6 +107,7 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
         )
     complete(config)
     source = build_held_out_source(config)
+    log_left_out(source)
     held_out, precision = build_held_out(config, source, process), build_precision(config, process)
     results = {}
     for prefix, model in models_to_evaluate(config, source, process, file, source.class_names):

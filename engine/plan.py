@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from engine.config import Config
+from engine.data import DataSource
 from engine.trainer import Trainer
 
 LOGGER = logging.getLogger("engine")
@@ -29,9 +30,14 @@ def log_plan(config: Config, trainer: Trainer) -> None:
         config.train.global_batch,
         trainer.data.iterations_per_epoch,
     )
-    for split, files in trainer.data.source.left_out.items():
-        LOGGER.info("left out, no images: %s (%s)", files, split)
+    log_left_out(trainer.data.source)
     log_warnings(config, trainer)
+
+
+def log_left_out(source: DataSource) -> None:
+    """Say which files of the data are no images."""
+    for split, files in source.left_out.items():
+        LOGGER.info("left out, no images: %s (%s)", files, split)
 
 
 def log_warnings(config: Config, trainer: Trainer) -> None:

@@ -32,6 +32,7 @@ from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigur
 from engine.evaluation.subject import Subject, find_subject, folder_for
 from engine.evaluation.tables import printed
 from engine.evaluation.views import SubModelView
+from engine.plan import log_left_out
 from engine.run_model import complete, models_to_evaluate
 from models.build import check_image_shape
 from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models
@@ -63,6 +64,8 @@ def evaluate_subject(
     """Results of all weights of a subject. All processes must call it together."""
     config = subject.config
     benchmark = Benchmark({"": build_held_out_source(config)}) if variant is None else open_variant(variant, config)
+    for source in benchmark.sources.values():
+        log_left_out(source)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
     loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
     precision, source, evaluated = build_precision(config, process), benchmark.source, []

@@ -44,8 +44,8 @@ class ImageFiles(Dataset):
             raise UnreadableImage(self._name(index), reason_of(error)) from error
         try:
             return self._transform(image), label
-        except ValueError as error:  # timm's border mode leaves no pixel of a side that is 300 times shorter
-            raise UnreadableImage(self._name(index), f"{image.width} x {image.height} pixels: {error}") from error
+        except DecodingError as error:  # any other error of a transform is none of the file
+            raise UnreadableImage(self._name(index), reason_of(error)) from error
 
     def listing(self) -> Iterator[str]:
         """A line for each image: of files path and label, else the label."""
@@ -77,7 +77,7 @@ class OtherImages(Dataset):
     def __getitem__(self, index: int) -> Any:
         try:
             return self._dataset[index]
-        except (OSError, Image.DecompressionBombError) as error:  # Pillow's UnidentifiedImageError is an OSError
+        except (OSError, Image.DecompressionBombError, DecodingError) as error:  # the first: UnidentifiedImageError too
             raise UnreadableImage(f"{self._split} image {index}", reason_of(error)) from error
 
     def listing(self) -> Iterator[str]:

@@ -25,7 +25,7 @@ GHOSTSCRIPT = ("EPS",)  # it decodes these where Ghostscript is installed
 def image_suffixes() -> frozenset[str]:
     """Suffixes of all files that Pillow decodes here, in lower case, with their dot."""
     Image.init()
-    decoded = {
+    decoded = {"MPO"} | {  # which the JPEG reader opens: a photograph and its preview, or the two of a stereo camera
         name
         for name, (opener, _) in Image.OPEN.items()
         if not (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile))  # these identify only
@@ -126,7 +126,10 @@ class ImageFolder(ImageList):
         for entry in os.scandir(folder):
             (images if is_image(entry.name) and not entry.is_dir() else others).append(entry)
         if not images:
-            raise InputError(f"{folder}: the class folder holds no image itself")
+            found = ", ".join(
+                sorted({_suffix(entry.name) for entry in others if entry.is_file() and entry.name[0] != "."})
+            )
+            raise InputError(f"{folder}: the class folder holds no image itself{found and f', only files {found}'}")
         self._leave_out(others)
         return [entry.name for entry in images]
 
@@ -140,4 +143,8 @@ class ImageFolder(ImageList):
             elif is_image(entry.name):
                 raise InputError(f"{entry.path}: an image must lie directly in a class folder of {self.root}")
             else:
-                self.left_out[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+                self.left_out[_suffix(entry.name)] += 1
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without suffix"

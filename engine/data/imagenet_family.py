@@ -108,7 +108,12 @@ def open_variant(variant: str, config: Config) -> Benchmark:
 def _open_real(root: Path, config: Config) -> Benchmark:
     """Labels are the images' numbers, counted from 0; images without any right label are not counted."""
     right = json.loads(_text("imagenet_real_labels.json"))
-    paths = sorted(os.path.join(place, name) for place, _, names in os.walk(root) for name in filter(is_image, names))
+    paths = sorted(
+        os.path.join(place, name)
+        for place, _, names in os.walk(root, followlinks=True)
+        if not any(part.startswith(".") for part in Path(place).relative_to(root).parts)
+        for name in filter(is_image, names)
+    )
     numbers = [_validation_number(path, len(right)) for path in paths]
     if not paths:
         raise InputError(f"data.root = {root}: holds no image")
@@ -175,7 +180,7 @@ def _check_classes(folder: Path, classes: Classes, variant: str) -> None:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _source(folder: Path, classes: Classes, config: Config, names: Sequence[str]) -> DataSource:

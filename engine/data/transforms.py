@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from engine.config import UNTRANSFORMED, Config, TransformConfig
+from engine.data.decoding import DecodingError
 from engine.errors import input_errors
 
 Transform = Callable[[Any], Tensor]
@@ -74,6 +76,18 @@ def middle(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
+def refuse_slivers(image: Image.Image, longest: int) -> Image.Image:
+    """The image, unless timm's border mode, which makes `longest` of its longer side, leaves no pixel of the other.
+
+    Raises:
+        DecodingError: it does.
+    """
+    if round(min(image.size) / (max(image.size) / longest)) == 0:  # as timm rounds
+        size = f"{image.width} x {image.height}"
+        raise DecodingError(f"{size} pixels, of which transform.eval_crop_mode=border leaves less than a row")
+    return image
+
+
 def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
     """Resize the shorter side to image_size / eval_crop, crop the centre: (C, H, W) uint8."""
     with input_errors("transform"):
@@ -86,7 +100,11 @@ def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
             crop_mode=config.eval_crop_mode,
             normalize=False,
         )
-    return Compose([middle, transform]) if config.eval_crop_mode == "center" else transform
+    if config.eval_crop_mode == "center":
+        return Compose([middle, transform])
+    if config.eval_crop_mode == "border":
+        return Compose([partial(refuse_slivers, longest=int(image_size / config.eval_crop)), transform])
+    return transform
 
 
 def random_erasing(config: TransformConfig, device: torch.device) -> RandomErasing:

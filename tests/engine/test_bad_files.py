@@ -243,15 +243,15 @@ def test_only_the_main_process_logs(caplog):
     assert caplog.messages == ["bad file 1 of 1 allowed (data.bad_files): a: x"]
 
 
-def broken_transform(image: Image.Image) -> None:
-    raise OSError("the overlay of this transform is missing")
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_an_error_of_a_transform_is_not_laid_on_the_file(root, error):
+    def broken_transform(image: Image.Image) -> None:
+        raise error("the overlay of this transform is missing")
 
-
-def test_an_error_of_a_transform_is_not_laid_on_the_file(root):
     config = configuration(root, bad_files=5)
     source = build_images(config.data, config.transform)
     source.train._transform = broken_transform
-    with pytest.raises(OSError, match="the overlay of this transform is missing"):
+    with pytest.raises(error, match="the overlay of this transform is missing"):
         list(build_loaders(config, source, ALONE).train_from(0))
 
 

@@ -11,19 +11,21 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from timm.data import ImageDataset
+from timm.data import ImageDataset, create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from engine.config import DataConfig, TransformConfig
 from engine.data.bad_files import UnreadableImage
+from engine.data.decoding import DecodingError
 from engine.data.files import ImageFiles
 from engine.data.folder import ImageFolder, image_suffixes, natural_order
 from engine.data.images import build_images
+from engine.data.transforms import build_eval_transform
 from engine.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 TIED = ("A", "a", "1", "01", "001", "Bee", "bee", "BEE", "x2y", "x02y")
-FORMATS = (".jpg", ".JPEG", ".png", ".webp", ".bmp", ".tif", ".TIFF", ".gif", ".ppm", ".jp2", ".tga", ".ico")
+FORMATS = (".jpg", ".JPEG", ".mpo", ".png", ".webp", ".bmp", ".tif", ".TIFF", ".gif", ".ppm", ".jp2", ".tga", ".ico")
 
 
 def make_class(folder: Path, *names: str) -> None:
@@ -144,4 +146,32 @@ def test_an_image_that_a_transform_leaves_nothing_of_is_a_bad_file(tmp_path):
     with pytest.raises(UnreadableImage) as error:
         source.held_out[1]
     name, reason = error.value.bad_file
-    assert name.endswith("val/bee/0.png") and reason.startswith("6000 x 1 pixels: ")
+    assert name.endswith("val/bee/0.png")
+    assert reason == "6000 x 1 pixels, of which transform.eval_crop_mode=border leaves less than a row"
+
+
+@pytest.mark.parametrize(
+    ("size", "image_size", "crop"), [((73, 1), 32, 0.875), ((71, 1), 32, 0.875), ((3, 449), 224, 1)]
+)
+def test_whatever_timms_border_mode_can_resize_is_no_bad_file(size, image_size, crop):
+    """It leaves a row, if only one; of 73 x 1 pixels, less than half of one."""
+    settings = {"crop_pct": crop, "crop_mode": "border", "normalize": False, "interpolation": "bicubic"}
+    ours = build_eval_transform(TransformConfig(eval_crop_mode="border", eval_crop=crop), image_size)
+    image = Image.new("RGB", size, "red")
+    if size == (73, 1):
+        with pytest.raises(ValueError, match="must be > 0"):
+            create_transform(image_size, **settings)(image)
+        with pytest.raises(DecodingError, match="73 x 1 pixels"):
+            ours(image)
+    else:
+        mean = TransformConfig().mean
+        assert ours(image).equal(create_transform(image_size, mean=tuple(mean), **settings)(image))
+
+
+def test_a_class_of_files_that_pillow_does_not_read_tells_what_they_are(tmp_path):
+    make_class(tmp_path / "ant", "0.png")
+    make_class(tmp_path / "bee")
+    for name in ("0.HEIC", "1.heic", "notes.txt", ".hidden.png"):
+        (tmp_path / "bee" / name).write_text("")
+    with pytest.raises(InputError, match=r"bee: the class folder holds no image itself, only files \.heic, \.txt$"):
+        ImageFolder(tmp_path)

@@ -100,6 +100,16 @@ def test_real_labels_are_looked_up_by_the_image_number(tmp_path, picture, caplog
         open_variant("real", configuration(tmp_path / "data"))
 
 
+def test_real_images_lie_behind_links_and_not_in_hidden_folders(tmp_path, picture):
+    place, root = tmp_path / "elsewhere" / SYNSETS[0], tmp_path / "data"
+    (place / ".ipynb_checkpoints").mkdir(parents=True)
+    root.mkdir()
+    for name in ("ILSVRC2012_val_00000003.png", ".ipynb_checkpoints/ILSVRC2012_val_00000003-checkpoint.png"):
+        os.link(picture, place / name)
+    (root / SYNSETS[0]).symlink_to(place)
+    assert len(open_variant("real", configuration(root)).source.held_out) == 1
+
+
 def test_real_accuracy_is_that_of_timm(tmp_path):
     """timm's own evaluator on the first images; it wants to be told of all 50000."""
     right = json.loads((INFO / "imagenet_real_labels.json").read_text())
@@ -148,6 +158,8 @@ def test_corruptions_are_sets_of_their_own(tmp_path, picture, caplog):
     root = tmp_path / "data"
     for severity in "12345":
         make(root / "fog" / severity, SYNSETS, picture)
+    for hidden in (root, root / "fog", root / "fog" / "1"):
+        (hidden / ".ipynb_checkpoints").mkdir()
     with caplog.at_level(logging.WARNING):
         benchmark = open_variant("c", configuration(root))
     assert list(benchmark.sources) == [f"fog/{severity}" for severity in "12345"]

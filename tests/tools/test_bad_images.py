@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+
+import tools.eval_net
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
@@ -53,6 +57,23 @@ def is_one_line_about_a_bad_file(error: str, allowed: int, folder: Path) -> bool
     line = error.splitlines()[-1]  # here the log goes to the same place
     named = any(f"{folder / name} cannot be read: " in line for name in BAD)
     return line.startswith(f"error: data.bad_files = {allowed}: ") and named
+
+
+def test_what_is_left_out_is_said_of_every_run_and_evaluation(train_net, call, image_folder, arguments, caplog):
+    caplog.set_level(logging.INFO)
+    (image_folder / "val" / "cat" / "notes.txt").write_text("")
+    (image_folder / "val" / ".ipynb_checkpoints").mkdir()
+    run = next(word for word in arguments if word.startswith("output_dir=")).partition("=")[2]
+    for tool, words in (
+        (train_net, arguments),
+        (train_net, [*arguments, "--eval-only"]),
+        (partial(call, tools.eval_net), [run, "data.workers=0"]),
+    ):
+        caplog.clear()
+        code, _, error = tool(*words)
+        assert code == 0, error
+        (line,) = [message for message in caplog.messages if message.startswith("left out, no images: ")]
+        assert line.endswith(" (held-out)") and "1 .txt" in line and "1 hidden" in line
 
 
 @pytest.mark.faults(
