@@ -6,24 +6,19 @@ import importlib
 import inspect
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from models.unwrapping import Weights, find_weights
 
 LOGGER = logging.getLogger("models")
-Weights = dict[str, Tensor]
 
 MOST_MISSING = 0.1  # share of a model's tensors beside its head that a checkpoint of its architecture may lack
 LISTED = 4  # names in a line
-WRAPPERS = ("module.", "model.", "timm_model.", "net.")  # of DDP, Lightning, Hugging Face Transformers and others
-COMPILED = "_orig_mod."  # what torch.compile puts into names, at any depth
-# Under what a checkpoint has its state dict, the trained weights before averages of them
-CONTAINERS = ("model", "state_dict", "module", "model_state_dict", "net", "weights", "params")
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
 MAE_DECODER = re.compile(r"decoder_.+|mask_token")  # beside the encoder in checkpoints of MAE's pretraining
 CLIP_TOWER = "visual."  # OpenAI's and open_clip's image tower; everything else belongs to the texts
 CLIP_CLASS_TOKEN, CLIP_POSITIONS, CLIP_PROJECTION = (
@@ -78,83 +73,45 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
 
     Args:
         model: a timm model, patched or not.
-        content: what the file holds: a state dict, perhaps inside a mapping as `model` or `state_dict`.
+        content: what the file holds: a state dict, perhaps inside of mappings and wrappers, or beside other tensors.
         source: the file, for messages.
         antialias: of the resizing of position tables.
 
     Raises:
         ValueError: no state dict, or one of another architecture.
     """
-    original = _unwrapped(content, model, source)
+    own = model.state_dict()
+    place = find_weights(content, own.keys(), source)
+    original = {
+        name: weight.float() if weight.is_floating_point() else weight for name, weight in place.weights.items()
+    }
     pretraining = _names_of_pretraining(original, model)
     needed = {name: weight for name, weight in original.items() if name not in pretraining}
     weights = _in_timms_layout(needed, model, antialias, source)
 
-    own, head = model.state_dict(), head_tensors(model)
+    head = head_tensors(model)
     misfits = {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
     fitting = {name: weight for name, weight in weights.items() if name in own and name not in misfits}
+    unknown = sorted(weights.keys() - own.keys())
     report = LoadReport(
         loaded=tuple(fitting),
         resized=_resized(needed, fitting),
         initial=tuple(name for name in own if name not in fitting and name != "mask_token"),
         other_classes={name: tuple(weights[name].shape) for name in sorted(misfits & head)},
         pretraining=tuple(sorted(pretraining)),
-        unexpected=tuple(sorted(weights.keys() - own.keys())),
+        unexpected=(*unknown, *place.beside),
     )
     missing = [name for name in report.initial if name not in head and not name.endswith("num_batches_tracked")]
-    if max(len(missing) / len(own), len(report.unexpected) / max(1, len(weights))) > MOST_MISSING:
+    if max(len(missing) / len(own), len(unknown) / max(1, len(weights))) > MOST_MISSING:
         shapes = sorted(
             f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in misfits
         )
         raise ValueError(
             f"checkpoint {source} is of another model: it fills {len(fitting)} of {len(own)} tensors and has "
-            f"{len(report.unexpected)} unknown ones ({_some(shapes or report.unexpected or missing)})"
+            f"{len(unknown)} unknown ones ({_some(shapes or unknown or missing)})"
         )
     model.load_state_dict(fitting, strict=False)
     return report
-
-
-def _unwrapped(content: Mapping[str, Any], model: nn.Module, source: object) -> Weights:
-    """The state dict in a checkpoint in float precision, its names as the model has them inside of all wrappers."""
-    while (key := next((key for key in (*CONTAINERS, *AVERAGES) if _is_mapping(content, key)), None)) is not None:
-        if key in AVERAGES:
-            LOGGER.warning("%s: holds no trained weights, only their average, '%s'", source, key)
-        content = content[key]
-    weights = {name: value for name, value in content.items() if _is_named_tensor((name, value))} if content else {}
-    if not weights or len(weights) < len(content):
-        raise ValueError(f"checkpoint {source} holds no state dict, neither by itself nor as {', '.join(CONTAINERS)}")
-    weights = {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
-    prefix = _prefix(weights, model)
-    return {
-        name.removeprefix(prefix): weight.float() if weight.is_floating_point() else weight
-        for name, weight in weights.items()
-    }
-
-
-def _is_mapping(content: Any, key: str) -> bool:
-    return isinstance(content, Mapping) and isinstance(content.get(key), Mapping) and bool(content[key])
-
-
-def _prefix(weights: Weights, model: nn.Module) -> str:
-    """What wrappers have put before the names of the model: `module.`, `model.`, `net.backbone.` …
-
-    It is the beginning behind which most of the model's own names are found, whatever else the file holds; in a file of
-    another layout, where they are few, what all names share of `WRAPPERS`.
-    """
-    own = model.state_dict().keys()
-    places = ((name, end) for name in weights for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
-    found = Counter(name[:end] for name, end in places if name[end:] in own)
-    prefix, count = max(found.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
-    if count > len(own) / 2:
-        return prefix
-    prefix = ""
-    while (wrapper := next((w for w in WRAPPERS if all(n.startswith(prefix + w) for n in weights)), None)) is not None:
-        prefix += wrapper
-    return prefix
-
-
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _names_of_pretraining(weights: Weights, model: nn.Module) -> set[str]:
