@@ -9,7 +9,8 @@ import re
 import socket
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlparse
@@ -148,7 +149,7 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module
 
 def _nearest_argument(name: str, error: Exception) -> str:
     """The model's own argument that is meant by one which it refuses, as text; empty if there is none."""
-    refused = re.search(r"unexpected keyword argument '(.+)'", str(error))
+    refused = re.search(r"unexpected keyword argument.*?'(.+?)'", str(error))
     if refused is None:
         return ""
     classes = type(build_on_meta(name)).__mro__[:-1]
@@ -195,9 +196,26 @@ def check_image_shape(
     images = torch.empty(batch, *image_shape, device="meta")
     for augmentation in (None, *augmentations):
         try:
-            functional_call(model, weights, (images,), {"augsub": augmentation})
+            with _unsynchronised(model):
+                logits = functional_call(model, weights, (images,), {"augsub": augmentation})
         except Exception as error:  # as above: the model's own code
             raise ValueError(f"{size} pixels do not fit: {_first_line(error)}") from error
+        if getattr(logits, "ndim", None) != 2:
+            found = getattr(logits, "shape", type(logits).__name__)
+            raise ValueError(f"the model is no classifier: its output is {found}, no logits (B, K)")
+
+
+@contextmanager
+def _unsynchronised(model: nn.Module) -> Iterator[None]:
+    """BatchNorm over several processes runs on GPUs alone, and has the images of all of them: it is left out."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm) and layer.training]
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def _first_line(error: BaseException) -> str:

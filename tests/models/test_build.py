@@ -5,6 +5,7 @@ import logging
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models import register_model
 
 import augsub
@@ -52,6 +53,30 @@ def test_sizes_are_checked_without_computing(caplog):
     with caplog.at_level(logging.WARNING):
         check_image_shape(build_model("vit_tiny_patch16_224", num_classes=7, in_chans=3, image_size=40), (3, 40, 40))
     assert "40 x 40 pixels are no multiple of the patch size" in caplog.text
+
+
+def test_batchnorm_over_several_processes_passes_the_check():
+    """It runs on GPUs alone, and a single image of each process is not all that it sees."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        model = augsub.patch(convert_sync_batchnorm(timm.create_model("test_resnet")))
+        check_image_shape(model, (3, 64, 64), [augsub.build("random_crop", ratio=0.5)], batch=1)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "found"),
+    [
+        ("test_resnet", {"features_only": True}, "list"),
+        ("inception_v3", {"aux_logits": True}, "tuple"),
+        ("test_resnet", {"num_classes": 0, "global_pool": ""}, r"torch.Size\(\[2, 96, 10, 10\]\)"),
+    ],
+)
+def test_what_gives_no_logits_is_no_classifier(name, kwargs, found):
+    with pytest.raises(ValueError, match=rf"the model is no classifier: its output is {found}, no logits \(B, K\)"):
+        check_image_shape(build_model(name, **kwargs), (3, 299, 299))
 
 
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "efficientvit_m0"])  # whose patch size is one number
@@ -107,8 +132,12 @@ def test_an_argument_that_a_model_does_not_take_is_refused_with_the_nearest():
         ("vit_tiny_patch16_224", "ptch_size", "patch_size"),
         ("resnet18", "zero_init_lst", "zero_init_last"),
         ("convnext_atto", "ls_init_valu", "ls_init_value"),
+        ("hrnet_w18_small", "drop_rat", "drop_rate"),  # refuses several at once
+        ("poolformer_s12", "depth", "depths"),
     ):
-        with pytest.raises(ValueError, match=f"unexpected keyword argument '{argument}', did you mean '{nearest}'"):
+        with pytest.raises(
+            ValueError, match=rf"unexpected keyword argument.*'{argument}'\]?, did you mean '{nearest}'"
+        ):
             create_model(name, **{argument: 4})
 
 
