@@ -181,8 +181,6 @@ def build_model_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimize
     """The optimiser of all that learns in a model."""
     with input_errors("optimizer"):
         groups = param_groups(model, config.weight_decay, config.layer_decay, config.full_lr)
-    if not groups:
-        raise InputError("model.frozen: nothing is left to learn; leave the head out, or some of the last modules")
     return build_optimizer(config, groups)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from timm.layers import DropPath
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from augsub.families.modules import drop_path_places
 
@@ -60,17 +59,19 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
     """Let the parameters of these names, or of the modules of these names, not learn.
 
     Raises:
-        ValueError: no such parameter or module.
+        ValueError: no such parameter or module, or nothing is left to learn but the mask token.
     """
     parameters = dict(model.named_parameters())
     for name in names:
         frozen = [parameters[name]] if name in parameters else _module(model, name, "frozen").parameters()
         for parameter in frozen:
             parameter.requires_grad_(False)
+    if _is_frozen([parameter for name, parameter in parameters.items() if name != "mask_token"]):
+        raise ValueError("frozen: nothing is left to learn; leave the head out, or some of the last modules")
 
 
 def frozen_batchnorms(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """BatchNorm layers in the modules of these names, and those of whose parameters all are frozen.
+    """Layers with running statistics in the modules of these names, and those of whose own parameters all are frozen.
 
     Args:
         names: as for `freeze`.
@@ -80,9 +81,12 @@ def frozen_batchnorms(model: nn.Module, names: Sequence[str]) -> list[nn.Module]
     return [
         layer
         for layer in model.modules()
-        if isinstance(layer, _BatchNorm)
-        and (layer in inside or (layer.affine and not any(weight.requires_grad for weight in layer.parameters())))
+        if hasattr(layer, "running_var") and (layer in inside or _is_frozen(list(layer.parameters(recurse=False))))
     ]
+
+
+def _is_frozen(parameters: Sequence[nn.Parameter]) -> bool:
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _module(model: nn.Module, name: str, key: str) -> nn.Module:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, EvoNorm2dB0
 
+import augsub
 from models.initialise import freeze, frozen_batchnorms, make_drop_path_uniform, restart, start_class_token, start_head
 
 
@@ -64,3 +65,18 @@ def test_batchnorms_are_frozen_with_their_module_or_their_parameters():
     assert set(frozen) == {model.bn1, *(m for m in model.layer1.modules() if isinstance(m, torch.nn.BatchNorm2d))}
     assert frozen_batchnorms(model, []) == [model.bn1, *(m for m in frozen if m is not model.bn1)]  # as they are frozen
     assert frozen_batchnorms(timm.create_model("resnet10t"), []) == []
+
+
+def test_every_layer_with_running_statistics_is_frozen_with_its_module():
+    evonorm = torch.nn.Sequential(EvoNorm2dB0(4), EvoNorm2dB0(4))
+    freeze(evonorm, ["0"])
+    assert frozen_batchnorms(evonorm, ["0"]) == [evonorm[0]]
+    without_parameters = torch.nn.Sequential(torch.nn.BatchNorm2d(3, affine=False), torch.nn.Linear(3, 3))
+    assert frozen_batchnorms(without_parameters, ["1"]) == []
+    assert frozen_batchnorms(without_parameters, ["0"]) == [without_parameters[0]]
+
+
+@pytest.mark.parametrize("names", [[""], ["patch_embed", "layers", "norm", "head"]])
+def test_something_must_be_left_to_learn_beside_the_mask_token(names, make_model):
+    with pytest.raises(ValueError, match="frozen: nothing is left to learn"):
+        freeze(augsub.patch(make_model("swin")), names)
