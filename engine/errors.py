@@ -52,5 +52,5 @@ def input_errors(place: str) -> Iterator[None]:
     """Report a refusal of other code as an InputError at `place`."""
     try:
         yield
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise InputError(f"{place}: {error or type(error).__name__}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,12 +39,18 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
         optimizer = create_optimizer_v2(
             groups, opt=config.name, lr=config.lr, weight_decay=0.0, **{**arguments, **config.kwargs}
         )
-    if getattr(optimizer, "is_second_order", False):
-        raise InputError(
-            f"optimizer.name = {config.name}: needs the gradient's own graph, which a backward of each branch does not "
-            "keep; use a first-order optimiser"
-        )
+    for need in _needs_of_a_step(optimizer):
+        raise InputError(f"optimizer.name = {config.name}: {need}; use an optimiser that takes gradients alone")
     return optimizer
+
+
+def _needs_of_a_step(optimizer: Optimizer) -> Iterator[str]:
+    """What a step takes beside gradients, and no run gives it."""
+    if getattr(optimizer, "is_second_order", False):  # so timm marks AdaHessian
+        yield "needs the gradient's own graph, which a backward of each branch does not keep"
+    for name, parameter in inspect.signature(optimizer.step).parameters.items():
+        if parameter.default is parameter.empty:  # L-BFGS computes the loss as often as it likes
+            yield f"its step needs a {name}"
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 from timm.optim import list_optimizers
+from timm.optim._optim_factory import OptimInfo, default_registry
 from torch import nn
 from torch.optim import Optimizer
 
 from engine.config import OptimizerConfig
+from engine.errors import InputError
 from engine.optim import build_optimizer, load_optimizer
 
 NEED_A_GPU, NEEDS_SECOND_DERIVATIVES = ("bnb", "fused"), ("adahessian",)
@@ -44,6 +47,29 @@ def test_an_optimiser_goes_on_exactly(name):
     step(resumed_model, resumed, seed=3)
     for parameter, other in zip(model.parameters(), resumed_model.parameters(), strict=True):
         assert torch.equal(parameter, other)
+
+
+class Closing(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+def test_an_optimiser_that_needs_more_than_gradients_is_refused():
+    default_registry.register(OptimInfo("closing", Closing, "computes the loss again"))
+    try:
+        for name, need in (("adahessian", "needs the gradient's own graph"), ("closing", "its step needs a closure")):
+            with pytest.raises(InputError, match=f"optimizer.name = {name}: {need}"):
+                build(name)
+    finally:
+        del default_registry._optimizers["closing"]
+
+
+@pytest.mark.parametrize(("name", "package"), [("fusedadam", "apex"), ("bnbadam8bit", "bitsandbytes")])
+def test_an_optimiser_of_a_package_that_is_missing_is_refused(name, package, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"require {package} to be installed"):
+        build(name)
 
 
 def test_a_state_of_another_shape_is_refused():
