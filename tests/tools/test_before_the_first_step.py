@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from engine.checkpoint.reading import load
+from engine.config import Config, EmaConfig
+from engine.plan import log_warnings
 from tools import train_net
 
 RUN = ("train.max_iters=2", "data.workers=0")
@@ -35,7 +39,8 @@ def train(call, tmp_path):
         ("augsub.sub_models=[{augmentations: [{name: masking, ratio:0.5}]}]", "ratio:0.5 = null: a space is missing"),
         ("model.kwargs={depth: null}", "model.kwargs.depth = null: must have a value, or go"),
         ("model.kwargs={dept: 3}", "unexpected keyword argument 'dept', did you mean 'depth'?"),
-        ("model.frozen=[pos_embed,cls_token,patch_embed,blocks,norm,head]", "model.frozen: nothing is left to learn"),
+        ("model.frozen=[pos_embed,cls_token,patch_embed,blocks,norm,head]", "model: frozen: nothing is left to learn"),
+        ("model.kwargs={features_only: true, patch_size: 2}", "the model is no classifier: its output is list"),
         ("optimizer.name=adahessian", "optimizer.name = adahessian: needs the gradient's own graph"),
     ],
 )
@@ -85,3 +90,14 @@ def test_an_average_that_a_short_run_does_not_fill_is_told(train, settings, warn
     code, *_ = train(*settings)
     line = "WARNING: ema.decay = 0.9999: after 2 steps the average still consists of the initial weights to 100.0 %"
     assert code == 0 and any(line in message for message in caplog.messages) == warns
+
+
+@pytest.mark.parametrize(("steps", "advice"), [(36, 0.7), (1200, 0.992), (10_000, 0.999), (300_000, 0.99997)])
+def test_the_decay_that_is_advised_suits_the_run(steps, advice, caplog):
+    config = Config(ema=EmaConfig(enabled=True, decay=0.999999))
+    log_warnings(config, SimpleNamespace(max_iterations=steps))
+    assert caplog.messages[-1].endswith(f"or set ema.decay={advice}")
+    config.ema.decay = advice
+    caplog.clear()
+    log_warnings(config, SimpleNamespace(max_iterations=steps))
+    assert not caplog.messages and advice**steps < 1e-3
