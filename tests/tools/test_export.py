@@ -197,3 +197,18 @@ def test_a_card_and_its_configuration_tell_nothing_of_others_weights_nor_of_this
     config, card = json.loads((target / "config.json").read_text()), (target / "README.md").read_text()
     assert config["architecture"] == "test_vit" and not {"tag", "license"} & config["pretrained_cfg"].keys()
     assert "r160_in1k" not in card and str(tmp_path) not in card and str(image_folder) not in card
+
+
+def test_folders_that_a_run_read_from_are_not_published(tool, checkpoints, tmp_path):
+    """Neither the folder of a model in the hub's layout nor where timm keeps its files."""
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=10, in_chans=1), tmp_path / "secret")
+    state = torch.load(checkpoints["digits_resnet"], weights_only=True)
+    settings = yaml.safe_load(state["config"])
+    settings["model"] |= {"name": f"local-dir:{tmp_path}/secret", "kwargs": {"cache_dir": f"{tmp_path}/secret"}}
+    state |= {"model_name": settings["model"]["name"], "config": yaml.safe_dump(settings)}
+    state["model"] = timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict()
+    torch.save(state, tmp_path / "last.pt")
+    code, _, error = tool(tmp_path / "last.pt", tmp_path / "hub")
+    assert code == 0, error
+    published = [(tmp_path / "hub" / name).read_text() for name in ("README.md", "config.json")]
+    assert "`test_resnet` of timm" in published[0] and not any("secret" in text for text in published)

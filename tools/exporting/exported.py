@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from engine.config_file import parse_config
 from engine.errors import InputError, input_errors
 from engine.plugins import import_plugins
 from models.build import create_model, takes_image_size
+
+OF_BUILDING = inspect.signature(timm.create_model).parameters  # files to read, ways to run: nothing of a model's shape
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def load_exported(checkpoint: Path, ema: bool | None = None, plugins: Sequence[s
         ema = config.evaluation.metric == "ema_top1" and "ema" in state["hooks"]
     weights, name = _plain_weights(state, ema, checkpoint), state["model_name"]
     import_plugins(plugins)
-    image_size, arguments = config.data.image_size, {**state["data"], **config.model.kwargs}
+    shape = {name: value for name, value in config.model.kwargs.items() if name not in OF_BUILDING}
+    image_size, arguments = config.data.image_size, {**state["data"], **shape}
     hint = f", whose run had --plugins {' '.join(config.plugins)}" if config.plugins and not plugins else ""
     with input_errors(f"checkpoint {checkpoint}{hint}"):
         model = create_model(name, image_size=image_size, **arguments)

@@ -9,7 +9,7 @@ from string import Template
 from typing import Any
 
 from omegaconf import OmegaConf
-from timm.models import save_for_hf
+from timm.models import parse_model_name, save_for_hf
 
 import augsub
 from engine.atomic import temporary_name
@@ -86,11 +86,12 @@ def card(exported: Exported, title: str) -> str:
     """The model card."""
     config, figures = exported.config, exported.figures
     config = replace(config, data=replace(config.data, root=None))  # where the images lie is nobody else's affair
+    is_local = parse_model_name(exported.name)[0] == "local-dir"  # so it names a folder of this machine
     sections = {section: getattr(config, section) for section in RECIPE}
     measured = [f"- {name}: {value:.4g}" for name, value in figures.items() if name != "images"]
     return Template(CARD.read_text()).substitute(
         title=title,
-        name=exported.name,
+        name=exported.model.pretrained_cfg["architecture"] if is_local else exported.name,
         dataset=config.data.dataset,
         classes=exported.arguments["num_classes"],
         shape=" x ".join(map(str, exported.image_shape)),
