@@ -54,16 +54,11 @@ def class_folders(folder: Path) -> list[str]:
     """Names of the class folders in their order.
 
     Raises:
-        InputError: there is none, or one whose name is no UTF-8.
+        InputError: there is none.
     """
     classes = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     if not classes:
         raise InputError(f"{folder}: has no class folders")
-    for name in classes:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{folder}: the class folder {os.fsencode(name)!r} must be renamed to UTF-8") from error
     return sorted(classes, key=natural_order)
 
 
@@ -107,8 +102,7 @@ class ImageFolder(ImageList):
         class_to_idx: labels by class folder, of which each must be there; None numbers the folders.
 
     Raises:
-        InputError: no class folders, one without an image or with a name that is no UTF-8, or an image that does not
-            lie directly in a class folder.
+        InputError: no class folders, one without an image, or an image that does not lie directly in a class folder.
     """
 
     def __init__(self, root: Path, class_to_idx: Mapping[str, int] | None = None) -> None:

@@ -121,12 +121,13 @@ def test_what_is_left_out_is_counted(tmp_path):
     }  # fmt: skip
 
 
-def test_a_class_whose_name_is_no_utf8_is_refused(tmp_path):
-    make_class(tmp_path / "ant", "0.png")
-    folder = os.fsencode(tmp_path) + b"/b\xe9e"
-    shutil.copytree(os.fsencode(tmp_path / "ant"), folder)
-    with pytest.raises(InputError, match=r"the class folder b'b\\xe9e' must be renamed to UTF-8"):
-        ImageFolder(tmp_path)
+def test_a_class_whose_name_is_no_utf8_is_a_class_with_escapes_in_its_name(tmp_path):
+    for split in ("train", "val"):
+        make_class(tmp_path / split / "ant", "0.png")
+        shutil.copytree(os.fsencode(tmp_path / split / "ant"), os.fsencode(tmp_path / split) + b"/b\xe9e")
+    source = build_images(DataConfig(root=str(tmp_path), image_size=16), TransformConfig())
+    assert source.class_names == ("ant", "b\\xe9e")
+    assert len(source.train) == 2
 
 
 def test_a_file_whose_name_is_no_utf8_is_an_image(tmp_path):

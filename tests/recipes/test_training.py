@@ -156,7 +156,8 @@ def check_rand_augment(op, facts, config, bicubic_only) -> None:
 
 def test_eval_transform(recipe):
     facts, config = recipe.facts["eval"], recipe.config
-    resize, crop, *_ = build_eval_transform(config.transform, config.data.image_size).transforms
+    *_, timms = build_eval_transform(config.transform, config.data.image_size).transforms
+    resize, crop, *_ = timms.transforms
     assert resize.size == facts["resize"]
     assert resize.interpolation == InterpolationMode.BICUBIC and facts["interpolation"].startswith("bicubic")
     assert tuple(crop.size) == (facts["center_crop"],) * 2
