@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -38,7 +37,6 @@ class SubForward:
         self.patch_embed: Any = getattr(model, "patch_embed", None)
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
-        self._resized_state = functools.partial(family.resized_state, model)
         self._held: list[Assignment] = []
         self._hooks = [
             module.register_forward_hook(_SiteHook(name, change, self))
@@ -81,7 +79,8 @@ class SubForward:
         plan = self.plan(augmentation)
         augmented = cast(ImageSite, self.sites["image"]).apply(plan.get("image", ()), images)
         image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
-        state = list(self._resized_state(image_size)) if augmented.shape[-2:] != images.shape[-2:] else []
+        is_resized = augmented.shape[-2:] != images.shape[-2:]
+        state = list(self._family.resized_state(self.model, image_size)) if is_resized else []
         state += [assignment for name, members in plan.items() for assignment in self.sites[name].state(members)]
         try:
             self.active = plan

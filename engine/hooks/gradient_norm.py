@@ -45,7 +45,8 @@ class GradientNorm(HookBase):
         if self._is_due:
             parameters = self.trainer.bare_model.parameters()
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-            self._norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._norms.append(norm.to(self.trainer.process.device))  # without gradients, under FSDP2, it is on the CPU
 
     def after_step(self) -> None:
         if not self._is_due:
