@@ -47,12 +47,6 @@ def test_imports_go_one_way(path):
     assert not above
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if "engine" in path.parts], ids=name)
-def test_only_the_assembly_of_the_engine_knows_models_and_augsub(path):
-    known = {module.split(".")[0] for module in imported_modules(path)} & {"models", "augsub"}
-    assert not known or path.name in ("defaults.py", "run_model.py")
-
-
 def test_no_import_circles():
     imports = {path: own_imports(path) for path in FILES}
     while True:
@@ -65,7 +59,7 @@ def test_no_import_circles():
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)
 def test_files_are_short(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 500
 
 
 def test_one_writer_makes_all_json():

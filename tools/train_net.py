@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -36,8 +37,8 @@ exit codes:
 """
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; None: of this process."""
     parser = tool_parser(__doc__, EXAMPLES)
     run = parser.add_argument_group("the run")
     run.add_argument("--config", required=True, metavar="NAME", help="a file in configs/ (swin_b), or any YAML file")
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     action.add_argument("--print-config", action="store_true", help="print the complete configuration")
     errors = parser.add_argument_group("errors")
     errors.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
-    words = sys.argv[1:]
+    words = list(sys.argv[1:] if arguments is None else arguments)
     for index, (word, after) in enumerate(pairwise([*words, ""])):
         if word == "--resume" and "=" in after:
             words[index] = "--resume=auto"  # what follows is an override, not its value
@@ -85,12 +86,12 @@ def run(arguments: argparse.Namespace) -> None:
             train(config, process, resume=arguments.resume is not None)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line after an error; 75 after a preemption, 130 after Ctrl-C, both to be resumed."""
-    arguments = parse_arguments()
+    parsed = parse_arguments(arguments)
     return exit_code(
-        partial(run, arguments),
-        traceback=arguments.traceback,
+        partial(run, parsed),
+        traceback=parsed.traceback,
         after_interrupt="--resume continues from the last checkpoint",
     )
 

@@ -1,4 +1,4 @@
-"""What happens around training steps. The order in which they run stands in `engine/run_hooks.py`."""
+"""What happens around training steps. The order in which they run stands in `engine/defaults.py`."""
 
 from engine.hooks.bad_files import UniteBadFiles
 from engine.hooks.batchnorm import FrozenStatistics, SameBatchNormStatistics

@@ -1,4 +1,4 @@
-"""Where the records of a run go. Which of them a run has, and in which order, stands in `engine/run_hooks.py`."""
+"""Where the records of a run go. Which of them a run has, and in which order, stands in `engine/defaults.py`."""
 
 from engine.writers.csv_file import CSVWriter
 from engine.writers.json_lines import JSONLinesWriter, read_lines
