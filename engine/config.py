@@ -1,80 +1,197 @@
-"""The configuration schema: every field with its type, its default and what it means.
+"""The configuration schema: every key with its type, which values it may have, its default and what it means.
 
-`engine/config_file.py` reads YAML files into it; `engine/defaults.py` builds a trainer from it.
+`engine/config_file.py` reads YAML files into it; `engine/defaults.py` completes it and builds a trainer from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Union  # noqa: UP035  (OmegaConf reads these at run time)
+from functools import cache
+from typing import (  # noqa: UP035  (OmegaConf reads these at run time)
+    Annotated,
+    Any,
+    Dict,
+    List,
+    Optional,
+    TypeVar,
+    Union,
+    get_args,
+    get_type_hints,
+)
+
+from engine.errors import InputError
 
 # ruff: noqa: UP006, UP007, UP045
 
 UNTRANSFORMED = ("digits", "synthetic")  # values of data.dataset whose images are used as they are
 # keys of transform that null leaves to the model
 MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")
+# what null leaves to the model or to the data
+FILLED_IN = ("data.image_size", "train.global_batch", *(f"transform.{key}" for key in MODELS_TRANSFORM))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values a key may have; null is left alone."""
+
+    allows: Callable[[Any], bool]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A property of a key."""
+
+    meaning: str
+
+
+# Where things are, how fast they go, what is reported, remedies for a loss that is not finite: the run stays the run
+MAY_CHANGE = Mark("may differ between a run and the command that resumes it")
+FILE = Mark("the name of a file or a folder: `~` is a home folder")
+
+
+def at_least(bound: float) -> Rule:
+    """A finite number that is not below `bound`."""
+    return Rule(lambda value: bound <= value < math.inf, f"at least {bound}")
+
+
+def above(bound: float) -> Rule:
+    """A finite number greater than `bound`."""
+    return Rule(lambda value: bound < value < math.inf, f"greater than {bound}")
+
+
+def one_of(*words: str | bool) -> Rule:
+    """One of a few words."""
+    return Rule(lambda value: value in words, "one of " + ", ".join(str(word).lower() for word in words))
+
+
+def increasing(low: float, high: float, meaning: str) -> Rule:
+    """Two increasing numbers above `low`, at most `high`."""
+    return Rule(
+        lambda value: len(value) == 2 and low < value[0] <= value[1] <= high, f"two increasing numbers {meaning}"
+    )
+
+
+def three(low: float, meaning: str) -> Rule:
+    """One number for each of three channels, all above `low`."""
+    return Rule(lambda value: len(value) == 3 and all(low < number < math.inf for number in value), f"three {meaning}")
+
+
+LARGEST = 1e38  # what fits into float32
+T = TypeVar("T")
+Tunable = Annotated[T, MAY_CHANGE]
+File = Annotated[str, FILE]
+Count = Annotated[int, at_least(1)]
+NotNegativeInt = Annotated[int, at_least(0)]
+NotNegative = Annotated[float, at_least(0)]
+Positive = Annotated[float, above(0)]
+Share = Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
+Part = Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
+Probability = Annotated[float, Rule(lambda value: 0 <= value <= 1, "in [0, 1]")]
+Interval = Annotated[List[float], increasing(0, LARGEST, "above 0")]
+SEED = Rule(lambda value: 0 <= value < 2**32, "in [0, 2**32)")
+BETAS = Rule(lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
+MINMAX = Rule(
+    lambda value: len(value) == 2 and 0 < value[0] < value[1] <= 1, "two increasing numbers above 0, at most 1"
+)
+WANDB = Rule(
+    lambda value: 0 < len(value) <= 128 and not set(value) & set("/\\#?%:"), "1 to 128 characters, none of / \\ # ? % :"
+)
+
+
+class Section:
+    """Keys with values. What `freeze` has made read-only stays as it is on its way through the engine."""
+
+    def freeze(self) -> None:
+        """Let nobody set a key any more, neither here nor in the sections inside."""
+        for value in vars(self).values():
+            if isinstance(value, Section):
+                value.freeze()
+        self.__dict__["is_frozen"] = True
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if self.__dict__.get("is_frozen"):
+            raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{key}: the configuration is complete")
+        super().__setattr__(key, value)
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     """A timm model. `num_classes` and `in_chans` come from the data."""
 
-    name: str = "vit_base_patch16_224"  # any timm model, hf-hub:USER/MODEL or local-dir:FOLDER
-    pretrained: Union[bool, str] = False  # timm's weights for that name; if_available: random ones where it is offline
-    checkpoint: Optional[str] = None  # file to start from instead: ours, timm's, MAE's, CLIP's, DeiT's or Swin's
+    name: File = "vit_base_patch16_224"  # any timm model, hf-hub:USER/MODEL or local-dir:FOLDER
+    # timm's weights for that name; if_available: random ones where it is offline
+    pretrained: Tunable[Annotated[Union[bool, str], one_of(True, False, "if_available")]] = False
+    # file to start from instead: ours, timm's, MAE's, CLIP's, DeiT's or Swin's
+    checkpoint: Tunable[Optional[File]] = None
     pos_embed_antialias: bool = True  # when a position table of model.checkpoint is resized to another image size
     restart: List[str] = field(default_factory=list)  # modules that start anew although weights were loaded
     frozen: List[str] = field(default_factory=list)  # modules and parameters that stay as they are
-    drop_path_rate: Optional[float] = None  # stochastic depth of the main model; null: timm's default
-    drop_path_shape: str = "linear"  # linear: from 0 in the first block to the rate in the last | uniform
-    drop_rate: Optional[float] = None  # dropout before the head; null: timm's default
-    class_token_std: Optional[float] = None  # new class token, truncated normal; null: as timm has it
-    head_std: Optional[float] = None  # new head, truncated normal weights; null: as timm or the checkpoint has it
-    head_bias_bound: float = 0.0  # biases of a new head, uniform up to this bound
+    drop_path_rate: Optional[Share] = None  # stochastic depth of the main model; null: timm's default
+    # linear: from 0 in the first block to the rate in the last | uniform
+    drop_path_shape: Annotated[str, one_of("linear", "uniform")] = "linear"
+    drop_rate: Optional[Share] = None  # dropout before the head; null: timm's default
+    class_token_std: Optional[Positive] = None  # new class token, truncated normal; null: as timm has it
+    head_std: Optional[Positive] = None  # new head, truncated normal weights; null: as timm or the checkpoint has it
+    head_bias_bound: NotNegative = 0.0  # biases of a new head, uniform up to this bound
     kwargs: Dict[str, Any] = field(default_factory=dict)  # anything else that timm.create_model takes
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     """Where images come from. The number of classes is inferred."""
 
     dataset: str = "folder"  # folder | digits | synthetic | a timm dataset name (hfds/…, torch/…)
-    root: Optional[str] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
+    root: Tunable[Optional[File]] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
     train_split: str = "train"  # folder or split name of the training images
     eval_split: str = "validation"  # of a folder any of val, valid, validation, eval, evaluation, test
-    image_size: Optional[int] = 224  # pixels, square; null: the model's own
-    repeats: int = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
-    workers: int = 4  # loader processes per training process; 0 loads in the training process
-    bad_files: int = 0  # unreadable image files that a run may skip; one more stops it
-    allow_mismatch: bool = False  # go on although classes or images are not those that the weights come from
-    synthetic_samples: int = 512  # images per split of the synthetic dataset
+    image_size: Optional[Count] = 224  # pixels, square; null: the model's own
+    repeats: Count = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
+    workers: Tunable[NotNegativeInt] = 4  # loader processes per training process; 0 loads in the training process
+    bad_files: Tunable[NotNegativeInt] = 0  # unreadable image files that a run may skip; one more stops it
+    allow_mismatch: Tunable[bool] = False  # go on although classes or images are not those that the weights come from
+    synthetic_samples: Count = 512  # images per split of the synthetic dataset
 
 
 @dataclass
-class TransformConfig:
+class TransformConfig(Section):
     """timm's image transforms; digits and synthetic images are used as they are."""
 
-    scale: List[float] = field(default_factory=lambda: [0.08, 1.0])  # area of the random resized crop
-    ratio: List[float] = field(default_factory=lambda: [0.75, 4 / 3])  # its aspect ratio
-    interpolation: str = "bicubic"  # of training images: bicubic | bilinear | random (of both)
-    hflip: float = 0.5  # probability of a horizontal flip
-    vflip: float = 0.0  # probability of a vertical flip
-    color_jitter: Optional[float] = None  # strength; without effect where auto_augment is RandAugment
+    scale: Interval = field(default_factory=lambda: [0.08, 1.0])  # area of the random resized crop
+    ratio: Interval = field(default_factory=lambda: [0.75, 4 / 3])  # its aspect ratio
+    # of training images: bicubic | bilinear | random (of both)
+    interpolation: Annotated[str, one_of("bicubic", "bilinear", "random")] = "bicubic"
+    hflip: Probability = 0.5  # probability of a horizontal flip
+    vflip: Probability = 0.0  # probability of a vertical flip
+    color_jitter: Optional[NotNegative] = None  # strength; without effect where auto_augment is RandAugment
     auto_augment: Optional[str] = None  # timm's spelling: rand-m9-mstd0.5-inc1, 3a, augmix-m5-w4-d2 …
-    random_erase: float = 0.0  # probability of erasing rectangles, after normalisation
-    erase_mode: str = "pixel"  # what erased pixels become: pixel (normal noise) | rand (one colour) | const (0)
-    erase_count: int = 1  # most rectangles in an image
-    erase_area: List[float] = field(default_factory=lambda: [0.02, 1 / 3])  # of the image, all rectangles together
-    erase_aspect: List[float] = field(default_factory=lambda: [0.3, 10 / 3])  # of a rectangle
-    eval_crop: Optional[float] = 0.875  # share of the resized image's side that the centre crop keeps; null: model's
-    eval_crop_mode: Optional[str] = "center"  # center | squash (both sides alike) | border (pad); null: the model's
-    eval_interpolation: Optional[str] = "bicubic"  # bicubic | bilinear; null: the model's
-    mean: Optional[List[float]] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's; null: the model's
-    std: Optional[List[float]] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # ImageNet's; null: the model's
+    random_erase: Probability = 0.0  # probability of erasing rectangles, after normalisation
+    # what erased pixels become: pixel (normal noise) | rand (one colour) | const (0)
+    erase_mode: Annotated[str, one_of("pixel", "rand", "const")] = "pixel"
+    erase_count: Count = 1  # most rectangles in an image
+    # of the image, all rectangles together
+    erase_area: Annotated[List[float], increasing(0, 1, "in (0, 1]")] = field(default_factory=lambda: [0.02, 1 / 3])
+    erase_aspect: Interval = field(default_factory=lambda: [0.3, 10 / 3])  # of a rectangle
+    eval_crop: Optional[Part] = 0.875  # share of the resized image's side that the centre crop keeps; null: model's
+    # center | squash (both sides alike) | border (pad); null: the model's
+    eval_crop_mode: Annotated[Optional[str], one_of("center", "squash", "border")] = "center"
+    # bicubic | bilinear; null: the model's
+    eval_interpolation: Annotated[Optional[str], one_of("bicubic", "bilinear")] = "bicubic"
+    # ImageNet's; null: the model's
+    mean: Annotated[Optional[List[float]], three(-math.inf, "numbers")] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406]
+    )
+    # ImageNet's; null: the model's
+    std: Annotated[Optional[List[float]], three(0, "numbers above 0")] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225]
+    )
 
 
 @dataclass
-class SubModelConfig:
+class SubModelConfig(Section):
     """One sub-model: augmentations applied in order, and the weight of its loss."""
 
     weight: float = 0.5  # of its loss
@@ -82,137 +199,147 @@ class SubModelConfig:
 
 
 @dataclass
-class AugsubConfig:
+class AugsubConfig(Section):
     """loss = main_weight * main + sum of weight * sub. `sub_models: []` is plain training."""
 
-    main_weight: float = 0.5  # of the loss on the labels
+    main_weight: NotNegative = 0.5  # of the loss on the labels
     sub_models: List[SubModelConfig] = field(default_factory=list)  # any number, each one more forward
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """How long, how much at once, and in which precision."""
 
-    epochs: int = 300  # the schedule runs over these; iterations are derived
-    max_iters: Optional[int] = None  # stop earlier, after this many optimiser steps
-    global_batch: Optional[int] = 1024  # images per optimiser step, over all processes; null: follows from the data
-    micro_batch: Optional[int] = None  # most images at once in one process: the published batch per GPU
-    accumulation: Optional[int] = None  # micro-batches per optimiser step; null: as few as micro_batch allows
-    amp: str = "off"  # off | bf16 | fp16 (with gradient scaling, on GPUs; a CPU runs float32 instead and says so)
-    loss_scale: float = 65536.0  # fp16: the loss scale at the start
-    loss_scale_window: int = 2000  # fp16: steps without overflow after which the loss scale doubles
-    clip_norm: Optional[float] = None  # global L2 norm of the gradient
-    compile: bool = False  # torch.compile for the main and the sub-model
-    channels_last: bool = False  # memory layout of images and of convolutions' weights: faster on GPUs with amp
-    grad_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more computation
-    profile: bool = False  # trace.json of a few early steps, and what they spend most time on, as a table in the log
+    epochs: Count = 300  # the schedule runs over these; iterations are derived
+    max_iters: Tunable[Optional[Count]] = None  # stop earlier, after this many optimiser steps
+    global_batch: Optional[Count] = 1024  # images per optimiser step, over all processes; null: follows from the data
+    micro_batch: Tunable[Optional[Count]] = None  # most images at once in one process: the published batch per GPU
+    # micro-batches per optimiser step; null: as few as micro_batch allows
+    accumulation: Tunable[Optional[Count]] = None
+    # off | bf16 | fp16 (with gradient scaling, on GPUs; a CPU runs float32 instead and says so)
+    amp: Tunable[Annotated[str, one_of("off", "bf16", "fp16")]] = "off"
+    loss_scale: Annotated[float, at_least(1)] = 65536.0  # fp16: the loss scale at the start
+    loss_scale_window: Count = 2000  # fp16: steps without overflow after which the loss scale doubles
+    clip_norm: Tunable[Optional[Positive]] = None  # global L2 norm of the gradient
+    compile: Tunable[bool] = False  # torch.compile for the main and the sub-model
+    # memory layout of images and of convolutions' weights: faster on GPUs with amp
+    channels_last: Tunable[bool] = False
+    # recompute activations in backward: less memory, about a third more computation
+    grad_checkpointing: Tunable[bool] = False
+    # trace.json of a few early steps, and what they spend most time on, as a table in the log
+    profile: Tunable[bool] = False
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """A timm optimiser. Biases, 1-D tensors and what the model names itself have no weight decay."""
 
     name: str = "adamw"  # any name of timm.optim.list_optimizers()
-    lr: float = 1e-3  # peak
-    lr_reference_batch: Optional[int] = None  # lr is for that global batch and grows with it; null: lr is absolute
-    layer_decay: Optional[float] = None  # lr of each layer in parts of the next one's, counted from the head
+    lr: Tunable[Positive] = 1e-3  # peak
+    lr_reference_batch: Optional[Count] = None  # lr is for that global batch and grows with it; null: lr is absolute
+    layer_decay: Optional[Part] = None  # lr of each layer in parts of the next one's, counted from the head
     full_lr: List[str] = field(default_factory=list)  # modules that learn at the head's rate under layer_decay
-    weight_decay: float = 0.05  # decoupled or not, as the optimiser has it
-    betas: Optional[List[float]] = None  # null: the optimiser's default
-    eps: Optional[float] = None  # null: the optimiser's default
+    weight_decay: NotNegative = 0.05  # decoupled or not, as the optimiser has it
+    betas: Annotated[Optional[List[float]], BETAS] = None  # null: the optimiser's default
+    eps: Optional[Positive] = None  # null: the optimiser's default
     kwargs: Dict[str, Any] = field(default_factory=dict)  # anything else the optimiser takes
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """Linear warmup, then half a cosine; `engine/schedule.py` has the formula."""
 
-    unit: str = "iteration"  # iteration | epoch: how often the learning rate changes
-    warmup_epochs: float = 5  # linear from warmup_lr
-    warmup_lr: float = 1e-6  # learning rate of the first step
+    # iteration | epoch: how often the learning rate changes
+    unit: Annotated[str, one_of("iteration", "epoch")] = "iteration"
+    warmup_epochs: NotNegative = 5  # linear from warmup_lr
+    warmup_lr: NotNegative = 1e-6  # learning rate of the first step
     warmup_prefix: bool = False  # whether the cosine starts after the warmup instead of under it
     warmup_reaches_peak: bool = False  # whether the last step of the warmup, not the next one, has the peak
-    min_lr: float = 1e-5  # learning rate at the end of the cosine
-    cooldown_epochs: float = 0  # last epochs of the run, all at min_lr
-    lag: int = 0  # iterations or epochs by which the whole curve comes late
+    min_lr: NotNegative = 1e-5  # learning rate at the end of the cosine
+    cooldown_epochs: NotNegative = 0  # last epochs of the run, all at min_lr
+    lag: NotNegativeInt = 0  # iterations or epochs by which the whole curve comes late
     scale_with_batch: bool = False  # whether warmup_lr and min_lr grow with the batch as optimizer.lr does
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Section):
     """Loss of the main model."""
 
-    name: str = "cross_entropy"  # cross_entropy | bce
-    smoothing: float = 0.0  # label smoothing, in [0, 1)
-    target_threshold: Optional[float] = None  # bce: mixed targets above it become 1, others 0
+    name: Annotated[str, one_of("cross_entropy", "bce")] = "cross_entropy"  # cross_entropy | bce
+    smoothing: Share = 0.0  # label smoothing, in [0, 1)
+    target_threshold: Optional[Share] = None  # bce: mixed targets above it become 1, others 0
 
 
 @dataclass
-class MixupConfig:
+class MixupConfig(Section):
     """timm's Mixup and CutMix, on each micro-batch of a process. Both alphas 0: off."""
 
-    mixup_alpha: float = 0.0  # Beta(alpha, alpha) of the mixing weight
-    cutmix_alpha: float = 0.0  # Beta(alpha, alpha) of the kept area
-    prob: float = 1.0  # probability that a batch is mixed
-    switch_prob: float = 0.5  # probability of CutMix where both are on
-    mode: str = "batch"  # batch | pair | elem
-    cutmix_minmax: Optional[List[float]] = None  # CutMix with sides between these shares of the image's instead
+    mixup_alpha: NotNegative = 0.0  # Beta(alpha, alpha) of the mixing weight
+    cutmix_alpha: NotNegative = 0.0  # Beta(alpha, alpha) of the kept area
+    prob: Probability = 1.0  # probability that a batch is mixed
+    switch_prob: Probability = 0.5  # probability of CutMix where both are on
+    mode: Annotated[str, one_of("batch", "pair", "elem")] = "batch"  # batch | pair | elem
+    # CutMix with sides between these shares of the image's instead
+    cutmix_minmax: Annotated[Optional[List[float]], MINMAX] = None
     correct_lam: bool = True  # whether the label's weight follows a CutMix box that the border cut
     integer_pixels: bool = False  # round mixed pixels to whole numbers of 0 to 255, as mixing before normalisation does
-    off_epoch: Optional[int] = None  # from this epoch on images are not mixed
+    off_epoch: Optional[NotNegativeInt] = None  # from this epoch on images are not mixed
 
 
 @dataclass
-class EmaConfig:
+class EmaConfig(Section):
     """Exponential moving average of the weights, evaluated beside them as ema_top1."""
 
     enabled: bool = False  # costs one copy of the model
-    decay: float = 0.9999  # share of the old average that stays per step
+    decay: Share = 0.9999  # share of the old average that stays per step
     warmup: bool = False  # ramp the decay up from 0, for short runs
     evaluate: bool = True  # false keeps the average in the checkpoints only
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Section):
     """Accuracy on held-out images."""
 
-    period: int = 1  # epochs between evaluations; the last epoch is always evaluated
-    batch: int = 256  # images at once per process
-    checkpoint: Optional[str] = None  # what --eval-only evaluates; null: the run's last one, else where it starts
-    metric: str = "top1"  # what makes a checkpoint the best one: top1 | ema_top1
+    period: Tunable[Count] = 1  # epochs between evaluations; the last epoch is always evaluated
+    batch: Tunable[Count] = 256  # images at once per process
+    # what --eval-only evaluates; null: the run's last one, else where it starts
+    checkpoint: Tunable[Optional[File]] = None
+    metric: Annotated[str, one_of("top1", "ema_top1")] = "top1"  # what makes a checkpoint the best one: top1 | ema_top1
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When the state of the run is saved. `last`, `previous` and `best` exist beside the numbered ones."""
 
-    period: Optional[int] = None  # iterations; null: one epoch
-    every_minutes: Optional[float] = None  # also after that much time
-    keep: int = 2  # numbered checkpoints that stay
+    period: Optional[Count] = None  # iterations; null: one epoch
+    every_minutes: Optional[Positive] = None  # also after that much time
+    keep: NotNegativeInt = 2  # numbered checkpoints that stay
     background: bool = True  # write while training goes on, from a copy in the CPU's memory; fsdp2 always waits
 
 
 @dataclass
-class DistributedConfig:
+class DistributedConfig(Section):
     """Several processes, started by torchrun."""
 
-    strategy: str = "ddp"  # ddp: every process has the whole model | fsdp2: parameters and states are divided
+    # ddp: every process has the whole model | fsdp2: parameters and states are divided
+    strategy: Annotated[str, one_of("ddp", "fsdp2")] = "ddp"
     reshard_after_forward: bool = True  # fsdp2: gather parameters again in backward: less memory, more traffic
     sync_batchnorm: bool = False  # BatchNorm over the images of all processes, on GPUs
-    timeout_minutes: float = 10.0  # after which a hung collective ends the run
+    timeout_minutes: Positive = 10.0  # after which a hung collective ends the run
 
 
 @dataclass
-class LogConfig:
+class LogConfig(Section):
     """How often losses are read from the device, printed and written, and where to beside the run's own files."""
 
-    period: int = 50  # iterations
+    period: Count = 50  # iterations
     csv: bool = False  # metrics.csv, the records of metrics.jsonl as a table
-    wandb: Optional[str] = None  # project of Weights & Biases, whose package must be installed; null: nothing is sent
+    # project of Weights & Biases, whose package must be installed; null: nothing is sent
+    wandb: Annotated[Optional[str], WANDB] = None
 
 
 @dataclass
-class PublishedConfig:
+class PublishedConfig(Section):
     """What the paper reports of the recipe, for the documentation and the table at the end of a run."""
 
     gpus: Optional[int] = None  # they trained on that many
@@ -221,13 +348,14 @@ class PublishedConfig:
 
 
 @dataclass
-class Config:
+class Config(Section):
     """A whole run."""
 
-    output_dir: Optional[str] = None  # null: runs/<name of the config file>
-    seed: int = 0  # of the initial weights, the data order and everything random
-    plugins: List[str] = field(default_factory=list)  # modules to import, with augmentations and hooks (they run code!)
-    hooks: List[Any] = field(default_factory=list)  # of the plugins: [{name: MyHook, …its arguments}, …]
+    output_dir: Tunable[Optional[File]] = None  # null: runs/<name of the config file>
+    seed: Annotated[int, SEED] = 0  # of the initial weights, the data order and everything random
+    # modules to import, with augmentations and hooks (they run code!)
+    plugins: Tunable[List[str]] = field(default_factory=list)
+    hooks: Tunable[List[Any]] = field(default_factory=list)  # of the plugins: [{name: MyHook, …its arguments}, …]
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -237,9 +365,101 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     mixup: MixupConfig = field(default_factory=MixupConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
+    ema: Tunable[EmaConfig] = field(default_factory=EmaConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    published: PublishedConfig = field(default_factory=PublishedConfig)
+    checkpoint: Tunable[CheckpointConfig] = field(default_factory=CheckpointConfig)
+    distributed: Tunable[DistributedConfig] = field(default_factory=DistributedConfig)
+    log: Tunable[LogConfig] = field(default_factory=LogConfig)
+    published: Tunable[PublishedConfig] = field(default_factory=PublishedConfig)
+
+
+@cache
+def notes(section: type[Section]) -> dict[str, tuple[Rule | Mark, ...]]:
+    """Rules and marks of the keys of a section."""
+    return {key: tuple(_notes(hint)) for key, hint in get_type_hints(section, include_extras=True).items()}
+
+
+def _notes(hint: Any) -> Iterator[Rule | Mark]:
+    yield from getattr(hint, "__metadata__", ())
+    for inner in get_args(hint):
+        yield from _notes(inner)
+
+
+def marked(mark: Mark, section: type[Section] | None = None, prefix: str = "") -> list[str]:
+    """Keys with a mark, such as "data.root"; a section whose keys all have it is "ema.*"."""
+    found = []
+    for key, hint in get_type_hints(section or Config).items():
+        is_section = isinstance(hint, type) and issubclass(hint, Section)
+        if mark in notes(section or Config)[key]:
+            found.append(f"{prefix}{key}.*" if is_section else prefix + key)
+        elif is_section:
+            found += marked(mark, hint, f"{prefix}{key}.")
+    return found
+
+
+def check(config: Config) -> None:
+    """Raise InputError for the first value out of range, or keys that do not go together."""
+    for problem in (*_out_of_range(config), *_contradictions(config)):
+        raise InputError(problem)
+
+
+def _out_of_range(section: Section, prefix: str = "") -> Iterator[str]:
+    for key, rules in notes(type(section)).items():
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            yield from _out_of_range(value, f"{prefix}{key}.")
+        elif isinstance(value, dict | list):
+            yield from _without_space(value, prefix + key)
+        for rule in rules if value is not None else ():
+            if isinstance(rule, Rule) and not _holds(rule, value):
+                yield f"{prefix}{key} = {shortened(value)}: allowed is {rule.meaning}"
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    """Whether a value is allowed; one that cannot even be compared is not."""
+    try:
+        return rule.allows(value)
+    except TypeError:
+        return False
+
+
+def shortened(value: Any, longest: int = 200) -> str:
+    """A value in a message."""
+    text = str(value)
+    return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def _without_space(content: Any, key: str) -> Iterator[str]:
+    """Keys like `depth:4`, which YAML takes for a key without a value."""
+    if isinstance(content, Section):
+        content = vars(content)
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in pairs:
+        place = f"{key}.{name}"
+        if value is None and ":" in place:
+            yield f"{place} = null: a space is missing after the colon, {place.replace(':', ': ')}"
+        yield from _without_space(value, place)
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Keys that do not go together."""
+    schedule, optimizer, epochs = config.schedule, config.optimizer, config.train.epochs
+    if config.loss.target_threshold is not None and config.loss.name != "bce":
+        yield "loss.target_threshold: only loss.name = bce has a threshold"
+    if config.loss.target_threshold is not None and config.loss.smoothing:
+        yield "loss.target_threshold: goes with loss.smoothing = 0 only; smoothed targets of all classes pass it"
+    if config.model.drop_path_shape == "uniform" and config.model.drop_path_rate is None:
+        yield "model.drop_path_shape = uniform: needs model.drop_path_rate"
+    if config.mixup.integer_pixels and config.data.dataset in UNTRANSFORMED:
+        yield f"mixup.integer_pixels: data.dataset = {config.data.dataset} has no pixels of 0 to 255"
+    if config.evaluation.metric == "ema_top1" and not (config.ema.enabled and config.ema.evaluate):
+        yield "evaluation.metric = ema_top1: needs ema.enabled = true and ema.evaluate = true"
+    if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
+        yield (
+            f"schedule.warmup_epochs = {schedule.warmup_epochs} and schedule.cooldown_epochs = "
+            f"{schedule.cooldown_epochs}: must be less than train.epochs = {epochs} together"
+        )
+    if schedule.scale_with_batch and optimizer.lr_reference_batch is None:
+        yield "schedule.scale_with_batch: needs optimizer.lr_reference_batch, the batch that lr is for"
+    if optimizer.full_lr and optimizer.layer_decay is None:
+        yield "optimizer.full_lr: without optimizer.layer_decay all modules have the full learning rate"

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
+from fnmatch import fnmatch
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.config import Config
-from engine.config_rules import PATHS, check
+from engine.config import FILE, FILLED_IN, MAY_CHANGE, Config, check, marked
 from engine.errors import InputError
 from engine.paths import expanded, readable
 from engine.typed_yaml import inside, read, read_value
@@ -90,6 +90,56 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, value
 
 
+def changes_on_resume(config: Config, saved: Mapping[str, Any]) -> list[str]:
+    """What `config` changes in the run whose configuration is `saved`, as text.
+
+    Raises:
+        InputError: something that makes it another run.
+    """
+    changes = differences(config, saved)
+    may_change = marked(MAY_CHANGE)
+    refused = [key for key in changes if not any(fnmatch(key, pattern) for pattern in may_change)]
+    if refused:
+        listed = "; ".join(f"{key} = {changes[key][0]}, the run has {changes[key][1]}" for key in refused[:3])
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise InputError(
+            f"--resume: {listed}{more}. Only {', '.join(may_change)} may change; "
+            "for anything else start another run from these weights: model.checkpoint = FILE"
+        )
+    return [f"{key}: {saved} -> {current}" for key, (current, saved) in changes.items() if key != "output_dir"]
+
+
+def differences(config: Config, saved: Config | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, current and saved one."""
+    current, before = leaves(config), leaves(saved)
+    return {key: (current[key], before[key]) for key in current if key in before and current[key] != before[key]}
+
+
+def fill_in_from(config: Config, saved: Config | Mapping[str, Any]) -> None:
+    """Set what `config` leaves open to what the run found at its start, in the model or in the data."""
+    before = leaves(saved)
+    for key in FILLED_IN:
+        section, name = key.split(".")
+        part = getattr(config, section)
+        if getattr(part, name) is None:
+            setattr(part, name, before.get(key))
+
+
+def saved_content(text: Any) -> dict[str, Any]:
+    """The configuration in a checkpoint.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        content = read(text, Config) if isinstance(text, str) else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--resume: the checkpoint's configuration cannot be read: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise InputError("--resume: the checkpoint holds no configuration, it is not one of a run")
+    return content
+
+
 def find_config(name: str | Path) -> Path:
     """The file that a path, or the name of a file in `configs/`, with or without its suffix, means.
 
@@ -114,7 +164,7 @@ def _complete(content: DictConfig, place: str, overrides: Sequence[str]) -> Conf
         with reported(f"override {override!r}"):
             _apply(override, merged)
     with reported(place):
-        for key in (*PATHS, "model.name"):  # which may be local-dir:FOLDER
+        for key in marked(FILE):
             if path := OmegaConf.select(merged, key):
                 OmegaConf.update(merged, key, expanded(path, f"{key} = "))
         config: Config = OmegaConf.to_object(merged)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
@@ -17,9 +20,10 @@ from engine import hooks
 from engine.checkpoint.reading import load, load_facts
 from engine.checkpoint.store import CheckpointStore
 from engine.config import Config, OptimizerConfig
-from engine.config_file import leaves, to_yaml
+from engine.config_file import changes_on_resume, fill_in_from, leaves, saved_content, to_yaml
 from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
+from engine.data.batch_sizes import batch_for
 from engine.data.transforms import normalisation
 from engine.data_rules import check_resumed
 from engine.distributed import Process
@@ -31,10 +35,16 @@ from engine.mixing import build_mixup
 from engine.optim import build_optimizer
 from engine.parallel import is_sharded, replicate, shard, shards_of
 from engine.plan import log_left_out, log_plan
+from engine.plugins import import_plugins
 from engine.precision import Precision
-from engine.resume_rules import continue_from
 from engine.run_folder import RunFolder
-from engine.run_model import build_run_model, complete, models_to_evaluate
+from engine.run_model import (
+    IF_AVAILABLE,
+    build_run_model,
+    fill_in_from_model,
+    has_pretrained_weights,
+    models_to_evaluate,
+)
 from engine.schedule import build_schedule
 from engine.seeding import seed_all
 from engine.train_loop import HookBase
@@ -62,21 +72,19 @@ def train(config: Config, process: Process, resume: bool) -> None:
     """Train a run to its end; `resume` continues the one in its folder from its newest intact checkpoint."""
     folder = RunFolder(config.output_dir)
     with LogFile() as log, ExitStack() as until_the_end:
-        store, newest, changes = find_start(config, process, resume)
-        complete(config)
-        source = open_source(config)
-        if newest is not None:
-            check_resumed(config, source, load_facts(newest), newest)
-        trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
+        store = open_store(config, process, resume)
+        newest = store.newest() if resume else None
+        resolved, source = resolve(config, process, newest)
+        trainer = build_trainer(resolved, source, process, store, is_resumed=newest is not None)
         if process.is_main:
-            until_the_end.enter_context(folder.opened(to_yaml(config), is_resumed=resume))
+            until_the_end.enter_context(folder.opened(to_yaml(resolved), is_resumed=resume))
             log.open(folder.log)
         process.barrier()
-        log_plan(config, trainer)
+        log_plan(resolved, trainer)
         if newest is not None:
             trainer.load_state_dict(load(newest, shards_of(trainer.state_dict(), trainer.optimizer)), newest)
             LOGGER.info("resumed %s after %d of %d iterations", newest, trainer.iteration, trainer.max_iterations)
-            for change in changes:
+            for change in changes_on_resume(resolved, saved_config(newest)):
                 LOGGER.info("changed: %s", change)
         elif resume:
             LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
@@ -84,23 +92,75 @@ def train(config: Config, process: Process, resume: bool) -> None:
             trainer.train()
 
 
-def find_start(config: Config, process: Process, resume: bool) -> tuple[CheckpointStore, Path | None, list[str]]:
-    """The run's checkpoints, the one where it goes on, and what the configuration changes in it; nothing is written."""
-    folder = RunFolder(config.output_dir)
+def open_store(config: Config, process: Process, resume: bool) -> CheckpointStore:
+    """The run's checkpoints; nothing is written.
+
+    Raises:
+        InputError: there is a run, and it is not to be resumed.
+    """
+    folder, checkpoint = RunFolder(config.output_dir), config.checkpoint
     if process.is_main and not resume:
         folder.refuse_if_taken()
-    store = CheckpointStore(
-        folder, process, config.checkpoint.keep, is_sharded(config.distributed, process), config.checkpoint.background
+    return CheckpointStore(
+        folder, process, checkpoint.keep, is_sharded(config.distributed, process), checkpoint.background
     )
-    newest = store.newest() if resume else None
-    changes = continue_from(config, load_facts(newest).get("config")) if newest is not None else []
-    return store, newest, changes
 
 
 def open_source(config: Config) -> DataSource:
-    """The data of a complete configuration."""
+    """The data of a configuration."""
     with memory_errors(f"data.image_size = {config.data.image_size}"):
         return build_source(config)
+
+
+def resolve(
+    config: Config,
+    process: Process,
+    newest: Path | None = None,
+    open_data: Callable[[Config], DataSource] = open_source,
+) -> tuple[Config, DataSource]:
+    """The complete configuration, read-only from here on, and the data it is for; the user's plugins are imported.
+
+    What `config` leaves open comes from the checkpoint where the run goes on, else from the model and the data.
+
+    Args:
+        newest: that checkpoint; None at the beginning.
+
+    Raises:
+        InputError: something cannot be found out, or would make another run of the one that goes on.
+    """
+    resolved = complete(config, saved_config(newest) if newest is not None else None)
+    source = open_data(resolved)
+    if newest is not None:
+        check_resumed(resolved, source, load_facts(newest), newest)
+    if resolved.train.global_batch is None and source.train is not None:
+        resolved.train.global_batch = batch_for(len(source.train), process.world_size)
+    if resolved.model.pretrained == IF_AVAILABLE:
+        resolved.model.pretrained = newest is None and has_pretrained_weights(resolved)
+    resolved.freeze()
+    return resolved, source
+
+
+def complete(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
+    """A copy in which nothing is left to the model any more; the user's plugins are imported.
+
+    Args:
+        saved: the configuration of the run that goes on, which comes before what the model says.
+
+    Raises:
+        InputError: something cannot be found out, or would make another run of the one that goes on.
+    """
+    import_plugins(config.plugins)
+    completed = deepcopy(config)
+    if saved is not None:
+        fill_in_from(completed, saved)
+        changes_on_resume(completed, saved)
+    fill_in_from_model(completed)
+    return completed
+
+
+def saved_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that a checkpoint belongs to."""
+    return saved_content(load_facts(checkpoint).get("config"))
 
 
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:
@@ -115,8 +175,7 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
             f"nothing to evaluate: {last} does not exist; set evaluation.checkpoint, model.pretrained=true "
             "or output_dir"
         )
-    complete(config)
-    source = build_held_out_source(config)
+    config, source = resolve(config, process, open_data=build_held_out_source)
     log_left_out(source)
     held_out, precision = build_held_out(config, source, process), build_precision(config, process)
     results = {}

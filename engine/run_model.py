@@ -18,7 +18,6 @@ from engine.data_rules import check_classes
 from engine.distributed import Process
 from engine.errors import InputError, input_errors
 from engine.parallel import synchronise_batchnorm
-from engine.plugins import import_plugins
 from models.blocks import checkpoint_gradients
 from models.build import check_image_shape, create_model, image_settings
 from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
@@ -26,12 +25,6 @@ from models.weights import head_tensors, load_weights
 
 LOGGER = logging.getLogger("engine")
 IF_AVAILABLE = "if_available"  # value of model.pretrained
-
-
-def complete(config: Config) -> None:
-    """What must be done before anything is built: import the plugins, fill in what is left to the model."""
-    import_plugins(config.plugins)
-    fill_in_from_model(config)
 
 
 def fill_in_from_model(config: Config) -> None:
@@ -52,10 +45,22 @@ def fill_in_from_model(config: Config) -> None:
         setattr(transform, key, own.transform[key])
 
 
+def has_pretrained_weights(config: Config) -> bool:
+    """Whether timm's weights for the model can be had here; a warning says why not."""
+    if config.model.checkpoint is not None:
+        return False
+    try:
+        create_model(config.model.name, pretrained=True)
+    except ValueError as error:
+        LOGGER.warning("WARNING: the model starts at random, model.pretrained is only %s: %s", IF_AVAILABLE, error)
+        return False
+    return True
+
+
 def build_run_model(config: Config, source: DataSource, process: Process, is_resumed: bool = False) -> nn.Module:
     """The model of the configuration, patched, with the weights it starts from unless a checkpoint brings all."""
     settings = config.model
-    pretrained = settings.pretrained if settings.checkpoint is None and not is_resumed else False
+    pretrained = settings.pretrained and settings.checkpoint is None and not is_resumed
     model = create_configured_model(config, source, pretrained)
     if config.distributed.sync_batchnorm:
         model = synchronise_batchnorm(model, process)
@@ -106,8 +111,8 @@ def check_pretrained_classes(config: Config, class_names: Sequence[str], model: 
         check_classes(config, class_names, own.get("label_names"), f"model.name = {config.model.name}")
 
 
-def create_configured_model(config: Config, source: DataSource, pretrained: bool | str = False) -> nn.Module:
-    """The timm model of the configuration for this data; `pretrained` as `model.pretrained`."""
+def create_configured_model(config: Config, source: DataSource, pretrained: bool = False) -> nn.Module:
+    """The timm model of the configuration for this data."""
     settings = config.model
     optional = {"drop_path_rate": settings.drop_path_rate, "drop_rate": settings.drop_rate}
     arguments = {
@@ -124,14 +129,7 @@ def create_configured_model(config: Config, source: DataSource, pretrained: bool
             raise InputError(f"model.kwargs.{name} = null: must have a value, or go")
     create = partial(create_model, settings.name, **arguments, **settings.kwargs)
     with input_errors("model"):
-        try:
-            model = create(pretrained=bool(pretrained))
-        except ValueError as error:
-            if pretrained != IF_AVAILABLE:
-                raise
-            settings.pretrained = False
-            model = create(pretrained=False)  # is refused too if the weights were not the reason
-            LOGGER.warning("WARNING: the model starts at random, model.pretrained is only %s: %s", IF_AVAILABLE, error)
+        model = create(pretrained=pretrained)
     if settings.drop_path_shape == "uniform" and settings.drop_path_rate:
         make_drop_path_uniform(model, settings.drop_path_rate)
     return model

@@ -8,9 +8,9 @@ import sys
 import augsub
 from engine.config import Config
 from engine.data import IMAGENET, DataSource
-from engine.defaults import build_sub_models, open_source
+from engine.defaults import build_sub_models, complete, open_source
 from engine.errors import InputError, input_errors
-from engine.run_model import complete, create_configured_model
+from engine.run_model import create_configured_model
 from models.build import create_model
 from models.complexity import Complexity, analyze
 
@@ -31,7 +31,7 @@ def analyze_named(name: str, augmentation: str | None, ratio: float | None) -> A
 
 def analyze_configured(config: Config) -> Analysis:
     """The model and the sub-models of a configuration; no data and no weights are needed."""
-    complete(config)
+    config = complete(config)
     source = data_source(config)
     model = create_configured_model(config, source)
     augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from engine.checkpoint.reading import load_facts
 from engine.config import Config
-from engine.config_file import CONFIGS, load_config
+from engine.config_file import CONFIGS, changes_on_resume, load_config
 from engine.data import IMAGENET, DataSource
-from engine.data_rules import check_resumed
-from engine.defaults import build_trainer, find_start, open_source
+from engine.defaults import build_trainer, open_source, open_store, resolve, saved_config
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.parallel import is_sharded
 from engine.plan import log_warnings, plan_rows
 from engine.run_folder import RunFolder
-from engine.run_model import build_run_model, complete, create_configured_model
+from engine.run_model import build_run_model, create_configured_model
 from engine.schedule import build_schedule
 from engine.schedule_picture import draw_schedule
 from engine.table import readable, text_table
@@ -37,26 +37,18 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
         InputError: whatever the run itself would refuse. That nobody has said where ImageNet-1k is comes last,
             after a plan for as many images and classes as it has.
     """
-    store, newest, changes = find_start(config, process, resume)
-    config.train.compile = False  # takes minutes, and changes nothing of the plan
-    complete(config)
-    source, missing = IMAGENET, None
-    try:
-        source = open_source(config)
-    except InputError as error:
-        data, recipes = config.data, load_config(RECIPES).data
-        if (data.dataset, data.root) != (recipes.dataset, recipes.root) or Path(data.root).exists():
-            raise
-        missing = error
-    if newest is not None and missing is None:
-        check_resumed(config, source, load_facts(newest), newest)
+    store = open_store(config, process, resume)
+    newest = store.newest() if resume else None
+    missing: list[InputError] = []
+    config, source = resolve(config, process, newest, partial(_data_or_imagenet, missing=missing))
+    changes = changes_on_resume(config, saved_config(newest)) if newest is not None else []
     trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
     if process.is_main:
         picture = RunFolder(config.output_dir).plan
         _draw(config, trainer, picture)
         rows = [
             *_start_rows(newest, changes),
-            *([("data", f"not there, counted as ImageNet-1k: {missing}")] if missing else []),
+            *(("data", f"not there, counted as ImageNet-1k: {error}") for error in missing),
             *_data_rows(config, source),
             *_cost_rows(config, source, trainer),
             *plan_rows(config, trainer),
@@ -65,11 +57,23 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
         ]
         log_warnings(config, trainer)
         print(f"{Path(config.output_dir).name}: {config.model.name}\n{text_table(rows)}")
-    if missing is not None:
+    for error in missing:
         raise InputError(
-            f"{missing}; the plan counts the {len(IMAGENET.train):,} training images "
+            f"{error}; the plan counts the {len(IMAGENET.train):,} training images "
             f"and {IMAGENET.num_classes} classes of ImageNet-1k instead"
         )
+
+
+def _data_or_imagenet(config: Config, missing: list[InputError]) -> DataSource:
+    """The data; where nobody has said where ImageNet-1k is, something of its size, and what is `missing`."""
+    try:
+        return open_source(config)
+    except InputError as error:
+        data, recipes = config.data, load_config(RECIPES).data
+        if (data.dataset, data.root) != (recipes.dataset, recipes.root) or Path(data.root).exists():
+            raise
+        missing.append(error)
+        return IMAGENET
 
 
 def _start_rows(newest: Path | None, changes: list[str]) -> Rows:

@@ -14,6 +14,7 @@ how the folder of a variant must look.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from engine.command_line import as_path, exit_code, located, log_to_terminal, to
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant, synsets
-from engine.defaults import build_precision
+from engine.defaults import build_precision, complete
 from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
 from engine.errors import input_errors, memory_errors, writing_errors
 from engine.evaluation.measurement import measure_benchmark
@@ -33,7 +34,7 @@ from engine.evaluation.subject import Subject, find_subject, folder_for
 from engine.evaluation.tables import printed
 from engine.evaluation.views import SubModelView
 from engine.plan import log_left_out
-from engine.run_model import complete, models_to_evaluate
+from engine.run_model import models_to_evaluate
 from models.build import check_image_shape
 from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models
 
@@ -121,8 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
         log_to_terminal()
     overrides = [*VARIANT_SETTINGS.get(arguments.variant, ()), *arguments.overrides]
     subject = find_subject(arguments.what, arguments.model, overrides)
+    subject = replace(subject, config=complete(subject.config))
     config, ratios = subject.config, parse_ratios(arguments.ratios)
-    complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     subs = sub_models(config, arguments.augsub, ratios) if wanted else []
     output = arguments.output or folder_for(subject, asked_for(arguments))

@@ -20,9 +20,9 @@ from functools import partial
 from engine.command_line import as_path, exit_code, tool_parser
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
+from engine.defaults import complete
 from engine.errors import InputError
 from engine.json_text import to_json
-from engine.run_model import complete
 from engine.table import text_table
 from tools.analysis import data_source
 from tools.pages.page import write_page
@@ -55,9 +55,7 @@ def configured(arguments: argparse.Namespace) -> Config:
     if arguments.processes < 2:
         raise InputError(f"--processes = {arguments.processes}, allowed is 2 or more")
     chosen = [f"model.name={arguments.model}"] if arguments.model else []
-    config = load_config(OF_A_MODEL if arguments.model else arguments.config, [*chosen, *arguments.overrides])
-    complete(config)
-    return config
+    return complete(load_config(OF_A_MODEL if arguments.model else arguments.config, [*chosen, *arguments.overrides]))
 
 
 def summary(config: Config, step: Step) -> str:

@@ -37,10 +37,10 @@ from engine.data.decoding import DecodingError, decode, reason_of
 from engine.data.delivery import Delivery, Normalise, build_delivery
 from engine.data.folder import is_image, natural_order
 from engine.data.transforms import build_eval_transform, normalisation
-from engine.defaults import build_sub_models
+from engine.defaults import build_sub_models, complete
 from engine.errors import InputError, input_errors
 from engine.paths import readable
-from engine.run_model import complete, create_configured_model
+from engine.run_model import create_configured_model
 from models.build import build_model, image_settings
 from models.seen import Seen, see
 from tools.analysis import data_source
@@ -89,8 +89,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def configured(arguments: argparse.Namespace) -> tuple[Drawn, list[augsub.SubModelAugmentation]]:
     """The model of a configuration with images for it, and its sub-models."""
-    config = load_config(arguments.config, arguments.overrides)
-    complete(config)
+    config = complete(load_config(arguments.config, arguments.overrides))
     sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
     source = data_source(config)
     model = augsub.patch(create_configured_model(config, source))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from engine.config import UNTRANSFORMED, Config
 from engine.data.bad_files import BadFiles
-from engine.data.batch_sizes import accumulation_for, batch_for
+from engine.data.batch_sizes import accumulation_for
 from engine.data.batches import Batches, HeldOutLoader, collate
 from engine.data.delivery import build_delivery
 from engine.data.digits import build_digits
@@ -70,14 +70,12 @@ def build_held_out_source(config: Config) -> DataSource:
 
 
 def build_loaders(config: Config, source: DataSource, process: Process) -> DataLoaders:
-    """Divide the data among processes. A global batch of null becomes one that suits the number of images.
+    """Divide the data among processes.
 
     Raises:
         InputError: a global batch that does not fit the processes or the data.
     """
     train, num_samples = config.train, len(source.train)
-    if train.global_batch is None:
-        train.global_batch = batch_for(num_samples, process.world_size)
     if train.global_batch > num_samples:
         raise InputError(f"train.global_batch = {train.global_batch}: more than the {num_samples} training images")
     accumulation = accumulation_for(train, process.world_size)

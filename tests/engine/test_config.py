@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from engine.config import Config
@@ -128,3 +130,13 @@ def test_an_unknown_name_is_met_with_the_nearest(write, monkeypatch):
         load_config("swin_bb")
     with pytest.raises(InputError, match=r"config file nothing_like_it does not exist$"):
         load_config("nothing_like_it")
+
+
+def test_a_complete_configuration_is_read_only(write):
+    config = load_config("digits_vit")
+    config.train.epochs = 3
+    config.freeze()
+    for section, key in ((config, "seed"), (config.train, "epochs")):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"{key}: the configuration is complete"):
+            setattr(section, key, 4)
+    assert load_config(write("again.yaml", to_yaml(config))) == config

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config_file import load_config, to_yaml
+from engine.config_file import changes_on_resume, load_config, saved_content, to_yaml
+from engine.defaults import complete
 from engine.errors import InputError
-from engine.resume_rules import continue_from
-from engine.run_model import complete
 
 
 def saved_and_current(*overrides: str):
@@ -15,13 +14,13 @@ def saved_and_current(*overrides: str):
     current = load_config(
         "deit3_b_400e", ["data.image_size=null", "transform.mean=null", "transform.eval_crop=null", *overrides]
     )
-    complete(saved)
-    return to_yaml(saved), current
+    return saved_content(to_yaml(complete(saved))), current
 
 
 def test_what_was_left_to_the_model_is_what_it_was():
     saved, current = saved_and_current()
-    assert continue_from(current, saved) == []
+    current = complete(current, saved)
+    assert changes_on_resume(current, saved) == []
     assert current.data.image_size == 224
     assert current.transform.mean == [0.485, 0.456, 0.406] and current.transform.eval_crop == 0.9  # timm's
 
@@ -31,9 +30,9 @@ def test_a_transform_that_is_switched_off_is_a_change(key, was):
     """null means none for these keys."""
     saved, current = saved_and_current(f"transform.{key}=null")
     with pytest.raises(InputError, match=rf"^--resume: transform.{key} = None, the run has {was}\. Only "):
-        continue_from(current, saved)
+        complete(current, saved)
 
 
 def test_what_may_change_is_listed():
     saved, current = saved_and_current("data.workers=3", "output_dir=elsewhere")
-    assert continue_from(current, saved) == ["data.workers: 10 -> 3"]
+    assert changes_on_resume(complete(current, saved), saved) == ["data.workers: 10 -> 3"]

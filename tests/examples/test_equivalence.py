@@ -26,10 +26,9 @@ import augsub
 from engine.checkpoint.store import CheckpointStore
 from engine.config_file import load_config
 from engine.data import build_source
-from engine.defaults import build_trainer
+from engine.defaults import build_trainer, complete
 from engine.distributed import Process
 from engine.run_folder import RunFolder
-from engine.run_model import complete
 from engine.seeding import derive_seed, seed_all
 
 STEPS = 10
@@ -57,7 +56,7 @@ def objective(of: type = SeededObjective) -> augsub.SubModelObjective:
 def ours(tmp_path_factory) -> tuple[dict[str, Tensor], TensorDataset, dict[str, Tensor]]:
     """Our own trainer without its hooks: first weights, the batches in their order, last weights."""
     config = load_config(CONFIG, [f"output_dir={tmp_path_factory.mktemp('run')}", f"train.max_iters={STEPS}"])
-    complete(config)
+    config = complete(config)
     process = Process(rank=0, world_size=1, device=torch.device("cpu"))
     store = CheckpointStore(RunFolder(config.output_dir), process)
     trainer = build_trainer(config, build_source(config), process, store)

@@ -10,8 +10,8 @@ from timm.models import register_model
 
 import augsub
 from engine.config_file import load_config
+from engine.defaults import complete
 from engine.errors import InputError
-from engine.run_model import complete
 from models.build import build_model, build_on_meta, check_image_shape, create_model, image_settings, takes_image_size
 from models.zoo import load_rows
 
@@ -106,12 +106,12 @@ def test_what_is_not_listed_of_a_model_is_left_out(untold):
 def test_what_is_listed_nowhere_must_be_set(untold):
     config = load_config("finetune_folder", [f"model.name={untold}"])
     with pytest.raises(InputError) as error:
-        complete(config)
+        config = complete(config)
     message = f"model.name = {untold}: timm lists no transform.std, transform.eval_crop, transform.eval_crop_mode, "
     assert str(error.value) == message + "transform.eval_interpolation for it, set them"
     given = ["transform.std=[1,1,1]", "transform.eval_crop=0.9", "transform.eval_crop_mode=center"]
     config = load_config("finetune_folder", [f"model.name={untold}", *given, "transform.eval_interpolation=bicubic"])
-    complete(config)
+    config = complete(config)
     assert (config.data.image_size, config.transform.mean, config.transform.eval_crop) == (96, [0.5] * 3, 0.9)
 
 

@@ -11,8 +11,8 @@ import tools.eval_net
 import tools.export
 import tools.train_net
 import tools.visualize_augsub
+from engine.config import FILE, marked
 from engine.config_file import load_config, parse_config
-from engine.config_rules import PATHS
 from engine.errors import InputError
 from engine.paths import expanded
 from tools.studies.study import load_study
@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path / "home"
 
 
-@pytest.mark.parametrize("key", [*PATHS, "model.name"])
+@pytest.mark.parametrize("key", marked(FILE))
 def test_paths_of_a_configuration(home, key):
     section, _, name = key.rpartition(".")
     prefix = "local-dir:" if key == "model.name" else ""

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from engine.checkpoint.store import CheckpointStore
 from engine.config_file import load_config
 from engine.data import build_source
-from engine.defaults import build_model_optimizer, build_precision, build_trainer
+from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.hooks import LearningRateSchedule, NaNGuard
 from engine.run_folder import RunFolder
-from engine.run_model import complete
 from engine.trainer import Trainer
 from models.build import create_model
 from tools.benchmarking.costs import CONFIG, SUB_MODELS, Costs, Setting, peak_flops, training_costs
@@ -130,8 +129,7 @@ def trainer_on_one_batch(name: str, setting: Setting, device: torch.device, fold
         f"train.channels_last={setting.channels_last}",
         f"augsub.sub_models={sub_models}",
     ]
-    config = load_config(CONFIG, overrides)
-    complete(config)
+    config = complete(load_config(CONFIG, overrides))
     process = Process(rank=0, world_size=1, device=device)
     store = CheckpointStore(RunFolder(config.output_dir), process)
     trainer = build_trainer(config, build_source(config), process, store)

@@ -10,12 +10,12 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from tabulate import tabulate
 
 from engine import config
-from engine.config_rules import RULES
 from tools.pages.page import filled, run_page_tool
 
 SCHEMA = Path(config.__file__)
@@ -34,13 +34,16 @@ def page() -> str:
 
 
 def _section(title: str, prefix: str, schema: type, comments: dict[tuple[str, str], str]) -> str:
+    types = get_type_hints(schema)
     rows = [
         [
             f"`{field.name}`",
-            _type(field.type),
+            _type(types[field.name]),
             f"`{default}`",
             _escaped(comments[schema.__name__, field.name]),
-            _escaped(RULES.get(prefix + field.name, (None, ""))[1]),
+            _escaped(
+                " ".join(rule.meaning for rule in config.notes(schema)[field.name] if isinstance(rule, config.Rule))
+            ),
         ]
         for field, default in _keys(schema)
     ]
@@ -56,17 +59,17 @@ def _keys(schema: type) -> Iterator[tuple[dataclasses.Field, str]]:
             yield field, yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
-def _type(annotation: str) -> str:
-    """Optional[Dict[str, Any]] as people say it."""
-    if annotation.startswith("Optional["):
-        return f"{_type(annotation.removeprefix('Optional[').removesuffix(']'))} or null"
-    if annotation.startswith("Union["):
-        return annotation.removeprefix("Union[").removesuffix("]").replace(", ", " or ")
-    if annotation.startswith("Dict["):
-        return "mapping"
-    if annotation.startswith("List["):
-        return f"list of {annotation.removeprefix('List[').removesuffix(']').replace('Any', 'mappings')}"
-    return annotation
+def _allowed(schema: type, key: str) -> str:
+    return " ".join(note.meaning for note in config.notes(schema)[key] if isinstance(note, config.Rule))
+
+
+def _type(hint: Any) -> str:
+    """Optional[Dict[str, Any]] as people say it: mapping or null."""
+    if get_origin(hint) is Union:
+        return " or ".join("null" if part is type(None) else _type(part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return f"list of {_type(get_args(hint)[0])}"
+    return "mapping" if get_origin(hint) is dict else "mappings" if hint is Any else hint.__name__
 
 
 def _escaped(text: str) -> str:
@@ -75,11 +78,12 @@ def _escaped(text: str) -> str:
 
 
 def _comments() -> dict[tuple[str, str], str]:
-    """The comment behind every key of the schema, by class and key."""
+    """The comment behind every key of the schema, or above it, by class and key."""
     text = SCHEMA.read_text()
     lines = text.splitlines()
     return {
         (schema.name, statement.target.id): lines[statement.lineno - 1].partition("  # ")[2]
+        or lines[statement.lineno - 2].partition("    # ")[2]
         for schema in ast.parse(text).body
         if isinstance(schema, ast.ClassDef)
         for statement in schema.body

@@ -21,8 +21,8 @@ import timm
 import torch
 
 from engine.command_line import as_path, exit_code, tool_parser
+from engine.config import MAY_CHANGE, marked
 from engine.errors import InputError
-from engine.resume_rules import MAY_CHANGE
 from engine.table import markdown_table
 from tools.pages.page import DOCS, filled, write_page
 
@@ -88,7 +88,7 @@ def page(rows: dict[str, Row]) -> str:
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {versions}"
     return filled(
         Path(__file__).with_suffix(".md"),
-        may_change="\n".join(textwrap.wrap(", ".join(MAY_CHANGE), width=110)),
+        may_change="\n".join(textwrap.wrap(", ".join(marked(MAY_CHANGE)), width=110)),
         table=markdown_table(header, table),
         machine=machine,
         total=f"{sum(row.survived for row in rows.values())} runs survived {len(rows)} kinds of faults",

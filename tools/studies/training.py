@@ -11,9 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.config_file import load_config
+from engine.config_file import differences, fill_in_from, load_config
 from engine.errors import InputError, RunError
-from engine.resume_rules import differences
 from engine.run_folder import RunFolder
 from engine.run_model import IF_AVAILABLE
 from tools.comparison.finished_runs import refuse_if_written, why_unfinished
@@ -79,8 +78,9 @@ def _refuse_another(run: PlannedRun) -> None:
     refuse_if_written(folder)
     if not folder.config.exists():
         return
-    changes = differences(run.load(), load_config(folder.config))
-    for key, (planned, trained) in changes.items():
+    study, run_as_trained = run.load(), load_config(folder.config)
+    fill_in_from(study, run_as_trained)
+    for key, (planned, trained) in differences(study, run_as_trained).items():
         if key != "output_dir" and planned != IF_AVAILABLE:  # which becomes false where it is not
             raise InputError(
                 f"{run.folder}: was trained with {key} = {trained}, the study says {planned}: "
