@@ -247,7 +247,7 @@ class OptimizerConfig(Section):
 
 @dataclass
 class ScheduleConfig(Section):
-    """Linear warmup, then half a cosine; `engine/schedule.py` has the formula."""
+    """Linear warmup, then half a cosine; `engine/optim.py` has the formula."""
 
     # iteration | epoch: how often the learning rate changes
     unit: Annotated[str, one_of("iteration", "epoch")] = "iteration"

@@ -16,24 +16,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import augsub
-from engine import hooks
 from engine.checkpoint.reading import load, load_facts
 from engine.checkpoint.store import CheckpointStore
 from engine.config import Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, leaves, saved_content, to_yaml
-from engine.criterion import build_criterion
 from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
 from engine.data.batch_sizes import batch_for
 from engine.data.transforms import normalisation
 from engine.data_rules import check_resumed
-from engine.distributed import Process
+from engine.distributed import Process, is_sharded, replicate, shard, shards_of
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
 from engine.evaluation.results import WEIGHTS
-from engine.log_file import LogFile
-from engine.mixing import build_mixup
-from engine.optim import build_optimizer
-from engine.parallel import is_sharded, replicate, shard, shards_of
+from engine.hooks import build_own_hooks
+from engine.hooks.bad_files import UniteBadFiles
+from engine.hooks.reporting import Evaluation, Profiler, ProgressBar, Report, SubModelPictures, WriteRecords
+from engine.hooks.saving import Checkpoint, Preemption
+from engine.hooks.training import (
+    ExponentialMovingAverage,
+    FrozenStatistics,
+    GradientNorm,
+    LearningRateSchedule,
+    NaNGuard,
+    SameBatchNormStatistics,
+    StopMixing,
+)
+from engine.loss import build_criterion, build_mixup
+from engine.optim import build_optimizer, build_schedule
 from engine.plan import log_left_out, log_plan
 from engine.plugins import import_plugins
 from engine.precision import Precision
@@ -45,13 +54,13 @@ from engine.run_model import (
     has_pretrained_weights,
     models_to_evaluate,
 )
-from engine.schedule import build_schedule
 from engine.seeding import seed_all
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
 from engine.writers import (
     CSVWriter,
     JSONLinesWriter,
+    LogFile,
     LogWriter,
     TensorBoardWriter,
     WandbWriter,
@@ -200,7 +209,7 @@ def build_trainer(
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
-    frozen = hooks.FrozenStatistics(frozen_batchnorms(bare_model, config.model.frozen))
+    frozen = FrozenStatistics(frozen_batchnorms(bare_model, config.model.frozen))
     check_images(config, source, bare_model, objective, frozen, data.micro_batch)
 
     bare_model.to(process.device)
@@ -231,7 +240,7 @@ def check_images(
     source: DataSource,
     model: nn.Module,
     objective: augsub.SubModelObjective,
-    frozen: hooks.FrozenStatistics,
+    frozen: FrozenStatistics,
     micro_batch: int,
 ) -> None:
     """Refuse images that main model or sub-models cannot take, or too few of them at once."""
@@ -264,11 +273,9 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     evaluations = {"": partial(run_evaluation, trainer.bare_model, "")}
     if ema is not None and config.ema.evaluate:
         evaluations["ema_"] = partial(run_evaluation, ema.module, "ema_")
-    guard = hooks.NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
-    evaluation = hooks.Evaluation(
-        evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric
-    )
-    saving = hooks.Checkpoint(
+    guard = NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
+    evaluation = Evaluation(evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric)
+    saving = Checkpoint(
         store,
         evaluation,
         guard,
@@ -278,35 +285,35 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     )
     if config.log.wandb is not None and process.is_main:
         require_wandb(config.log.wandb)  # now, before the run has a folder
-    writing = hooks.WriteRecords(
+    writing = WriteRecords(
         partial(_open_writers, config, folder, trainer), config.log.period, config.train.global_batch
     )
     with input_errors("hooks"):
-        own_hooks = hooks.build_own_hooks(config.hooks)
+        own_hooks = build_own_hooks(config.hooks)
     sharded = is_sharded(config.distributed, process)
-    pictures = hooks.SubModelPictures(
+    pictures = SubModelPictures(
         partial(draw_sub_models, config, trainer), writing
     )  # a forward: of all processes together if sharded
     everywhere = [
-        *([hooks.SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
-        hooks.LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
-        *([hooks.StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
-        *([hooks.ExponentialMovingAverage(ema)] if ema is not None else []),
-        hooks.GradientNorm(config.log.period),
+        *([SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
+        LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
+        *([StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
+        *([ExponentialMovingAverage(ema)] if ema is not None else []),
+        GradientNorm(config.log.period),
         guard,  # before anything looks at weights that may be ruined
         evaluation,
         *own_hooks,  # before the writing, which writes their results too
-        hooks.UniteBadFiles(data.bad_files, data.iterations_per_epoch),  # the evaluation finds some too
+        UniteBadFiles(data.bad_files, data.iterations_per_epoch),  # the evaluation finds some too
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
         *([pictures] if sharded or process.is_main else []),  # after the writing, which opens the writers
         saving,
-        hooks.Preemption(saving),
+        Preemption(saving),
     ]
     title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
-    report = hooks.Report(folder, evaluation, title, _report_facts(config), data.bad_files)
+    report = Report(folder, evaluation, title, _report_facts(config), data.bad_files)
     only_main = [
-        *([hooks.Profiler(folder.trace)] if config.train.profile else []),  # after all others that belong to a step
-        hooks.ProgressBar(writing),  # after the writing, whose records it shows
+        *([Profiler(folder.trace)] if config.train.profile else []),  # after all others that belong to a step
+        ProgressBar(writing),  # after the writing, whose records it shows
         report,  # at the end, when all is written
     ]
     return everywhere + (only_main if process.is_main else [])

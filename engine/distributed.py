@@ -1,11 +1,12 @@
-"""The processes of a run, as torchrun starts them; one process if it did not."""
+"""The processes of a run, as torchrun starts them, and one model on several of them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,11 +14,17 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import DistNetworkError, Store, TCPStore
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from engine.checkpoint import tree
+from engine.config import DistributedConfig
 from engine.errors import InputError, Preempted, RunError
-from engine.rendezvous import fresh_store, is_restartable
 
 
 @dataclass(frozen=True)
@@ -201,3 +208,97 @@ def _lost_contact(error: RuntimeError, timeout_minutes: float) -> str:
     else:
         what = "another process has ended; its own message, above or in its own log, says why"
     return f"lost contact: {what}. All processes must start again: --resume goes on from the last checkpoint ({reason})"
+
+
+ADDRESS = "augsub/port"  # of the main process's store, in the agent's
+PATIENCE = timedelta(seconds=2)  # for one attempt to connect, which a dead process's port refuses
+PAUSE = 0.1  # seconds between attempts
+
+
+def is_restartable() -> bool:
+    """Whether an agent started this process that may start it again."""
+    shares_its_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return shares_its_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def fresh_store(agent: Store, host: str, rank: int, timeout: timedelta) -> Store:
+    """The store of this start.
+
+    Args:
+        agent: lasts over all starts.
+        host: of the main process.
+
+    Raises:
+        DistNetworkError: the main process did not open one within `timeout`.
+    """
+    if rank == 0:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        agent.set(ADDRESS, str(store.port))
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            store = TCPStore(host, int(agent.get(ADDRESS)), is_master=False, timeout=PATIENCE)
+            store.set_timeout(timeout)
+            return store
+        except DistNetworkError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE)
+
+
+def is_sharded(config: DistributedConfig, process: Process) -> bool:
+    """Whether parameters, gradients and optimiser states are divided among the processes."""
+    return config.strategy == "fsdp2" and process.world_size > 1
+
+
+def replicate(model: nn.Module, process: Process) -> nn.Module:
+    """The model under DistributedDataParallel, or itself in a single process."""
+    if process.world_size == 1:
+        return model
+    device_ids = [process.device.index] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, units: Iterable[nn.Module], process: Process, reshard_after_forward: bool) -> nn.Module:
+    """Divide the parameters among the processes, in place.
+
+    Args:
+        units: submodules whose parameters are gathered together, when they are needed.
+        reshard_after_forward: free a unit's gathered parameters until its backward gathers them again.
+    """
+    mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    # torch's default keeps the root's own parameters until backward, which begins with them
+    return fully_shard(model, mesh=mesh, **({} if reshard_after_forward else {"reshard_after_forward": False}))
+
+
+def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:
+    """The model with BatchNorm over the images of all processes; as it is in a single process.
+
+    Raises:
+        InputError: torch has synchronised BatchNorm for GPUs only.
+    """
+    if process.world_size == 1:
+        return model
+    if process.device.type != "cuda":
+        raise InputError("distributed.sync_batchnorm: torch synchronises BatchNorm on GPUs only; set it to false")
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model)
+
+
+def shards_of(state: dict, optimizer: Optimizer) -> Callable[[tree.Path, torch.Size], Tensor | None]:
+    """For the place of a tensor in a trainer's state and its size: the sharded tensor that it is to be like, or None.
+
+    The states of a fresh optimiser are not there yet: those of a parameter's size are sharded like the parameter.
+    """
+    own, _ = tree.split(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def like(path: tree.Path, size: torch.Size) -> Tensor | None:
+        tensor = parameters[path[2]] if path[:2] == ("optimizer", "state") else own.get(path)
+        return tensor if isinstance(tensor, DTensor) and tensor.size() == size else None
+
+    return like

@@ -1,17 +1,22 @@
-"""What all pictures share: colours that colour-blind readers can tell apart, and how a figure becomes a file."""
+"""Pictures of a run: how they look, the curves of what happened, the learning rate to come."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from engine import atomic
 from engine.errors import input_errors, writing_errors
+from engine.optim import WarmupCosine
+from engine.writers import Record
 
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a run or a class is a $
 # Okabe and Ito's palette; their yellow is too pale for lines
@@ -34,3 +39,79 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
                 figure.savefig(file, dpi=dpi, format=path.suffix.removeprefix(".") or None)
     finally:
         plt.close(figure)
+
+
+LOSS_COLOURS = {"main_loss": BLUE, "sub_loss": VERMILION}
+ACCURACY_COLOURS = {"top1": GREEN, "ema_top1": PURPLE}
+LABELS = {"main_loss": "main model", "sub_loss": "sub-model", "top1": "main model", "ema_top1": "EMA of the main model"}
+
+
+def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
+    """Training losses on the left, held-out accuracy on the right, over epochs."""
+    figure, (losses, accuracy) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    _draw(losses, records, LOSS_COLOURS)
+    losses.set(title="Training loss", xlabel="epoch", ylabel="loss", yscale="log")
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter(LogFormatter())  # as plain numbers, where there are few
+    _draw(accuracy, records, ACCURACY_COLOURS)
+    accuracy.set(title="Held-out accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
+    _mark_last(accuracy, records)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def _draw(axes: Axes, records: Sequence[Record], colours: dict[str, str]) -> None:
+    for name, colour in colours.items():
+        points = [(record["epoch"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, label=LABELS[name], marker="o", markersize=2.5)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+
+
+def _mark_last(axes: Axes, records: Sequence[Record]) -> None:
+    evaluated = [record for record in records if "top1" in record]
+    if evaluated:
+        last = evaluated[-1]
+        axes.axhline(last["top1"], color=ACCURACY_COLOURS["top1"], linestyle=":", linewidth=1)
+        axes.annotate(
+            f"{last['top1']:.1f} %",
+            (last["epoch"], last["top1"]),
+            xytext=(0, -16),
+            textcoords="offset points",
+            ha="right",
+            color=ACCURACY_COLOURS["top1"],
+        )
+
+
+POINTS = 2000  # more than the picture has columns
+
+
+def draw_schedule(
+    schedule: WarmupCosine, steps_per_epoch: int, stop: float | None, full_rate: float, title: str, path: Path
+) -> None:
+    """Draw all steps of a schedule.
+
+    Args:
+        steps_per_epoch: 1 where a step of the schedule is an epoch.
+        stop: epoch at which the run ends before its schedule does.
+        full_rate: largest `lr_scale` of a parameter group, whose learning rate is shown.
+    """
+    steps = [*range(0, schedule.total, max(1, schedule.total // POINTS)), schedule.total]
+    epochs = [step / steps_per_epoch for step in steps]
+    rates = [full_rate * schedule(min(step, schedule.total - 1)) for step in steps]
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    if schedule.warmup:
+        axes.axvspan(0, (schedule.lag + schedule.warmup) / steps_per_epoch, color=ORANGE, alpha=0.2, label="warmup")
+    axes.plot(
+        epochs, rates, color=BLUE, label="learning rate", drawstyle="steps-post" if steps_per_epoch == 1 else None
+    )
+    if stop is not None:
+        axes.axvline(stop, color=VERMILION, linestyle="--", label=f"train.max_iters, epoch {stop:.4g}")
+    axes.set(title=title, xlabel="epoch", ylabel="learning rate", xlim=(0, schedule.total / steps_per_epoch))
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, path)

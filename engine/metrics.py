@@ -1,7 +1,11 @@
-"""Averages of per-step values that stay on the device until somebody reads them."""
+"""What is measured during a run: averages of per-step values, memory."""
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,3 +49,26 @@ class RunningMeans:
         sums = (by_rank[self._process.rank] if is_same else by_rank.mean(dim=0)).to(self._process.device)
         self._sums = dict(zip(state["names"], sums, strict=True))
         self._count = state["count"]
+
+
+MIB = 1024**2
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss, see getrusage(2)
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB at most so far: of a GPU's memory for tensors, on a CPU of the whole process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    return peak_resident() / MIB
+
+
+def peak_resident() -> int:
+    """Bytes of this process in memory, at most so far.
+
+    On Linux from /proc: what getrusage tells begins with what the process that started this one had.
+    """
+    status = Path("/proc/self/status")
+    high_water = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if high_water is not None:
+        return int(high_water[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES

@@ -1,11 +1,13 @@
-"""The optimiser, timm's."""
+"""The optimiser, timm's, and its learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from engine.checkpoint.likeness import check_alike
-from engine.config import OptimizerConfig
+from engine.config import OptimizerConfig, ScheduleConfig
 from engine.errors import InputError, input_errors
 
 FUSED = ("adam", "adamw", "sgd")  # of torch's own optimisers; timm's LAMB and others work on many tensors at once
@@ -86,3 +88,61 @@ def optimizer_errors() -> Iterator[None]:
 
 def _has_shape_of(parameter: Tensor, value: Any) -> bool:
     return isinstance(value, Tensor) and (value.ndim == 0 or value.shape == parameter.shape)
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Learning rate of each step; a step is an iteration or an epoch.
+
+    With t = max(0, step - lag) and W = warmup:
+
+    - t < W: from `start` towards `peak`, by t / W, or by t / (W - 1) if `warmup_reaches_peak`;
+    - else: from `peak` to `floor` along (1 + cos(pi t / T)) / 2 over T = total - cooldown steps; with
+      `warmup_prefix` both t and T are counted from the end of the warmup;
+    - then: `floor`.
+
+    Attributes:
+        peak, start, floor: learning rates.
+        total, warmup, cooldown, lag: numbers of steps.
+    """
+
+    peak: float
+    start: float
+    floor: float
+    total: int
+    warmup: int
+    cooldown: int = 0
+    lag: int = 0
+    warmup_prefix: bool = False
+    warmup_reaches_peak: bool = False
+
+    def __call__(self, step: int) -> float:
+        t, length = max(0, step - self.lag), self.total - self.cooldown
+        if t < self.warmup:
+            last = max(1, self.warmup - self.warmup_reaches_peak)
+            return self.start + (self.peak - self.start) * t / last
+        if self.warmup_prefix:
+            t, length = t - self.warmup, length - self.warmup
+        if t >= length:
+            return self.floor
+        return self.floor + 0.5 * (self.peak - self.floor) * (1 + math.cos(math.pi * t / length))
+
+
+def build_schedule(
+    config: ScheduleConfig, optimizer: OptimizerConfig, epochs: int, iterations_per_epoch: int, global_batch: int
+) -> WarmupCosine:
+    """The schedule of a run, with its learning rates scaled to the global batch."""
+    steps_per_epoch = 1 if config.unit == "epoch" else iterations_per_epoch
+    scale = global_batch / optimizer.lr_reference_batch if optimizer.lr_reference_batch else 1.0
+    ends_scale = scale if config.scale_with_batch else 1.0
+    return WarmupCosine(
+        peak=scale * optimizer.lr,
+        start=ends_scale * config.warmup_lr,
+        floor=ends_scale * config.min_lr,
+        total=epochs * steps_per_epoch,
+        warmup=round(config.warmup_epochs * steps_per_epoch),
+        cooldown=round(config.cooldown_epochs * steps_per_epoch),
+        lag=config.lag,
+        warmup_prefix=config.warmup_prefix,
+        warmup_reaches_peak=config.warmup_reaches_peak,
+    )

@@ -15,9 +15,8 @@ from engine.checkpoint.reading import load
 from engine.config import MODELS_TRANSFORM, Config
 from engine.data import DataSource
 from engine.data_rules import check_classes
-from engine.distributed import Process
+from engine.distributed import Process, synchronise_batchnorm
 from engine.errors import InputError, input_errors
-from engine.parallel import synchronise_batchnorm
 from models.blocks import checkpoint_gradients
 from models.build import check_image_shape, create_model, image_settings
 from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head

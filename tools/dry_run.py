@@ -10,14 +10,13 @@ from engine.config import Config
 from engine.config_file import CONFIGS, changes_on_resume, load_config
 from engine.data import IMAGENET, DataSource
 from engine.defaults import build_trainer, open_source, open_store, resolve, saved_config
-from engine.distributed import Process
+from engine.distributed import Process, is_sharded
 from engine.errors import InputError
-from engine.parallel import is_sharded
+from engine.figure import draw_schedule
+from engine.optim import build_schedule
 from engine.plan import log_warnings, plan_rows
 from engine.run_folder import RunFolder
 from engine.run_model import build_run_model, create_configured_model
-from engine.schedule import build_schedule
-from engine.schedule_picture import draw_schedule
 from engine.table import readable, text_table
 from engine.trainer import Trainer
 from models.activation_memory import activation_memory

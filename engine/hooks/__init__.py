@@ -1,39 +1,35 @@
-"""What happens around training steps. The order in which they run stands in `engine/defaults.py`."""
+"""Hooks of the user's own: a plugin registers their classes, the configuration names them."""
 
-from engine.hooks.bad_files import UniteBadFiles
-from engine.hooks.batchnorm import FrozenStatistics, SameBatchNormStatistics
-from engine.hooks.checkpoint import Checkpoint
-from engine.hooks.ema import ExponentialMovingAverage
-from engine.hooks.evaluation import Evaluation
-from engine.hooks.gradient_norm import GradientNorm
-from engine.hooks.lr_schedule import LearningRateSchedule
-from engine.hooks.nan_guard import NaNGuard
-from engine.hooks.own import HOOK_REGISTRY, build_own_hooks
-from engine.hooks.preemption import Preemption
-from engine.hooks.profiler import Profiler
-from engine.hooks.progress import ProgressBar
-from engine.hooks.report import Report
-from engine.hooks.stop_mixing import StopMixing
-from engine.hooks.sub_model_pictures import SubModelPictures
-from engine.hooks.writers import WriteRecords
+from __future__ import annotations
 
-__all__ = [
-    "HOOK_REGISTRY",
-    "Checkpoint",
-    "Evaluation",
-    "ExponentialMovingAverage",
-    "FrozenStatistics",
-    "GradientNorm",
-    "LearningRateSchedule",
-    "NaNGuard",
-    "Preemption",
-    "Profiler",
-    "ProgressBar",
-    "Report",
-    "SameBatchNormStatistics",
-    "StopMixing",
-    "SubModelPictures",
-    "UniteBadFiles",
-    "WriteRecords",
-    "build_own_hooks",
-]
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fvcore.common.registry import Registry
+
+from engine.train_loop import HookBase
+
+HOOK_REGISTRY = Registry("HOOK")  # @HOOK_REGISTRY.register() above a subclass of HookBase
+
+
+def build_own_hooks(descriptions: Sequence[Any]) -> list[HookBase]:
+    """Make hooks from mappings with the `name` of a registered class and its arguments.
+
+    Raises:
+        ValueError: an unknown name, or a description without one.
+        TypeError: arguments that the class does not take, or a class that is no hook.
+    """
+    return [_build(description) for description in descriptions]
+
+
+def _build(description: Any) -> HookBase:
+    if not isinstance(description, Mapping) or "name" not in description:
+        raise ValueError(f"{description!r}: allowed is a mapping with the name of a hook, and its arguments")
+    name, arguments = description["name"], {key: value for key, value in description.items() if key != "name"}
+    if name not in HOOK_REGISTRY:
+        known = ", ".join(sorted(known for known, _ in HOOK_REGISTRY)) or "none, until one of `plugins` registers some"
+        raise ValueError(f"unknown hook {name!r}; known: {known}")
+    hook = HOOK_REGISTRY.get(name)(**arguments)
+    if not isinstance(hook, HookBase):
+        raise TypeError(f"{name} is no subclass of engine.train_loop.HookBase")
+    return hook

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine import curves
+from engine import figure as curves
 
 
 @pytest.mark.parametrize("factor", [1, 1.3, 30])

@@ -14,7 +14,7 @@ from engine.config import TrainConfig as Train
 from engine.data import IMAGENET
 from engine.defaults import build_trainer
 from engine.distributed import Process
-from engine.hooks import GradientNorm
+from engine.hooks.training import GradientNorm
 from engine.run_folder import RunFolder
 from engine.train_loop import HookBase
 from engine.trainer import Trainer

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from engine.curves import draw_curves
+from engine.figure import draw_curves
 from engine.json_text import to_json, with_nan
 from engine.writers import CSVWriter, JSONLinesWriter, read_lines
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from engine.config import LossConfig, OptimizerConfig
-from engine.criterion import build_criterion
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.evaluation import evaluate
+from engine.loss import build_criterion
 from engine.metrics import RunningMeans
 from engine.optim import build_optimizer
 from engine.precision import Precision

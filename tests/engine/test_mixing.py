@@ -8,10 +8,9 @@ import torch
 from timm.data import Mixup
 
 from engine.config import Config, LossConfig, MixupConfig
-from engine.criterion import build_criterion
 from engine.errors import InputError
-from engine.hooks import StopMixing
-from engine.mixing import build_mixup
+from engine.hooks.training import StopMixing
+from engine.loss import build_criterion, build_mixup
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from engine.config import TrainConfig as Train
 from engine.data import IMAGENET
 from engine.defaults import build_trainer
 from engine.distributed import Process
-from engine.hooks import ExponentialMovingAverage, LearningRateSchedule, NaNGuard
+from engine.hooks.training import ExponentialMovingAverage, LearningRateSchedule, NaNGuard
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 

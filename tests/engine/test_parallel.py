@@ -9,9 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from engine.distributed import Agreement, Process
+from engine.distributed import Agreement, Process, synchronise_batchnorm
 from engine.errors import InputError
-from engine.parallel import synchronise_batchnorm
 from models.blocks import checkpoint_gradients, innermost_blocks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError, TCPStore
 
-from engine.rendezvous import ADDRESS, fresh_store
+from engine.distributed import ADDRESS, fresh_store
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"

@@ -11,8 +11,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from engine.config import OptimizerConfig, ScheduleConfig
-from engine.hooks import LearningRateSchedule
-from engine.schedule import WarmupCosine, build_schedule
+from engine.hooks.training import LearningRateSchedule
+from engine.optim import WarmupCosine, build_schedule
 from engine.train_loop import TrainerBase
 
 

@@ -184,7 +184,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.distributed import Process
-from engine.parallel import shard
+from engine.distributed import shard
 from engine.precision import Precision
 
 dist.init_process_group("gloo")

@@ -16,13 +16,12 @@ from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode
 
 import augsub
-from engine.criterion import build_criterion
 from engine.data import DataSource
 from engine.data.delivery import Normalise, build_delivery
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.defaults import build_objective
 from engine.distributed import Process
-from engine.mixing import IntegerMixup, build_mixup
+from engine.loss import IntegerMixup, build_criterion, build_mixup
 from engine.optim import build_optimizer
 from engine.run_model import build_run_model
 from models.param_groups import param_groups

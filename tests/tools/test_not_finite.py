@@ -18,7 +18,7 @@ from tools.comparison.finished_runs import read_run
 DIGITS = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"
 SETTINGS = ("ema.enabled=true", "train.max_iters=2", "data.workers=0", "model.kwargs.depth=1")
 PLUGIN = '''
-from engine.hooks.own import HOOK_REGISTRY
+from engine.hooks import HOOK_REGISTRY
 from engine.train_loop import HookBase
 
 

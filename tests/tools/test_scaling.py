@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import augsub
-from engine.distributed import Process
-from engine.parallel import shard
+from engine.distributed import Process, shard
 from models.blocks import innermost_blocks
 from tools.analysis import data_source
 from tools.scaling import GPUS, configured, main, parse_arguments

@@ -20,7 +20,7 @@ import tools.train_net
 import tools.visualize_augsub
 from engine.config_file import load_config
 from engine.figure import save
-from engine.log_file import LogFile
+from engine.writers import LogFile
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))

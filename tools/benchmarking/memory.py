@@ -18,7 +18,7 @@ import torch
 
 from engine.errors import RunError
 from engine.json_text import to_json
-from engine.memory import peak_resident
+from engine.metrics import peak_resident
 from models.build import create_model
 from tools.benchmarking.costs import Setting
 from tools.benchmarking.figures import Figure, ratio_of

@@ -21,7 +21,7 @@ from engine.data import build_source
 from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete
 from engine.distributed import Process
 from engine.errors import InputError
-from engine.hooks import LearningRateSchedule, NaNGuard
+from engine.hooks.training import LearningRateSchedule, NaNGuard
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from models.build import create_model

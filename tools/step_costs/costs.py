@@ -1,6 +1,6 @@
 """What a training step sends between processes and keeps in each of them, by arithmetic.
 
-Collectives and sizes are those of torch's DistributedDataParallel and FSDP2 as `engine.parallel` sets them up;
+Collectives and sizes are those of torch's DistributedDataParallel and FSDP2 as `engine.distributed` sets them up;
 `tools/step_costs/measure.py` counts the same in real processes. All sizes are bytes.
 """
 

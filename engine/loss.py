@@ -1,4 +1,4 @@
-"""Mixup and CutMix, timm's, on the images and labels of a micro-batch."""
+"""The main model's loss, and Mixup and CutMix, which make its targets: all timm's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from torch import Tensor
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
 
-from engine.config import Config
+from engine.config import Config, LossConfig
 from engine.errors import InputError
+
+
+def build_criterion(config: LossConfig, soft_labels: bool) -> nn.Module:
+    """The loss; `soft_labels` says that Mixup gives (B, K) targets, already smoothed."""
+    if config.name == "bce":
+        return BinaryCrossEntropy(smoothing=config.smoothing, target_threshold=config.target_threshold)
+    if soft_labels:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+
 
 BRIGHTEST = 255.0
 

@@ -1,0 +1,280 @@
+"""Where the records and the log of a run go."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import atomic
+from engine.errors import InputError, writing_errors
+from engine.json_text import to_json, with_nan
+
+LOGGER = logging.getLogger("engine")
+Record = dict[str, float]
+REMEDY = "; the last checkpoint is still there. Make room or give write access, then continue with --resume"
+AXES = ("iteration", "epoch")  # of every record: when its other values were measured
+
+
+class Writer:
+    """Takes the records of a run; each has `iteration`, `epoch`, `lr` and what was measured."""
+
+    def write(self, record: Record) -> None:
+        """Write one record."""
+        raise NotImplementedError
+
+    def write_images(self, images: dict[str, Tensor]) -> None:
+        """Write batches of images (B, 3, H, W) uint8 by their titles, where there is a place for them."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class LogWriter(Writer):
+    """One line per record, with the time left at the average speed since the start of this process.
+
+    Args:
+        iteration, max_iterations: steps already done, and steps of the whole run.
+    """
+
+    SHOWN = ("main_loss", "sub_loss", "grad_norm", "top1", "ema_top1")
+
+    def __init__(self, iteration: int, max_iterations: int) -> None:
+        self._first, self._last = iteration, max_iterations
+        self._started = time.monotonic()
+
+    def write(self, record: Record) -> None:
+        values = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
+        LOGGER.info(
+            "epoch %.4g  iteration %d  %s  lr %.3g  %.4g images/s  %.0f MiB  %s left",
+            record["epoch"],
+            record["iteration"],
+            values,
+            record["lr"],
+            record["images_per_second"],
+            record["memory"],
+            tqdm.format_interval(self._seconds_left(record["iteration"])),
+        )
+
+    def _seconds_left(self, iteration: int) -> float:
+        """Evaluations and checkpoints are part of the speed: there will be more of them."""
+        seconds_per_step = (time.monotonic() - self._started) / (iteration - self._first)
+        return seconds_per_step * (self._last - iteration)
+
+
+class JSONLinesWriter(Writer):
+    """One JSON object per line, on the disk before the next step.
+
+    Lines after `iteration` are cut off first: a resumed run writes them again. So is what an interrupted
+    write left of a line.
+    """
+
+    def __init__(self, path: Path, iteration: int) -> None:
+        self._path = path
+        with writing_errors(path, REMEDY):
+            self._file = open(path, "ab")  # noqa: SIM115  (closed in close)
+            self._file.truncate(_size_up_to(path, iteration))
+
+    def write(self, record: Record) -> None:
+        with writing_errors(self._path, REMEDY):
+            self._file.write(f"{to_json(record)}\n".encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a checkpoint must not survive a power failure that its records do not
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Records of a metrics.jsonl; a half-written last line is left out."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            records.append(with_nan(json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _size_up_to(path: Path, iteration: int) -> int:
+    """Bytes of the whole lines of records up to `iteration`."""
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            is_wanted = line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError):
+            break
+        if not is_wanted:
+            break
+        size += len(line)
+    return size
+
+
+class CSVWriter(Writer):
+    """A row per record; a value that a record does not have is empty.
+
+    At the start, and when a record brings a new column, the file is made anew from metrics.jsonl: a resumed
+    run has every row once, and rows from before know the new columns.
+
+    Args:
+        source: the metrics.jsonl, which has a record before it is written here.
+    """
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self._path = path
+        self._source = source
+        self._rewrite()
+
+    def write(self, record: Record) -> None:
+        if record.keys() <= set(self._columns):
+            with writing_errors(self._path, REMEDY), open(self._path, "a", newline="", encoding="utf-8") as file:
+                file.write(_rows([record], self._columns))
+        else:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        records = read_lines(self._source)
+        self._columns = list(dict.fromkeys(name for record in records for name in record))  # as they came
+        header = dict(zip(self._columns, self._columns, strict=True))
+        with writing_errors(self._path, REMEDY):
+            atomic.write_text(self._path, _rows([header, *records], self._columns) if records else "")
+
+
+def _rows(records: Sequence[Record], columns: Sequence[str]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(records)
+    return text.getvalue()
+
+
+RESULTS = ("top1", "main_loss")  # beside which the HPARAMS page shows the configuration
+
+
+class TensorBoardWriter(Writer):
+    """TensorBoard events; what an interrupted run wrote after `iteration` is hidden.
+
+    Args:
+        config_yaml: the configuration, for the page TEXT.
+        config_values: the same by keys with dots, for the page HPARAMS.
+    """
+
+    def __init__(self, folder: Path, iteration: int, config_yaml: str, config_values: dict[str, object]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, needed on one process only
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer = SummaryWriter(str(folder), purge_step=iteration + 1)
+        self._writer.add_text("config", f"```yaml\n{config_yaml}```", iteration)
+        plain = {key: str(value) if isinstance(value, list | dict) else value for key, value in config_values.items()}
+        for summary in hparams(plain, dict.fromkeys(RESULTS)):  # add_hparams would put them into a run of their own
+            self._writer.file_writer.add_summary(summary)
+
+    def write(self, record: Record) -> None:
+        for name, value in record.items():
+            if name not in AXES:
+                self._writer.add_scalar(name, value, record["iteration"])
+
+    def write_images(self, images: dict[str, Tensor]) -> None:
+        for title, batch in images.items():
+            self._writer.add_images(title, batch)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter(Writer):
+    """Records as steps of one W&B run; a resumed run goes on with it, and W&B drops the steps that it has already.
+
+    Args:
+        project: on the server of the user's account; WANDB_MODE=offline keeps everything in `folder`.
+        id_file: what makes it the same run again.
+        config_values: the configuration by keys with dots.
+
+    Raises:
+        InputError: the package is missing, or W&B refuses to begin, most often for want of a login.
+    """
+
+    def __init__(self, project: str, folder: Path, id_file: Path, config_values: dict[str, object]) -> None:
+        wandb = require_wandb(project)
+        if not id_file.exists():
+            atomic.write_text(id_file, uuid.uuid4().hex[:8])
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                dir=str(folder),
+                id=id_file.read_text(),
+                resume="allow",
+                config=config_values,
+                allow_val_change=True,  # of what may change on resuming
+                settings={"console": "off"},  # it would come between the progress bar and the terminal
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"log.wandb = {project}: W&B does not begin: {reason}; `wandb login`, WANDB_MODE=offline, or null"
+            ) from error
+
+    def write(self, record: Record) -> None:
+        self._run.log({name: value for name, value in record.items() if name != "iteration"}, step=record["iteration"])
+
+    def close(self) -> None:
+        failed = sys.exc_info()[0] is not None  # hooks are closed after an error too
+        self._run.finish(exit_code=int(failed))
+
+
+def require_wandb(project: str) -> ModuleType:
+    """The package; InputError if it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise InputError(
+            f"log.wandb = {project}: the package cannot be imported ({error}): pip install wandb, or set it to null"
+        ) from error
+
+
+class LogFile(MemoryHandler):
+    """Keeps what is logged until the run's folder exists, then appends it and all that follows to a file.
+
+    A run that is refused for bad input thus leaves no folder behind, and one that starts loses no line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(capacity=sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)
+
+    def open(self, path: Path) -> None:
+        """Write to `path` from now on."""
+        file = _File(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.setTarget(file)
+        self.capacity = 1
+        self.flush()
+
+    def __enter__(self) -> LogFile:
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        logging.getLogger().removeHandler(self)
+        if self.target is not None:
+            self.target.close()
+        self.close()
+
+
+class _File(logging.FileHandler):
+    """A file that is given up, with one line, when it cannot be written: a full disk must not fill the terminal too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.emit = lambda record: None
+        print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}; the log goes on here only", file=sys.stderr)
