@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
+from typing import NoReturn
 
-from engine.distributed import launched_rank
 from engine.errors import InputError, Preempted, RunError
 from engine.paths import expanded
 
@@ -69,6 +69,30 @@ def log_to_terminal() -> None:
     """What is logged goes to standard output, without decoration. For the main process."""
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger().setLevel(logging.INFO)
+
+
+def launched_rank() -> int:
+    """Rank given by the launcher, 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launched_processes() -> int:
+    """Number of processes given by the launcher, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave(code: int, processes: int) -> NoReturn:
+    """End this process; if it is one of several, without the interpreter's own end.
+
+    Under FSDP2 threads of gloo and of autograd outlive the process group, and abort the process when they want the
+    interpreter while it is torn down: a run that is done would count as failed.
+    """
+    if processes == 1:
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from engine.checkpoint import tree
+from engine.command_line import launched_processes
 from engine.config import DistributedConfig
 from engine.errors import InputError, Preempted, RunError
 
@@ -113,30 +112,6 @@ class Agreement:
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def launched_rank() -> int:
-    """Rank given by the launcher, 0 without one."""
-    return int(os.environ.get("RANK", 0))
-
-
-def launched_processes() -> int:
-    """Number of processes given by the launcher, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def leave(code: int, processes: int) -> NoReturn:
-    """End this process; if it is one of several, without the interpreter's own end.
-
-    Under FSDP2 threads of gloo and of autograd outlive the process group, and abort the process when they want the
-    interpreter while it is torn down: a run that is done would count as failed.
-    """
-    if processes == 1:
-        sys.exit(code)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 @contextmanager

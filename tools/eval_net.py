@@ -20,12 +20,21 @@ from pathlib import Path
 
 from torch import nn
 
-from engine.command_line import as_path, exit_code, located, log_to_terminal, tool_parser
+from engine.command_line import (
+    as_path,
+    exit_code,
+    launched_processes,
+    launched_rank,
+    leave,
+    located,
+    log_to_terminal,
+    tool_parser,
+)
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant, synsets
 from engine.defaults import build_precision, complete
-from engine.distributed import Process, launched_processes, launched_rank, leave, process_group
+from engine.distributed import Process, process_group
 from engine.errors import input_errors, memory_errors, writing_errors
 from engine.evaluation.measurement import measure_benchmark
 from engine.evaluation.report import write

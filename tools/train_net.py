@@ -8,13 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
-from engine.command_line import exit_code, log_to_terminal, tool_parser
+from engine.command_line import exit_code, launched_processes, leave, log_to_terminal, tool_parser
 from engine.config_file import load_config, to_yaml
-from engine.data import worker_deaths
-from engine.defaults import evaluate_only, train
-from engine.distributed import launched_processes, leave, process_group
-from engine.json_text import to_json
-from tools.dry_run import dry_run
 
 EXAMPLES = """\
 examples:
@@ -72,6 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
+    # here: these bring torch and timm, for which a typo need not wait
+    from engine.data import worker_deaths
+    from engine.defaults import evaluate_only, train
+    from engine.distributed import process_group
+    from engine.json_text import to_json
+
     timeout = config.distributed.timeout_minutes
     with process_group(timeout) as process, worker_deaths(config.data.workers):
         if process.is_main:
@@ -81,6 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
             if process.is_main:
                 print(to_json(results, indent=2))
         elif arguments.dry_run:
+            from tools.dry_run import dry_run
+
             dry_run(config, process, resume=arguments.resume is not None)
         else:
             train(config, process, resume=arguments.resume is not None)

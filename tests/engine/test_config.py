@@ -134,7 +134,7 @@ def test_an_unknown_name_is_met_with_the_nearest(write, monkeypatch):
 
 def test_a_complete_configuration_is_read_only(write):
     config = load_config("digits_vit")
-    config.train.epochs = 3
+    config.train.epochs = 30
     config.freeze()
     for section, key in ((config, "seed"), (config.train, "epochs")):
         with pytest.raises(dataclasses.FrozenInstanceError, match=f"{key}: the configuration is complete"):
