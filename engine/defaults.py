@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -43,8 +45,6 @@ from engine.hooks.training import (
 )
 from engine.loss import build_criterion, build_mixup
 from engine.optim import build_optimizer, build_schedule
-from engine.plan import log_left_out, log_plan
-from engine.plugins import import_plugins
 from engine.precision import Precision
 from engine.run_folder import RunFolder
 from engine.run_model import (
@@ -75,6 +75,8 @@ from models.rendering import render, render_main
 from models.seen import see
 
 LOGGER = logging.getLogger("engine")
+MOST_INITIAL = 0.05  # of an average of use: of digits_vit 1 % cost nothing, 5 % a tenth of the top-1, 15 % all of it
+SPAN_OF_AVERAGE = 10  # times that an average goes through in a run: e ** -10 of its start is left
 
 
 def train(config: Config, process: Process, resume: bool) -> None:
@@ -165,6 +167,24 @@ def complete(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
         changes_on_resume(completed, saved)
     fill_in_from_model(completed)
     return completed
+
+
+def import_plugins(modules: Sequence[str]) -> None:
+    """Import the user's modules, which register augmentations and hooks; the working folder is searched too.
+
+    Nothing else that is not this project's runs: YAML is read by a safe loader, checkpoints with weights_only.
+
+    Raises:
+        InputError: a module is missing, or cannot be imported.
+    """
+    sys.path.append("")
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except Exception as error:  # the user's code raises what it likes
+        raise InputError(f"plugins: {module} cannot be imported: {error or type(error).__name__}") from error
+    finally:
+        sys.path.remove("")
 
 
 def saved_config(checkpoint: Path) -> dict[str, Any]:
@@ -397,3 +417,48 @@ def build_precision(config: Config, process: Process) -> Precision:
         amp = "off"
     train = config.train
     return Precision(amp, process.device, train.clip_norm, train.loss_scale, train.loss_scale_window)
+
+
+def log_plan(config: Config, trainer: Trainer) -> None:
+    """Model, processes, sub-models, length."""
+    parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
+    processes, device = trainer.process.world_size, trainer.process.device.type
+    strategy = f", {config.distributed.strategy}" if processes > 1 else ""
+    LOGGER.info("%s: %.1f M parameters, %d x %s%s", config.model.name, parameters / 1e6, processes, device, strategy)
+    for sub_model in trainer.objective.sub_models or ["no sub-model: plain training"]:
+        LOGGER.info("%s", sub_model)
+    LOGGER.info(
+        "%d iterations of %d images, %d per epoch",
+        trainer.max_iterations,
+        config.train.global_batch,
+        trainer.data.iterations_per_epoch,
+    )
+    log_left_out(trainer.data.source)
+    log_warnings(config, trainer)
+
+
+def log_left_out(source: DataSource) -> None:
+    """Say which files of the data are no images."""
+    for split, files in source.left_out.items():
+        LOGGER.info("left out, no images: %s (%s)", files, split)
+
+
+def log_warnings(config: Config, trainer: Trainer) -> None:
+    """Say what may go wrong: micro-batches smaller than the recipe's, an average too slow for the run."""
+    if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
+        LOGGER.warning(
+            "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",
+            trainer.data.micro_batch,
+            config.train.micro_batch,
+        )
+    steps = trainer.max_iterations
+    initial = config.ema.decay**steps  # share of the first weights in the last average
+    if config.ema.enabled and not config.ema.warmup and initial > MOST_INITIAL:
+        LOGGER.warning(
+            "WARNING: ema.decay = %g: after %d steps the average still consists of the initial weights to %.1f %%; "
+            "ema.warmup=true ramps the decay up, or set ema.decay=%g",
+            config.ema.decay,
+            steps,
+            100 * initial,
+            max(0.0, 1 - float(f"{SPAN_OF_AVERAGE / steps:.1g}")),
+        )

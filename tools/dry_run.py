@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from engine.checkpoint.reading import load_facts
 from engine.config import Config
 from engine.config_file import CONFIGS, changes_on_resume, load_config
 from engine.data import IMAGENET, DataSource
-from engine.defaults import build_trainer, open_source, open_store, resolve, saved_config
+from engine.defaults import build_trainer, log_warnings, open_source, open_store, resolve, saved_config
 from engine.distributed import Process, is_sharded
 from engine.errors import InputError
 from engine.figure import draw_schedule
 from engine.optim import build_schedule
-from engine.plan import log_warnings, plan_rows
 from engine.run_folder import RunFolder
 from engine.run_model import build_run_model, create_configured_model
 from engine.table import readable, text_table
@@ -50,7 +52,7 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
             *(("data", f"not there, counted as ImageNet-1k: {error}") for error in missing),
             *_data_rows(config, source),
             *_cost_rows(config, source, trainer),
-            *plan_rows(config, trainer),
+            *_length_rows(config, trainer),
             *_memory_rows(config, source, trainer),
             ("learning rate, drawn", str(picture)),
         ]
@@ -96,6 +98,43 @@ def _cost_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     augmentations = [sub_model.augmentation for sub_model in trainer.objective.sub_models]
     model = create_configured_model(config, source)
     return cost_rows(analyze(model, source.image_shape(config.data.image_size), augmentations), augmentations)
+
+
+def _length_rows(config: Config, trainer: Trainer) -> Rows:
+    """Length, batch and parameter groups of a run, as rows of a table."""
+    data, epochs = trainer.data, trainer.max_iterations / trainer.data.iterations_per_epoch
+    stopped = f", of {config.train.epochs} scheduled" if epochs < config.train.epochs else ""
+    processes = trainer.process.world_size
+    return [
+        ("length", f"{epochs:.4g} epochs{stopped}, {trainer.max_iterations:,} iterations"),
+        ("iterations per epoch", f"{data.iterations_per_epoch:,}"),
+        (
+            "images per iteration",
+            f"{config.train.global_batch} = {data.micro_batch} x {data.accumulation} accumulated x "
+            f"{processes} process{'es' if processes > 1 else ''}",
+        ),
+        ("optimiser", f"{config.optimizer.name} on {trainer.process.device.type}, amp {trainer.precision.amp}"),
+        *_group_rows(trainer),
+    ]
+
+
+def _group_rows(trainer: Trainer) -> Rows:
+    """What decays and what does not, which learning rates there are, and what does not learn."""
+    groups = trainer.optimizer.param_groups
+    rows = []
+    for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
+        tensors = [tensor for group in groups if group["weight_decay"] == decay for tensor in group["params"]]
+        rows.append((f"weight decay {decay:g}" if decay else "no weight decay", _count(tensors)))
+    scales = [group["lr_scale"] for group in groups]
+    if min(scales) < max(scales):
+        rows.append(("learning rate", f"{min(scales):.3g} to {max(scales):.3g} of the schedule's, by layer"))
+    frozen = [parameter for parameter in trainer.bare_model.parameters() if not parameter.requires_grad]
+    return [*rows, *([("frozen", _count(frozen))] if frozen else [])]
+
+
+def _count(tensors: Iterable[Tensor]) -> str:
+    sizes = [tensor.numel() for tensor in tensors]
+    return f"{len(sizes)} tensors, {sum(sizes):,} parameters"
 
 
 def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:

@@ -33,7 +33,7 @@ from engine.command_line import (
 from engine.config import UNTRANSFORMED
 from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
 from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant, synsets
-from engine.defaults import build_precision, complete
+from engine.defaults import build_precision, complete, log_left_out
 from engine.distributed import Process, process_group
 from engine.errors import input_errors, memory_errors, writing_errors
 from engine.evaluation.measurement import measure_benchmark
@@ -42,7 +42,6 @@ from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigur
 from engine.evaluation.subject import Subject, find_subject, folder_for
 from engine.evaluation.tables import printed
 from engine.evaluation.views import SubModelView
-from engine.plan import log_left_out
 from engine.run_model import models_to_evaluate
 from models.build import check_image_shape
 from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models

@@ -9,7 +9,7 @@ import torch
 
 from engine.checkpoint.reading import load
 from engine.config import Config, EmaConfig
-from engine.plan import log_warnings
+from engine.defaults import log_warnings
 from tools import train_net
 
 RUN = ("train.max_iters=2", "data.workers=0")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from engine.checkpoint.reading import load
 from engine.config import Config
 from engine.config_file import parse_config
+from engine.defaults import import_plugins
 from engine.errors import InputError, input_errors
-from engine.plugins import import_plugins
 from models.build import create_model, takes_image_size
 
 OF_BUILDING = inspect.signature(timm.create_model).parameters  # files to read, ways to run: nothing of a model's shape

@@ -17,7 +17,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import augsub
-from engine.distributed import Process, leave, local, replicate, shard
+from engine.command_line import leave
+from engine.distributed import Process, local, replicate, shard
 from models.blocks import innermost_blocks
 from models.build import build_model
 from tools.step_costs.costs import WAYS, Step, Traffic, Way, traffic
