@@ -37,22 +37,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def link(source: Path, path: Path) -> None:
-    """Make `path` the same file as `source`, whatever `source` becomes later; a copy where links are impossible."""
+    """Make `path` another name of `source`.
+
+    Of a file the content as it is now, whatever `source` becomes later, in a copy where links are impossible; of a
+    folder a symbolic link, relative, so that both can be moved together.
+    """
     temporary = temporary_name(path)
     temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        sync(temporary)
-    put_in_place(temporary, path)
-
-
-def link_folder(source: Path, path: Path) -> None:
-    """Make `path` a symbolic link to the folder `source`, relative, so that both can be moved together."""
-    temporary = temporary_name(path)
-    temporary.unlink(missing_ok=True)
-    os.symlink(os.path.relpath(source, path.parent), temporary)
+    if source.is_dir():
+        os.symlink(os.path.relpath(source, path.parent), temporary)
+    else:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            sync(temporary)
     put_in_place(temporary, path)
 
 

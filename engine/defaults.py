@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import augsub
-from engine.checkpoint.reading import load, load_facts
-from engine.checkpoint.store import CheckpointStore
+from engine.checkpoint import CheckpointStore, load, load_metadata
 from engine.config import Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, leaves, saved_content, to_yaml
 from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
 from engine.data.batch_sizes import batch_for
 from engine.data.transforms import normalisation
 from engine.data_rules import check_resumed
-from engine.distributed import Process, is_sharded, replicate, shard, shards_of
+from engine.distributed import Process, is_sharded, replicate, shard
 from engine.errors import InputError, input_errors, memory_errors
 from engine.evaluation import evaluate
 from engine.evaluation.results import WEIGHTS
@@ -55,6 +54,7 @@ from engine.run_model import (
     models_to_evaluate,
 )
 from engine.seeding import seed_all
+from engine.sharded_checkpoint import shardings_of
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
 from engine.writers import (
@@ -93,7 +93,7 @@ def train(config: Config, process: Process, resume: bool) -> None:
         process.barrier()
         log_plan(resolved, trainer)
         if newest is not None:
-            trainer.load_state_dict(load(newest, shards_of(trainer.state_dict(), trainer.optimizer)), newest)
+            trainer.load_state_dict(load(newest, shardings_of(trainer.state_dict(), trainer.optimizer)), newest)
             LOGGER.info("resumed %s after %d of %d iterations", newest, trainer.iteration, trainer.max_iterations)
             for change in changes_on_resume(resolved, saved_config(newest)):
                 LOGGER.info("changed: %s", change)
@@ -142,7 +142,7 @@ def resolve(
     resolved = complete(config, saved_config(newest) if newest is not None else None)
     source = open_data(resolved)
     if newest is not None:
-        check_resumed(resolved, source, load_facts(newest), newest)
+        check_resumed(resolved, source, load_metadata(newest), newest)
     if resolved.train.global_batch is None and source.train is not None:
         resolved.train.global_batch = batch_for(len(source.train), process.world_size)
     if resolved.model.pretrained == IF_AVAILABLE:
@@ -189,7 +189,7 @@ def import_plugins(modules: Sequence[str]) -> None:
 
 def saved_config(checkpoint: Path) -> dict[str, Any]:
     """The configuration of the run that a checkpoint belongs to."""
-    return saved_content(load_facts(checkpoint).get("config"))
+    return saved_content(load_metadata(checkpoint).get("config"))
 
 
 def evaluate_only(config: Config, process: Process) -> dict[str, float]:

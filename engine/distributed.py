@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from torch.distributed import DistNetworkError, Store, TCPStore
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-from engine.checkpoint import tree
 from engine.command_line import launched_processes
 from engine.config import DistributedConfig
 from engine.errors import InputError, Preempted, RunError
@@ -262,18 +259,3 @@ def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:
     from timm.layers import convert_sync_batchnorm
 
     return convert_sync_batchnorm(model)
-
-
-def shards_of(state: dict, optimizer: Optimizer) -> Callable[[tree.Path, torch.Size], Tensor | None]:
-    """For the place of a tensor in a trainer's state and its size: the sharded tensor that it is to be like, or None.
-
-    The states of a fresh optimiser are not there yet: those of a parameter's size are sharded like the parameter.
-    """
-    own, _ = tree.split(state)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def like(path: tree.Path, size: torch.Size) -> Tensor | None:
-        tensor = parameters[path[2]] if path[:2] == ("optimizer", "state") else own.get(path)
-        return tensor if isinstance(tensor, DTensor) and tensor.size() == size else None
-
-    return like

@@ -23,6 +23,11 @@ class Preempted(Exception):
     """The run was asked to stop, and saved its state first."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of other code says, without the lines after its first one; its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # torch says
 
 

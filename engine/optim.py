@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
-from engine.checkpoint.likeness import check_alike
+from engine.checkpoint import check_structure
 from engine.config import OptimizerConfig, ScheduleConfig
 from engine.errors import InputError, input_errors
 
@@ -63,7 +63,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state)
-    check_alike(groups, optimizer.state_dict()["param_groups"], "optimizer.param_groups")
+    check_structure(groups, optimizer.state_dict()["param_groups"], "optimizer.param_groups")
     types: dict[str, type] = {}
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

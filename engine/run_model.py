@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import augsub
-from engine.checkpoint.reading import load
+from engine.checkpoint import load
 from engine.config import MODELS_TRANSFORM, Config
 from engine.data import DataSource
 from engine.data_rules import check_classes

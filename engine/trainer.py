@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.checkpoint.likeness import check_alike
-from engine.checkpoint.reading import load_strictly
+from engine.checkpoint import check_structure
 from engine.data import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
@@ -126,16 +125,17 @@ class Trainer(TrainerBase):
         Raises:
             InputError: the checkpoint `source` is of another model.
         """
-        load_strictly(self.bare_model, state.get("model", {}), source)
         try:
+            check_structure(self.bare_model.state_dict(), state["model"], "model")
+            self.bare_model.load_state_dict(state["model"])
             self.iteration = state["iteration"]
             load_optimizer(self.optimizer, state["optimizer"])
             self.precision.load_state_dict(state["scaler"])
-            check_alike(self.means.state_dict(), state["means"], "means")
+            check_structure(self.means.state_dict(), state["means"], "means")
             self.means.load_state_dict(state["means"])
             for hook in self.hooks:
                 if hook.state_name in state["hooks"]:
-                    check_alike(hook.state_dict(), state["hooks"][hook.state_name], hook.state_name)
+                    check_structure(hook.state_dict(), state["hooks"][hook.state_name], hook.state_name)
                     hook.load_state_dict(state["hooks"][hook.state_name])
                 else:
                     hook.start_late()

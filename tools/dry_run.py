@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.checkpoint.reading import load_facts
+from engine.checkpoint import load_metadata
 from engine.config import Config
 from engine.config_file import CONFIGS, changes_on_resume, load_config
 from engine.data import IMAGENET, DataSource
@@ -80,7 +80,7 @@ def _data_or_imagenet(config: Config, missing: list[InputError]) -> DataSource:
 def _start_rows(newest: Path | None, changes: list[str]) -> Rows:
     if newest is None:
         return [("starts", "at the beginning")]
-    done = f"{newest} after {load_facts(newest)['iteration']:,} iterations"
+    done = f"{newest} after {load_metadata(newest)['iteration']:,} iterations"
     return [("goes on from", done), *(("changed", change) for change in changes)]
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from engine.checkpoint.reading import load_facts
-from engine.checkpoint.sharded import PLAIN
+from engine.checkpoint import load_metadata
 from engine.config import MODELS_TRANSFORM, Config
 from engine.config_file import parse_config
 from engine.errors import InputError
 from engine.run_folder import CHECKPOINTS, RunFolder
+from engine.sharded_checkpoint import PLAIN
 
 LOGGER = logging.getLogger("engine")
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar")
@@ -112,7 +112,7 @@ def _checkpoint_of(run: RunFolder) -> Path:
 
 
 def _saved_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
-    text = load_facts(checkpoint).get("config")
+    text = load_metadata(checkpoint).get("config")
     if text is None:
         raise InputError(f"{checkpoint} holds no configuration: say which model these weights are of, --model NAME")
     return parse_config(

@@ -8,7 +8,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from engine.checkpoint.store import CheckpointStore
+from engine.checkpoint import CheckpointStore
 from engine.distributed import Agreement
 from engine.errors import Preempted
 from engine.hooks.reporting import Evaluation

@@ -1,36 +1,65 @@
-"""Checkpoint files: atomic, verified, harmless."""
+"""Checkpoints: atomic, verified, harmless; which ones of a run there are, and which one is used."""
 
 from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from engine import atomic
-from engine.checkpoint import file as checkpoint
-from engine.checkpoint.reading import load_facts, load_strictly
+from engine import checkpoint_file
+from engine.checkpoint import CheckpointStore, check_structure, load, load_metadata
+from engine.checkpoint_file import join_tensors, split_tensors
+from engine.distributed import Process
 from engine.errors import InputError, RunError
+from engine.run_folder import RunFolder
+
+ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    (tmp_path / "checkpoints").mkdir()
+    return RunFolder(tmp_path)
+
+
+def state(iteration: int) -> dict:
+    return {"iteration": iteration, "config": "", "model": {"weight": torch.full((500,), float(iteration))}}
+
+
+def save_all(folder: RunFolder, count: int, **settings) -> CheckpointStore:
+    """States 1 to `count`; every second one is numbered, the first one is the best."""
+    store = CheckpointStore(folder, ALONE, **settings)
+    for iteration in range(1, count + 1):
+        store.save(state(iteration), is_best=iteration == 1, is_numbered=iteration % 2 == 0)
+    store.wait()
+    return store
+
+
+def damage(path: Path) -> None:
+    """Flip a bit in the middle of the weights, in the file itself, and so under all of its names."""
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.tensor(load(path)["iteration"]).float().numpy().tobytes() * 3) + 5] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    checkpoint.save({"step": 1}, path)
+    checkpoint_file.save({"step": 1}, path)
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(RunError, match=r"last.pt cannot be written: .*No space left.*still there"):
-        checkpoint.save({"step": 2}, path)
-    assert checkpoint.load(path) == {"step": 1}
+        checkpoint_file.save({"step": 2}, path)
+    assert checkpoint_file.load(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_linked_checkpoints_are_independent_of_later_saves(tmp_path):
-    checkpoint.save({"step": 1}, tmp_path / "last.pt")
-    atomic.link(tmp_path / "last.pt", tmp_path / "best.pt")
-    checkpoint.save({"step": 2}, tmp_path / "last.pt")
-    assert checkpoint.load(tmp_path / "best.pt") == {"step": 1}
 
 
 def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path):
@@ -41,39 +70,152 @@ def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path):
     path = tmp_path / "bad.pt"
     torch.save({"model": Harmful()}, path)
     with pytest.raises(InputError, match="holds more than tensors"):
-        checkpoint.load(path)
+        checkpoint_file.load(path)
     assert not (tmp_path / "executed").exists()
-    checkpoint.save({"model": {"weight": torch.zeros(1000)}}, path)
+    checkpoint_file.save({"model": {"weight": torch.zeros(1000)}}, path)
     for size in (0, 10, 1000, path.stat().st_size - 100):
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(InputError, match="is damaged"):
-            checkpoint.load(path)
-        checkpoint.save({"model": {"weight": torch.zeros(1000)}}, path)
+            checkpoint_file.load(path)
+        checkpoint_file.save({"model": {"weight": torch.zeros(1000)}}, path)
     with pytest.raises(InputError, match="does not exist"):
-        checkpoint.load(tmp_path / "none.pt")
+        checkpoint_file.load(tmp_path / "none.pt")
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "ViT-B-16.pt")  # as OpenAI ships CLIP
     with pytest.raises(InputError, match=r"TorchScript archive, which holds code; .*jit\.load\(FILE\)\.state_dict"):
-        checkpoint.load(tmp_path / "ViT-B-16.pt")
+        checkpoint_file.load(tmp_path / "ViT-B-16.pt")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     with pytest.raises(InputError, match="is damaged or no checkpoint"):
-        checkpoint.load(tmp_path / "page.pth")
+        checkpoint_file.load(tmp_path / "page.pth")
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["now", "before torch 1.6"])
 def test_plain_values_are_read_without_the_tensors(tmp_path, is_old):
     state = {"config": "seed: 1", "model": {"weight": torch.zeros(2)}}
     torch.save(state, tmp_path / "file.pth", _use_new_zipfile_serialization=not is_old)
-    assert load_facts(tmp_path / "file.pth") == {"config": "seed: 1", "model": {}}
+    assert load_metadata(tmp_path / "file.pth") == {"config": "seed: 1", "model": {}}
 
 
-def test_weights_of_another_model_are_refused_with_reasons(make_model, tmp_path):
-    import augsub
+@pytest.mark.parametrize("in_background", [False, True])
+def test_last_previous_best_and_the_newest_numbered_ones(folder, in_background):
+    save_all(folder, 7, keep=2, in_background=in_background)
+    found = {path.name: load(path)["iteration"] for path in folder.checkpoints.iterdir()}
+    assert found == {"last.pt": 7, "previous.pt": 6, "best.pt": 1, "iter_4.pt": 4, "iter_6.pt": 6}
 
-    model = augsub.patch(make_model("swin"))
-    with pytest.raises(InputError, match=r"of another model: .*and \d+ more"):
-        load_strictly(model, make_model("vit").state_dict(), tmp_path)
-    plain = make_model("swin").state_dict()
-    token = model.mask_token.detach().clone()
-    load_strictly(model, plain, tmp_path)
-    assert torch.equal(model.mask_token, token)
-    assert torch.equal(model.state_dict()["norm.weight"], plain["norm.weight"])
+
+def test_without_numbered_ones(folder):
+    store = save_all(folder, 4, keep=0)
+    found = {path.name: load(path)["iteration"] for path in folder.checkpoints.iterdir()}
+    assert found == {"last.pt": 4, "previous.pt": 3, "best.pt": 1}
+    damage(folder.last)
+    assert store.newest() == folder.previous
+
+
+def test_a_damaged_one_is_named_and_the_one_before_it_used(folder, caplog):
+    store = save_all(folder, 7, keep=2)
+    for damaged, used in (("last.pt", "previous.pt"), ("previous.pt", "iter_4.pt"), ("iter_4.pt", "best.pt")):
+        damage(folder.checkpoints / damaged)
+        with caplog.at_level(logging.WARNING, logger="engine"):
+            assert store.newest() == folder.checkpoints / used
+        assert f"{folder.checkpoints / damaged} is damaged: the checksum of" in caplog.text
+        assert f"using {used} instead" in caplog.text
+        caplog.clear()
+    damage(folder.best)
+    with pytest.raises(InputError, match=r"no intact checkpoint in .*last\.pt is damaged.*best\.pt is damaged"):
+        store.newest()
+
+
+def test_a_damaged_last_one_does_not_take_the_place_of_its_predecessor_before_there_is_a_new_one(folder):
+    store = save_all(folder, 3)
+    damage(folder.last)
+    store.save(state(4), is_best=False, is_numbered=False)
+    assert load(store.newest())["iteration"] == 4
+    with pytest.raises(InputError):
+        load(folder.previous)
+
+
+def test_a_kill_in_the_first_save_after_a_damaged_last_one_leaves_the_one_that_was_used(folder, monkeypatch):
+    store = save_all(folder, 3)
+    damage(folder.last)
+    assert store.newest() == folder.previous
+    with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
+        killing.setattr("engine.atomic.put_in_place", interrupt_at("last.pt"))
+        store.save(state(4), is_best=False, is_numbered=False)
+    assert load(CheckpointStore(folder, ALONE).newest())["iteration"] == 2
+    store.save(state(4), is_best=False, is_numbered=False)
+    store.save(state(5), is_best=False, is_numbered=False)
+    assert [load(path)["iteration"] for path in (folder.last, folder.previous)] == [5, 4]
+
+
+def interrupt_at(name: str):
+    def put_in_place(temporary: Path, path: Path) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        os.replace(temporary, path)
+
+    return put_in_place
+
+
+def test_what_is_not_a_checkpoint_of_a_run_is_not_continued(folder):
+    torch.save({"weight": torch.zeros(3)}, folder.last)
+    with pytest.raises(InputError, match="is not one of a run"):
+        CheckpointStore(folder, ALONE).newest()
+
+
+def test_nothing_to_continue(folder):
+    assert CheckpointStore(folder, ALONE).newest() is None
+
+
+def test_a_save_in_the_background_writes_the_state_of_its_moment_and_tells_its_error(folder):
+    store = CheckpointStore(folder, ALONE, in_background=True)
+    weights = torch.zeros(500)
+    groups = [{"lr": 1.0}]
+    store.save({"iteration": 1, "config": "", "model": {"weight": weights}, "groups": groups}, False, False)
+    weights.fill_(1)
+    groups[0]["lr"] = 2.0
+    store.wait()
+    saved = load(folder.last)
+    assert saved["model"]["weight"].sum() == 0 and saved["groups"] == [{"lr": 1.0}]
+    folder.last.unlink()
+    folder.checkpoints.rmdir()
+    store.save(state(2), False, False)
+    with pytest.raises(RunError, match=r"last\.pt cannot be written: No such file or directory"):
+        store.wait()
+    store.wait()  # told once
+
+
+def test_sharded_checkpoints_have_the_same_names_and_leave_nothing_behind(folder):
+    killed = folder.checkpoints / ".sharded" / ".3.tmp" / "__0_0.distcp"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b"a part")
+    store = save_all(folder, 7, keep=2, is_sharded=True)
+    names = {path.name: load(path)["iteration"] for path in folder.checkpoints.glob("*.pt")}
+    assert names == {"last.pt": 7, "previous.pt": 6, "best.pt": 1, "iter_4.pt": 4, "iter_6.pt": 6}
+    assert sorted(path.name for path in (folder.checkpoints / ".sharded").iterdir()) == ["1", "4", "6", "7"]
+    shard = next(folder.last.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert store.newest() == folder.previous
+
+
+def test_a_state_is_taken_apart_and_put_together_again():
+    whole = {"a": torch.ones(2), "b": {0: {"c": torch.zeros(1), "d": 3}, "e": {}}, "f": [1, {"g": 2}]}
+    tensors, plain = split_tensors(whole)
+    assert set(tensors) == {("a",), ("b", 0, "c")}
+    assert plain == {"b": {0: {"d": 3}, "e": {}}, "f": [1, {"g": 2}]}
+    again = join_tensors(tensors, plain)
+    assert again["b"][0]["c"] is whole["b"][0]["c"] and again["a"] is whole["a"] and again["f"] == whole["f"]
+
+
+def test_what_makes_two_states_unlike():
+    own = {"weights": OrderedDict(a=torch.ones(2)), "best": {}, "count": 3, "names": ["a"], "late": None}
+    alike = {"weights": {"a": torch.zeros(2)}, "best": {"x": 1}, "count": 4.0, "names": [], "late": 1, "more": 2}
+    check_structure(own, alike, "state")
+    for key, value, said in (
+        ("weights", {"a": torch.ones(3)}, r"state\.weights\.a has shape \(3,\), not \(2,\)"),
+        ("weights", {}, r"state\.weights\.a is missing"),
+        ("count", "3", r"state\.count is of type str, not int"),
+        ("names", [1], r"state\.names\.0 is of type int, not str"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            check_structure(own, {**alike, key: value}, "state")

@@ -8,7 +8,7 @@ from itertools import repeat
 import pytest
 import torch
 
-from engine.checkpoint.store import CheckpointStore
+from engine.checkpoint import CheckpointStore
 from engine.config import AugsubConfig, Config, DataConfig, ModelConfig, OptimizerConfig, SubModelConfig
 from engine.config import TrainConfig as Train
 from engine.data import IMAGENET

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.checkpoint.store import CheckpointStore
+from engine.checkpoint import CheckpointStore
 from engine.config import AugsubConfig, Config, DataConfig, EmaConfig, MixupConfig, ModelConfig, SubModelConfig
 from engine.config import TrainConfig as Train
 from engine.data import IMAGENET

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import augsub
-from engine.checkpoint.store import CheckpointStore
+from engine.checkpoint import CheckpointStore
 from engine.config_file import load_config
 from engine.data import build_source
 from engine.defaults import build_trainer, complete

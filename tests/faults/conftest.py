@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.reading import load
-from engine.checkpoint.tree import split
+from engine.checkpoint import load
+from engine.checkpoint_file import split_tensors
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
@@ -153,7 +153,7 @@ def outcome(folder: Path) -> tuple[dict, dict, list[dict], list[dict], dict]:
     """All that a run ends with, without what clocks and names say."""
     state = load(folder / "checkpoints" / "last.pt")
     del state["config"], state["hooks"]["report"]
-    tensors, plain = split(state)
+    tensors, plain = split_tensors(state)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))

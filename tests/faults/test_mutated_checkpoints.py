@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.reading import load
-from engine.checkpoint.tree import split
+from engine.checkpoint import load
+from engine.checkpoint_file import split_tensors
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"
 RUN = ("--config", DIGITS, "model.kwargs.depth=1", "model.kwargs.embed_dim=16", "model.kwargs.num_heads=1",
@@ -143,7 +143,7 @@ def replace(path: Path, data: bytes, in_place: bool) -> None:
 
 def weights_and_results(folder: Path) -> tuple[dict, list]:
     """Every tensor that a run ends with, and what it reports."""
-    tensors, _ = split(load(folder / "checkpoints" / "last.pt"))
+    tensors, _ = split_tensors(load(folder / "checkpoints" / "last.pt"))
     summary = json.loads((folder / "summary.json").read_text())
     return tensors, [summary[key] for key in ("top1", "main_loss", "sub_loss", "iterations")]
 

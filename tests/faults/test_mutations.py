@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from engine.checkpoint import file
+from engine import checkpoint_file
 from engine.config_file import load_config, to_yaml
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"
@@ -264,7 +264,7 @@ def problem_of(ended, mutant: Mutant, folder: Path) -> str | None:
             return f"names none of {mutant.places}"
         return "a half-written result" if [*folder.rglob("*.pt"), *folder.rglob("summary.json")] else None
     summary = json.loads((folder / "summary.json").read_text())
-    state = file.load(folder / "checkpoints" / "last.pt")
+    state = checkpoint_file.load(folder / "checkpoints" / "last.pt")
     return None if summary["iterations"] == state["iteration"] == 1 else "not one iteration"
 
 

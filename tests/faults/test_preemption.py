@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.reading import load_facts
+from engine.checkpoint import load_metadata
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
@@ -44,7 +44,7 @@ def test_a_signal(server, digits, tmp_path, assert_same_end, survived, number):
     after = re.match(
         rf"stopped by {number.name} after iteration (\d+); the state is saved; --resume goes on", ended.err
     )
-    assert load_facts(tmp_path / "stopped" / "checkpoints" / "last.pt")["iteration"] == int(after[1]) < 34
+    assert load_metadata(tmp_path / "stopped" / "checkpoints" / "last.pt")["iteration"] == int(after[1]) < 34
     assert server.run(*run, f"output_dir={tmp_path}/stopped", "--resume", "auto").code == 0
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
     survived()

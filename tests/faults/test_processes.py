@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from engine.checkpoint.reading import load
+from engine.checkpoint import load
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {model: ROOT / "configs" / f"digits_{model}.yaml" for model in ("vit", "swin", "resnet")}

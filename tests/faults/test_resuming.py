@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.reading import load, load_facts
-from engine.checkpoint.tree import split
+from engine.checkpoint import load, load_metadata
+from engine.checkpoint_file import split_tensors
 
 PLUGIN = '''
 import os
@@ -54,8 +54,8 @@ def test_a_loss_that_is_not_finite(server, digits, tmp_path, poison, survived, v
         last = tmp_path / "run" / "checkpoints" / "last.pt"
         assert last.exists() == (iteration > 1)
         if last.exists():
-            assert load_facts(last)["iteration"] == iteration - 1
-            assert all(tensor.isfinite().all() for tensor in split(load(last))[0].values())
+            assert load_metadata(last)["iteration"] == iteration - 1
+            assert all(tensor.isfinite().all() for tensor in split_tensors(load(last))[0].values())
             assert server.run(*run, "--resume", environment=poison(10_000)).code == 0
         survived()
         shutil.rmtree(tmp_path / "run")
@@ -72,8 +72,8 @@ def test_a_loss_that_is_not_finite_elsewhere(server, digits, tmp_path, poison, s
     assert [end.code for end in ended] == [2, 2]
     assert all("the loss is not finite at iteration 5;" in end.err for end in ended), [end.err for end in ended]
     last = tmp_path / "run" / "checkpoints" / "last.pt"
-    assert load_facts(last)["iteration"] == 4
-    assert all(tensor.isfinite().all() for tensor in split(load(last))[0].values())
+    assert load_metadata(last)["iteration"] == 4
+    assert all(tensor.isfinite().all() for tensor in split_tensors(load(last))[0].values())
     survived()
 
 

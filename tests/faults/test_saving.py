@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import file
-from engine.checkpoint.reading import load
-from engine.checkpoint.store import CheckpointStore
+from engine import checkpoint_file
+from engine.checkpoint import CheckpointStore, load
 from engine.distributed import Process
 from engine.errors import RunError
 from engine.run_folder import RunFolder
@@ -171,6 +170,6 @@ def test_a_read_only_folder(server, digits, tmp_path, small_disk, survived):
         assert ended.code == 2 and ended.err.count("\n") == 1
         assert f"output_dir = {folder.parent}/{name}: cannot be written: Read-only file system" in ended.err
         survived()
-    assert file.load(folder / "checkpoints" / "last.pt")["iteration"] == 8
+    assert checkpoint_file.load(folder / "checkpoints" / "last.pt")["iteration"] == 8
     small_disk(100_000, "rw")
     assert server.run(*digits, f"output_dir={folder}", "--resume").code == 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.checkpoint.reading import load
+from engine.checkpoint import load
 from engine.config import Config, EmaConfig
 from engine.defaults import log_warnings
 from tools import train_net

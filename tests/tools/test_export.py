@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from engine.checkpoint.reading import load
+from engine.checkpoint import load
 from tools import export
 
 ROOT = Path(__file__).parents[2]

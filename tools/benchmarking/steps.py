@@ -15,7 +15,7 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from engine.checkpoint.store import CheckpointStore
+from engine.checkpoint import CheckpointStore
 from engine.config_file import load_config
 from engine.data import build_source
 from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete

@@ -13,7 +13,7 @@ import torch
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
-from engine.checkpoint.reading import load
+from engine.checkpoint import load
 from engine.config import Config
 from engine.config_file import parse_config
 from engine.defaults import import_plugins

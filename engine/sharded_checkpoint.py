@@ -9,8 +9,7 @@ import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from engine import atomic
-from engine.checkpoint import file, tree
+from engine import atomic, checkpoint_file
+from engine.checkpoint_file import TensorPath, join_tensors, split_tensors
 from engine.distributed import Process
-from engine.errors import InputError, RunError
+from engine.errors import InputError, RunError, first_line
 
 PLAIN = "state.pt"  # everything but tensors, where the tensors belong, and the checksums of the other files
 CHUNK = 1 << 24  # bytes read at once
@@ -40,7 +41,27 @@ INDEX_CLASSES = {
     "pathlib._local": ("PosixPath",),  # Python 3.13's name for it
 }  # fmt: skip
 
-Like = Callable[[tree.Path, torch.Size], Tensor | None]
+# For a tensor's place in a state and its size: the sharded tensor that it is divided like, or None
+Shardings = Callable[[TensorPath, torch.Size], DTensor | None]
+
+
+def unsharded(path: TensorPath, size: torch.Size) -> None:
+    """Every tensor is whole."""
+
+
+def shardings_of(state: dict[str, Any], optimizer: Optimizer) -> Shardings:
+    """How the tensors of a trainer's state are divided among the processes.
+
+    The states of a fresh optimiser are not there yet: those of a parameter's size are sharded like the parameter.
+    """
+    own, _ = split_tensors(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def sharding(path: TensorPath, size: torch.Size) -> DTensor | None:
+        tensor = parameters[path[2]] if path[:2] == ("optimizer", "state") else own.get(path)
+        return tensor if isinstance(tensor, DTensor) and tensor.size() == size else None
+
+    return sharding
 
 
 def save(state: dict[str, Any], folder: Path, process: Process) -> None:
@@ -49,7 +70,7 @@ def save(state: dict[str, Any], folder: Path, process: Process) -> None:
     Raises:
         RunError: the disk refuses; the folder does not appear.
     """
-    tensors, plain = tree.split(state)
+    tensors, plain = split_tensors(state)
     keys = {"/".join(map(str, path)): path for path in tensors}
     temporary = atomic.temporary_name(folder)
     try:
@@ -57,7 +78,8 @@ def save(state: dict[str, Any], folder: Path, process: Process) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         process.barrier()
-        with _quiet():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled", category=UserWarning)
             dcp.save(
                 {key: tensors[path] for key, path in keys.items()},
                 storage_writer=dcp.FileSystemWriter(temporary),
@@ -71,38 +93,37 @@ def save(state: dict[str, Any], folder: Path, process: Process) -> None:
         checksums = {name: value for part in process.gather(own) for name, value in part.items()}
         if process.is_main:
             places = {key: list(path) for key, path in keys.items()}
-            file.save({"plain": plain, "places": places, "checksums": checksums}, temporary / PLAIN)
+            checkpoint_file.save({"plain": plain, "places": places, "checksums": checksums}, temporary / PLAIN)
             shutil.rmtree(folder, ignore_errors=True)
             atomic.put_in_place(temporary, folder)
         process.barrier()
     except (OSError, dcp.CheckpointException) as error:
-        raise RunError(file.cannot_write(folder, _cause(error))) from error
+        raise RunError(checkpoint_file.cannot_write(folder, _cause(error))) from error
 
 
-def load(folder: Path, like: Like) -> dict[str, Any]:
+def load(folder: Path, shardings: Shardings = unsharded) -> dict[str, Any]:
     """The state in `folder`. Processes may call it together or alone.
 
     Args:
-        like: for a tensor's path and size a sharded tensor, of which only this process's shard is then
-            read, or None for the whole tensor on the CPU.
+        shardings: of a sharded tensor only this process's shard is read, all others whole, on the CPU.
 
     Raises:
         InputError: missing, damaged, or holding more than tensors and plain values.
     """
-    plain = _load_plain(folder)
+    content = _load_plain(folder)
     try:
         stored = _SafeReader(folder).read_metadata().state_dict_metadata
-        paths = {key: tuple(path) for key, path in plain["places"].items()}
-        tensors = {key: _target(like(path, stored[key].size), stored[key]) for key, path in paths.items()}
-        with _quiet():
+        paths = {key: tuple(path) for key, path in content["places"].items()}
+        tensors = {key: _empty(stored[key], shardings(path, stored[key].size)) for key, path in paths.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled", category=UserWarning)
             dcp.load(tensors, storage_reader=_SafeReader(folder), no_dist=True)
-        return tree.join({path: tensors[key] for key, path in paths.items()}, plain["plain"])
+        return join_tensors({path: tensors[key] for key, path in paths.items()}, content["plain"])
     except (Exception, dcp.CheckpointException) as error:  # a damaged folder makes the reader raise whatever there is
-        reason = " ".join(str(_cause(error)).split()) or type(error).__name__
-        raise InputError(f"checkpoint {folder} is damaged or no checkpoint: {reason}") from error
+        raise InputError(f"checkpoint {folder} is damaged or no checkpoint: {first_line(_cause(error))}") from error
 
 
-def load_facts(folder: Path) -> dict[str, Any]:
+def load_metadata(folder: Path) -> dict[str, Any]:
     """The state without its tensors."""
     return _load_plain(folder)["plain"]
 
@@ -123,14 +144,14 @@ def verify(folder: Path) -> None:
 
 
 def _load_plain(folder: Path) -> dict[str, Any]:
-    plain = file.load(folder / PLAIN)
-    if not all(isinstance(plain.get(key), dict) for key in ("plain", "places", "checksums")):
+    content = checkpoint_file.load(folder / PLAIN)
+    if not all(isinstance(content.get(key), dict) for key in ("plain", "places", "checksums")):
         raise InputError(f"checkpoint {folder} is damaged or no checkpoint: {PLAIN} is of something else")
-    return plain
+    return content
 
 
-def _target(like: Tensor | None, stored: Any) -> Tensor:
-    """Where to read a tensor into."""
+def _empty(stored: Any, like: DTensor | None) -> Tensor:
+    """What a stored tensor is read into, whole or divided like another one."""
     if like is None:
         return torch.empty(stored.size, dtype=stored.properties.dtype)
     return torch.empty_like(like, dtype=stored.properties.dtype, requires_grad=False)
@@ -149,13 +170,6 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(error, dcp.CheckpointException):
         return next(iter(error.failures.values()))[0]
     return error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled", category=UserWarning)
-        yield
 
 
 class _SafeReader(dcp.FileSystemReader):

@@ -11,9 +11,38 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from engine import atomic
-from engine.errors import InputError, RunError
+from engine.errors import InputError, RunError, first_line
+
+TensorPath = tuple[Any, ...]  # the keys that lead to a tensor in nested dictionaries
+
+
+def split_tensors(state: dict[Any, Any]) -> tuple[dict[TensorPath, Tensor], dict[Any, Any]]:
+    """Tensors of nested dictionaries, and the same dictionaries without them. Lists and tuples are plain values."""
+    tensors: dict[TensorPath, Tensor] = {}
+
+    def without_tensors(content: dict[Any, Any], path: TensorPath) -> dict[Any, Any]:
+        plain = {}
+        for key, value in content.items():
+            if isinstance(value, Tensor):
+                tensors[(*path, key)] = value
+            else:
+                plain[key] = without_tensors(value, (*path, key)) if isinstance(value, dict) else value
+        return plain
+
+    return tensors, without_tensors(state, ())
+
+
+def join_tensors(tensors: dict[TensorPath, Tensor], plain: dict[Any, Any]) -> dict[Any, Any]:
+    """The state that `split_tensors` took apart, in `plain`."""
+    for (*path, key), tensor in tensors.items():
+        content = plain
+        for step in path:
+            content = content.setdefault(step, {})
+        content[key] = tensor
+    return plain
 
 
 def save(state: dict[str, Any], path: Path, known_as: Path | None = None) -> None:
@@ -81,7 +110,7 @@ def verify(path: Path) -> None:
 
 def cannot_write(path: Path, error: BaseException) -> str:
     """What to tell the user when a save fails."""
-    system_error = error
+    system_error: BaseException | None = error
     while system_error is not None and not isinstance(system_error, OSError):
         system_error = system_error.__context__  # torch hides it behind an error of its own
     reason = " ".join(str(error).split()) if system_error is None else system_error.strerror
@@ -100,5 +129,4 @@ def _refusal(path: Path, error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
         return "holds more than tensors and plain values, which could run code; save its state_dict() alone"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"is damaged or no checkpoint: {reason}"
+    return f"is damaged or no checkpoint: {first_line(error)}"

@@ -1,0 +1,222 @@
+"""The checkpoints of a run: files or folders of shards; `last`, the one before it, `best` and a few numbered ones."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import distribute_tensor
+
+from engine import atomic, checkpoint_file, sharded_checkpoint
+from engine.checkpoint_file import join_tensors, split_tensors
+from engine.distributed import Process
+from engine.errors import InputError, RunError
+from engine.run_folder import RunFolder
+from engine.sharded_checkpoint import Shardings, unsharded
+
+LOGGER = logging.getLogger("engine")
+
+
+def load(path: Path, shardings: Shardings = unsharded) -> dict[str, Any]:
+    """The content of a checkpoint, a file or a folder of shards; what would run code is refused.
+
+    Args:
+        shardings: of a sharded tensor this process gets its shard, all others are whole, on the CPU.
+
+    Raises:
+        InputError: missing, damaged, or holding more than tensors and plain values.
+    """
+    if path.is_dir():
+        return sharded_checkpoint.load(path, shardings)
+    tensors, plain = split_tensors(checkpoint_file.load(path))
+    for place, tensor in tensors.items():
+        like = shardings(place, tensor.size())
+        if like is not None:
+            tensors[place] = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return join_tensors(tensors, plain)
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint, without reading its tensors.
+
+    Raises:
+        InputError: as `load`.
+    """
+    if path.is_dir():
+        return sharded_checkpoint.load_metadata(path)
+    return split_tensors(checkpoint_file.load(path, mmap=True))[1]
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint of a run with its checksums, and see that its plain values can be read.
+
+    Raises:
+        InputError: missing, damaged, or no checkpoint of a run.
+    """
+    (sharded_checkpoint if path.is_dir() else checkpoint_file).verify(path)
+    iteration = load_metadata(path).get("iteration")
+    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
+        raise InputError(f"checkpoint {path} is not one of a run: it does not tell its iteration")
+
+
+def check_structure(own: Any, saved: Any, place: str) -> None:
+    """See that a saved state is built like the one that it is to replace: intact files may hold anybody's content.
+
+    Empty dictionaries and lists and None say nothing about what replaces them; entries may be added.
+
+    Raises:
+        ValueError: something of `saved` is missing, or has another type or size than in `own`.
+    """
+    if own is None:
+        return
+    if _kind(own) != _kind(saved):
+        raise ValueError(f"{place} is of type {type(saved).__name__}, not {type(own).__name__}")
+    if isinstance(own, dict):
+        for key, value in own.items():
+            if key not in saved:
+                raise ValueError(f"{place}.{key} is missing")
+            check_structure(value, saved[key], f"{place}.{key}")
+    elif isinstance(own, list | tuple):
+        for index, (one, other) in enumerate(zip(own, saved, strict=False)):
+            check_structure(one, other, f"{place}.{index}")
+    elif isinstance(own, Tensor) and own.shape != saved.shape:
+        raise ValueError(f"{place} has shape {tuple(saved.shape)}, not {tuple(own.shape)}")
+
+
+def _kind(value: Any) -> type:
+    """The type; numbers are alike, and all kinds of tensors and of dictionaries."""
+    for kind in (Tensor, dict):
+        if isinstance(value, kind):
+            return kind
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+class CheckpointStore:
+    """Writes and finds the checkpoints of a run.
+
+    A new one is complete on the disk before it takes the name `last` and the old `last` becomes
+    `previous`: whenever a save is interrupted, two intact checkpoints are there, or the only one so far. A damaged
+    `last` is replaced at once.
+
+    Args:
+        keep: numbered checkpoints that stay.
+        is_sharded: write a folder, every process its shards; else the main process writes one file.
+        in_background: write files in a thread while training goes on, from a copy in memory.
+    """
+
+    def __init__(
+        self, folder: RunFolder, process: Process, keep: int = 0, is_sharded: bool = False, in_background: bool = False
+    ) -> None:
+        self._folder = folder
+        self._process = process
+        self._keep = keep
+        self._is_sharded = is_sharded
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background and not is_sharded else None
+        self._writing: Future[None] | None = None  # what the thread does
+        self._is_last_damaged = False
+
+    def save(self, state: dict[str, Any], is_best: bool, is_numbered: bool) -> None:
+        """Save a state with its `iteration`. All processes call it together.
+
+        Raises:
+            RunError: the disk refuses, now or at the save before this one.
+        """
+        iteration = state["iteration"]
+        numbered = self._folder.numbered(iteration) if is_numbered and self._keep else None
+        names = [name for name in (self._folder.best if is_best else None, numbered) if name is not None]
+        if self._is_sharded:
+            target = self._folder.shards(iteration)
+            sharded_checkpoint.save(state, target, self._process)
+            if self._process.is_main:
+                self._put(target, names)
+        elif self._process.is_main and self._thread is not None:
+            self.wait()
+            self._writing = self._thread.submit(self._write, _copied(state), names)
+        elif self._process.is_main:
+            self._write(state, names)
+
+    def check(self) -> None:
+        """Raise the error of a save in the background as soon as there is one, without waiting."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything is on the disk; raises the error of a save in the background, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def newest(self) -> Path | None:
+        """The newest intact checkpoint, the same for all processes; damaged ones before it are named in the log.
+
+        Raises:
+            InputError: all are damaged, or other processes do not see it.
+        """
+        found = self._process.broadcast(self._find().name if self._process.is_main and self._candidates() else None)
+        path = self._folder.checkpoints / (found or self._folder.last.name)
+        return path if self._process.agree(path.exists(), f"--resume: {path} exists") else None
+
+    def _find(self) -> Path:
+        problems = []
+        for path in self._candidates():
+            try:
+                verify(path)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            self._is_last_damaged = path != self._folder.last
+            for problem in problems:
+                LOGGER.warning("WARNING: %s; using %s instead", problem, path.name)
+            return path
+        raise InputError(f"--resume: no intact checkpoint in {self._folder.checkpoints}: {'; '.join(problems)}")
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints, newest first, each content once."""
+        folder = self._folder
+        names = [folder.last, folder.previous, *reversed(folder.list_numbered()), folder.best]
+        contents: dict[tuple[int, int], Path] = {}
+        for path in names:
+            if path.exists():
+                contents.setdefault((path.stat().st_dev, path.stat().st_ino), path)
+        return list(contents.values())
+
+    def _write(self, state: dict[str, Any], names: list[Path]) -> None:
+        """Write one file, and give it its names."""
+        staged = self._folder.checkpoints / ".new.pt"
+        checkpoint_file.save(state, staged, known_as=self._folder.last)
+        self._put(staged, names)
+        staged.unlink()
+
+    def _put(self, staged: Path, names: list[Path]) -> None:
+        """Let `last` and other names mean a complete checkpoint, and remove what is not kept."""
+        folder = self._folder
+        try:
+            if folder.last.exists() and not self._is_last_damaged:
+                atomic.link(folder.last.resolve(), folder.previous)
+            for name in (folder.last, *names):
+                atomic.link(staged, name)
+            self._is_last_damaged = False
+            for old in folder.list_numbered()[: -self._keep] if self._keep else ():
+                old.unlink()
+            self._remove_unnamed_shards()
+        except OSError as error:
+            raise RunError(checkpoint_file.cannot_write(folder.last, error)) from error
+
+    def _remove_unnamed_shards(self) -> None:
+        """Those of killed saves too: when one is complete, no other is being written."""
+        named = {path.resolve() for path in self._folder.checkpoints.glob("*.pt")}
+        for shards in self._folder.all_shards():
+            if shards.resolve() not in named:
+                shutil.rmtree(shards)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy on the CPU, which later training steps do not change."""
+    tensors, plain = split_tensors(state)
+    copies = {path: tensor.detach().to("cpu", copy=True) for path, tensor in tensors.items()}
+    return join_tensors(copies, copy.deepcopy(plain))
