@@ -6,24 +6,22 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3, distribute_bn
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3
+from torch import nn
 from torch.optim import Optimizer
 
 import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata
 from engine.config import Config, OptimizerConfig
-from engine.config_file import changes_on_resume, fill_in_from, leaves, saved_content, to_yaml
+from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
 from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
 from engine.data.batch_sizes import batch_for
-from engine.data.transforms import normalisation
 from engine.data_rules import check_resumed
 from engine.distributed import Process, is_sharded, replicate, shard
 from engine.errors import InputError, input_errors, memory_errors
@@ -57,22 +55,11 @@ from engine.seeding import seed_all
 from engine.sharded_checkpoint import shardings_of
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
-from engine.writers import (
-    CSVWriter,
-    JSONLinesWriter,
-    LogFile,
-    LogWriter,
-    TensorBoardWriter,
-    WandbWriter,
-    Writer,
-    require_wandb,
-)
+from engine.writers import LogFile
 from models.blocks import innermost_blocks
 from models.build import check_image_shape
 from models.initialise import frozen_batchnorms
 from models.param_groups import param_groups
-from models.rendering import render, render_main
-from models.seen import see
 
 LOGGER = logging.getLogger("engine")
 MOST_INITIAL = 0.05  # of an average of use: of digits_vit 1 % cost nothing, 5 % a tenth of the top-1, 15 % all of it
@@ -289,12 +276,12 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     schedule = build_schedule(
         config.schedule, config.optimizer, config.train.epochs, data.iterations_per_epoch, config.train.global_batch
     )
-    run_evaluation = partial(_evaluate, trainer)
-    evaluations = {"": partial(run_evaluation, trainer.bare_model, "")}
-    if ema is not None and config.ema.evaluate:
-        evaluations["ema_"] = partial(run_evaluation, ema.module, "ema_")
     guard = NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
-    evaluation = Evaluation(evaluations, config.evaluation.period * data.iterations_per_epoch, config.evaluation.metric)
+    evaluation = Evaluation(
+        config.evaluation.period * data.iterations_per_epoch,
+        config.evaluation.metric,
+        average=ema.module if ema is not None and config.ema.evaluate else None,
+    )
     saving = Checkpoint(
         store,
         evaluation,
@@ -303,17 +290,11 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,
     )
-    if config.log.wandb is not None and process.is_main:
-        require_wandb(config.log.wandb)  # now, before the run has a folder
-    writing = WriteRecords(
-        partial(_open_writers, config, folder, trainer), config.log.period, config.train.global_batch
-    )
+    writing = WriteRecords(config, folder)
     with input_errors("hooks"):
         own_hooks = build_own_hooks(config.hooks)
     sharded = is_sharded(config.distributed, process)
-    pictures = SubModelPictures(
-        partial(draw_sub_models, config, trainer), writing
-    )  # a forward: of all processes together if sharded
+    pictures = SubModelPictures(config, writing)  # a forward: of all processes together if sharded
     everywhere = [
         *([SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
         LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
@@ -329,60 +310,12 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         saving,
         Preemption(saving),
     ]
-    title = f"{Path(config.output_dir).name}: {config.model.name} on {config.data.dataset}"
-    report = Report(folder, evaluation, title, _report_facts(config), data.bad_files)
     only_main = [
         *([Profiler(folder.trace)] if config.train.profile else []),  # after all others that belong to a step
         ProgressBar(writing),  # after the writing, whose records it shows
-        report,  # at the end, when all is written
+        Report(config, folder, evaluation),  # at the end, when all is written
     ]
     return everywhere + (only_main if process.is_main else [])
-
-
-def _evaluate(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
-    if trainer.process.world_size > 1:
-        # each process has seen other images; of an average, those of the main process: they are what is saved
-        distribute_bn(model, trainer.process.world_size, reduce=prefix != "ema_")
-    name = f"the {WEIGHTS[prefix]} weights after iteration {trainer.iteration}"
-    return evaluate(model, trainer.data.held_out, trainer.precision, trainer.process, name)
-
-
-def _open_writers(config: Config, folder: RunFolder, trainer: Trainer, iteration: int) -> list[Writer]:
-    """The main process's writers, in the order in which they get a record."""
-    if not trainer.process.is_main:
-        return []
-    log, values = config.log, leaves(config)
-    return [
-        # first: if it does not begin, there is no metrics.jsonl yet, and the same command can be given again
-        *([WandbWriter(log.wandb, folder.path, folder.wandb_id, values)] if log.wandb is not None else []),
-        LogWriter(iteration, trainer.max_iterations),
-        JSONLinesWriter(folder.metrics, iteration),
-        *([CSVWriter(folder.table, folder.metrics)] if log.csv else []),  # made of the file before it
-        TensorBoardWriter(folder.path, iteration, to_yaml(config), values),
-    ]
-
-
-def _report_facts(config: Config) -> list[tuple[str, str]]:
-    """What belongs beside the results: where the weights came from, and what the paper reports."""
-    model, paper = config.model, config.published
-    start = model.checkpoint or ("timm's pretrained weights" if model.pretrained else "random weights")
-    reported = {"MaskSub": paper.masksub, "baseline": paper.baseline}
-    numbers = ", ".join(f"{way} {top1} %" for way, top1 in reported.items() if top1 is not None)
-    return [("started from", start), *([("published, top-1", numbers)] if numbers else [])]
-
-
-def draw_sub_models(config: Config, trainer: Trainer, images: Tensor) -> dict[str, Tensor]:
-    """What main model and sub-models see of images (B, C, H, W): pictures (B, 3, H, W) uint8 by title.
-
-    All processes must call it together if the model is sharded. Under train.compile nothing is compiled for it.
-    """
-    mean, std = normalisation(config)
-    pictures = {"main model": render_main(images, mean, std)}
-    with torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext():
-        for number, sub_model in enumerate(trainer.objective.sub_models):
-            seen = see(trainer.bare_model, images, sub_model.augmentation, config.seed)
-            pictures[f"sub-model {number}, {sub_model.augmentation}"] = render(seen, mean, std)
-    return pictures
 
 
 def parallelise(config: Config, process: Process, bare_model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:

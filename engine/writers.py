@@ -15,13 +15,19 @@ from collections.abc import Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from torch import Tensor
 from tqdm import tqdm
 
 from engine import atomic
+from engine.config import Config
+from engine.config_file import leaves, to_yaml
 from engine.errors import InputError, writing_errors
 from engine.json_text import to_json, with_nan
+from engine.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor  # who only reads records does not wait for torch
 
 LOGGER = logging.getLogger("engine")
 Record = dict[str, float]
@@ -76,17 +82,18 @@ class LogWriter(Writer):
 
 
 class JSONLinesWriter(Writer):
-    """One JSON object per line, on the disk before the next step.
+    """metrics.jsonl: one JSON object per line, on the disk before the next step; other files are made of it.
 
-    Lines after `iteration` are cut off first: a resumed run writes them again. So is what an interrupted
-    write left of a line.
+    Records after `iteration` are left out first: a resumed run writes them again. So is what an interrupted write
+    left of a line.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
         self._path = path
+        kept = [record for record in read_lines(path) if record["iteration"] <= iteration]
         with writing_errors(path, REMEDY):
+            atomic.write_text(path, "".join(f"{to_json(record)}\n" for record in kept))
             self._file = open(path, "ab")  # noqa: SIM115  (closed in close)
-            self._file.truncate(_size_up_to(path, iteration))
 
     def write(self, record: Record) -> None:
         with writing_errors(self._path, REMEDY):
@@ -109,22 +116,8 @@ def read_lines(path: Path) -> list[Record]:
     return records
 
 
-def _size_up_to(path: Path, iteration: int) -> int:
-    """Bytes of the whole lines of records up to `iteration`."""
-    size = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            is_wanted = line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
-        except (ValueError, KeyError, TypeError):
-            break
-        if not is_wanted:
-            break
-        size += len(line)
-    return size
-
-
 class CSVWriter(Writer):
-    """A row per record; a value that a record does not have is empty.
+    """metrics.csv: a row per record; a value that a record does not have is empty.
 
     At the start, and when a record brings a new column, the file is made anew from metrics.jsonl: a resumed
     run has every row once, and rows from before know the new columns.
@@ -159,25 +152,22 @@ def _rows(records: Sequence[Record], columns: Sequence[str]) -> str:
     return text.getvalue()
 
 
-RESULTS = ("top1", "main_loss")  # beside which the HPARAMS page shows the configuration
-
-
 class TensorBoardWriter(Writer):
-    """TensorBoard events; what an interrupted run wrote after `iteration` is hidden.
+    """TensorBoard events, with the configuration as text, and beside the results on the page HPARAMS.
 
-    Args:
-        config_yaml: the configuration, for the page TEXT.
-        config_values: the same by keys with dots, for the page HPARAMS.
+    What an interrupted run wrote after `iteration` is hidden.
     """
 
-    def __init__(self, folder: Path, iteration: int, config_yaml: str, config_values: dict[str, object]) -> None:
+    RESULTS = ("top1", "main_loss")  # beside which the HPARAMS page shows the configuration
+
+    def __init__(self, config: Config, folder: Path, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, needed on one process only
         from torch.utils.tensorboard.summary import hparams
 
         self._writer = SummaryWriter(str(folder), purge_step=iteration + 1)
-        self._writer.add_text("config", f"```yaml\n{config_yaml}```", iteration)
-        plain = {key: str(value) if isinstance(value, list | dict) else value for key, value in config_values.items()}
-        for summary in hparams(plain, dict.fromkeys(RESULTS)):  # add_hparams would put them into a run of their own
+        self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", iteration)
+        plain = {key: str(value) if isinstance(value, list | dict) else value for key, value in leaves(config).items()}
+        for summary in hparams(plain, dict.fromkeys(self.RESULTS)):  # add_hparams would make a run of its own of them
             self._writer.file_writer.add_summary(summary)
 
     def write(self, record: Record) -> None:
@@ -196,34 +186,30 @@ class TensorBoardWriter(Writer):
 class WandbWriter(Writer):
     """Records as steps of one W&B run; a resumed run goes on with it, and W&B drops the steps that it has already.
 
-    Args:
-        project: on the server of the user's account; WANDB_MODE=offline keeps everything in `folder`.
-        id_file: what makes it the same run again.
-        config_values: the configuration by keys with dots.
+    WANDB_MODE=offline keeps everything in the run's folder.
 
     Raises:
         InputError: the package is missing, or W&B refuses to begin, most often for want of a login.
     """
 
-    def __init__(self, project: str, folder: Path, id_file: Path, config_values: dict[str, object]) -> None:
-        wandb = require_wandb(project)
-        if not id_file.exists():
-            atomic.write_text(id_file, uuid.uuid4().hex[:8])
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        wandb, project = require_wandb(config.log.wandb), config.log.wandb
+        if not folder.wandb_id.exists():
+            atomic.write_text(folder.wandb_id, uuid.uuid4().hex[:8])  # what makes it the same run again
         try:
             self._run = wandb.init(
                 project=project,
-                name=folder.name,
-                dir=str(folder),
-                id=id_file.read_text(),
+                name=folder.path.name,
+                dir=str(folder.path),
+                id=folder.wandb_id.read_text(),
                 resume="allow",
-                config=config_values,
+                config=leaves(config),
                 allow_val_change=True,  # of what may change on resuming
                 settings={"console": "off"},  # it would come between the progress bar and the terminal
             )
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
             raise InputError(
-                f"log.wandb = {project}: W&B does not begin: {reason}; `wandb login`, WANDB_MODE=offline, or null"
+                f"log.wandb = {project}: W&B does not begin: {error}; `wandb login`, WANDB_MODE=offline, or null"
             ) from error
 
     def write(self, record: Record) -> None:
@@ -242,6 +228,18 @@ def require_wandb(project: str) -> ModuleType:
         raise InputError(
             f"log.wandb = {project}: the package cannot be imported ({error}): pip install wandb, or set it to null"
         ) from error
+
+
+def open_writers(config: Config, folder: RunFolder, iteration: int, max_iterations: int) -> list[Writer]:
+    """The writers of a run after `iteration` steps, in the order in which they get a record."""
+    return [
+        # first: if it does not begin, there is no metrics.jsonl yet, and the same command can be given again
+        *([WandbWriter(config, folder)] if config.log.wandb is not None else []),
+        LogWriter(iteration, max_iterations),
+        JSONLinesWriter(folder.metrics, iteration),
+        *([CSVWriter(folder.table, folder.metrics)] if config.log.csv else []),  # made of the file before it
+        TensorBoardWriter(config, folder.path, iteration),
+    ]
 
 
 class LogFile(MemoryHandler):

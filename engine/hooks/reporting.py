@@ -5,45 +5,50 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence, Sized
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-from torch import Tensor
-from torch.autograd import DeviceType
+import torch
+from timm.utils import distribute_bn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine import atomic
+from engine.config import Config
+from engine.data.transforms import normalisation
+from engine.evaluation import evaluate
+from engine.evaluation.results import WEIGHTS
 from engine.figure import draw_curves
 from engine.json_text import to_json
 from engine.metrics import peak_memory
 from engine.run_folder import RunFolder
 from engine.table import text_table
 from engine.train_loop import HookBase
-from engine.writers import Record, Writer, read_lines
+from engine.writers import Record, Writer, open_writers, read_lines, require_wandb
+from models.rendering import render, render_main
+from models.seen import see
 
 LOGGER = logging.getLogger("engine")
 
 
 class Evaluation(HookBase):
-    """Evaluates every `period` epochs and after the last step.
+    """Accuracy on held-out images, every `period` iterations and after the last step, and the best of it.
 
     Args:
-        evaluations: prefix of the metric names (``""``, ``"ema_"``) to what evaluates those weights.
         period: iterations between evaluations.
         metric: the metric of which the best value is kept.
+        average: a moving average of the weights that is evaluated too, its results with the prefix `ema_`.
     """
 
     state_name = "evaluation"
 
-    def __init__(self, evaluations: dict[str, Callable[[], dict[str, float]]], period: int, metric: str) -> None:
-        self._evaluations = evaluations
+    def __init__(self, period: int, metric: str, average: nn.Module | None = None) -> None:
         self._period = period
         self._metric = metric
+        self._average = average
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
 
@@ -56,12 +61,21 @@ class Evaluation(HookBase):
         iteration = self.trainer.iteration
         if iteration % self._period and not self.trainer.is_last:
             return
-        self.latest = {
-            prefix + name: value for prefix, run in self._evaluations.items() for name, value in run().items()
-        }
+        self.latest = self._evaluate(self.trainer.bare_model, "")
+        if self._average is not None:
+            self.latest |= self._evaluate(self._average, "ema_")
         self.trainer.results |= self.latest
         if self.latest[self._metric] > self.best.get("value", float("-inf")):
             self.best = {"iteration": iteration, "epoch": self.trainer.epoch, "value": self.latest[self._metric]}
+
+    def _evaluate(self, model: nn.Module, prefix: str) -> dict[str, float]:
+        trainer = self.trainer
+        if trainer.process.world_size > 1:
+            # each process has seen other images; of an average, those of the main process: they are what is saved
+            distribute_bn(model, trainer.process.world_size, reduce=prefix != "ema_")
+        name = f"the {WEIGHTS[prefix]} weights after iteration {trainer.iteration}"
+        found = evaluate(model, trainer.data.held_out, trainer.precision, trainer.process, name)
+        return {prefix + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "latest": self.latest}
@@ -76,40 +90,41 @@ class Evaluation(HookBase):
 
 
 class WriteRecords(HookBase):
-    """Writes a record every `period` iterations, and whenever there are results of an evaluation.
+    """Hands the averages since the last record, and what other hooks found out, to the writers.
+
+    A record every `log.period` iterations, and whenever there are results of an evaluation. The main process alone
+    has writers, opened when the run has its folder.
 
     Attributes:
         latest: the newest record, in every process; None before the first one.
-
-    Args:
-        open_writers: makes the writers at the start of training, given the iterations already done.
-        period: iterations between records.
-        global_batch: images per iteration, for the throughput.
     """
 
-    def __init__(self, open_writers: Callable[[int], Sequence[Writer]], period: int, global_batch: int) -> None:
-        self._open_writers = open_writers
-        self._period = period
-        self._global_batch = global_batch
-        self._writers: Sequence[Writer] = ()
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        if config.log.wandb is not None:
+            require_wandb(config.log.wandb)  # now, before the run has a folder
+        self._config = config
+        self._folder = folder
+        self._writers: list[Writer] = []
         self.latest: Record | None = None
 
     def before_train(self) -> None:
-        self._writers = self._open_writers(self.trainer.iteration)
+        trainer = self.trainer
+        if trainer.process.is_main:
+            self._writers = open_writers(self._config, self._folder, trainer.iteration, trainer.max_iterations)
         self._start_interval()
 
     def after_step(self) -> None:
         trainer = self.trainer
-        if trainer.iteration % self._period and not trainer.is_last and not trainer.results:
+        if trainer.iteration % self._config.log.period and not trainer.is_last and not trainer.results:
             return
         means = trainer.means.read()
-        seconds = time.perf_counter() - self._since
+        images = self._config.train.global_batch * (trainer.iteration - self._first_iteration)
         self.latest = {
             "iteration": trainer.iteration,
             "epoch": trainer.epoch,
             "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
             **means,
-            "images_per_second": self._global_batch * (trainer.iteration - self._first_iteration) / seconds,
+            "images_per_second": images / (time.perf_counter() - self._since),
             "memory": peak_memory(trainer.process.device),
             **trainer.results,
         }
@@ -131,27 +146,35 @@ class WriteRecords(HookBase):
         self._first_iteration = self.trainer.iteration
 
 
-SHOWN = 8  # images
-
-
 class SubModelPictures(HookBase):
-    """Hands pictures of a few held-out images to the writers, before the first step of a run.
+    """Hands pictures of what main model and sub-models see of a few held-out images to the writers, at a run's start.
+
+    All processes must have it if the model is sharded: it makes forwards.
 
     Args:
-        draw: pictures (B, 3, H, W) uint8 by title, from images (B, C, H, W).
         writing: has the writers.
     """
 
-    def __init__(self, draw: Callable[[Tensor], dict[str, Tensor]], writing: WriteRecords) -> None:
-        self._draw = draw
+    SHOWN = 8  # images
+
+    def __init__(self, config: Config, writing: WriteRecords) -> None:
+        self._config = config
         self._writing = writing
 
     def before_train(self) -> None:
         if self.trainer.iteration == 0:
-            self._writing.write_images(self._draw(self.trainer.data.held_out.examples(SHOWN)))
+            self._writing.write_images(self._draw(self.trainer.data.held_out.examples(self.SHOWN)))
 
-
-LAYOUT = "{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # and what a record says, in 80 columns
+    def _draw(self, images: Tensor) -> dict[str, Tensor]:
+        """Pictures (B, 3, H, W) uint8 by title, of images (B, C, H, W)."""
+        mean, std = normalisation(self._config)
+        pictures = {"main model": render_main(images, mean, std)}
+        # nothing is compiled for it under train.compile
+        with torch.compiler.set_stance("force_eager") if self._config.train.compile else nullcontext():
+            for number, sub_model in enumerate(self.trainer.objective.sub_models):
+                seen = see(self.trainer.bare_model, images, sub_model.augmentation, self._config.seed)
+                pictures[f"sub-model {number}, {sub_model.augmentation}"] = render(seen, mean, std)
+        return pictures
 
 
 class ProgressBar(HookBase):
@@ -161,20 +184,22 @@ class ProgressBar(HookBase):
         writing: has the records; their values are on the CPU already, so that no step waits for the device.
     """
 
+    LAYOUT = "{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # and what a record says, in 80 columns
+    RECORD = "loss {loss:.3f}, lr {lr:.2g}, {images_per_second:.0f} images/s, {memory:.0f} MiB"
+
     def __init__(self, writing: WriteRecords) -> None:
         self._writing = writing
-        self._shown: Record | None = None
+        self._stack = ExitStack()
 
     def before_train(self) -> None:
         trainer = self.trainer
         columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal tells no size; tqdm would show nothing
-        self._stack = ExitStack()
         self._stack.enter_context(logging_redirect_tqdm())
         self._bar = self._stack.enter_context(
             tqdm(
                 total=trainer.max_iterations,
                 initial=trainer.iteration,
-                bar_format=LAYOUT,
+                bar_format=self.LAYOUT,
                 smoothing=0,  # time left at the average speed: pauses for evaluation are part of it
                 disable=None,
                 leave=False,
@@ -184,47 +209,24 @@ class ProgressBar(HookBase):
         )
 
     def after_step(self) -> None:
-        latest = self._writing.latest
-        if latest is not self._shown:
-            self._shown = latest
-            self._bar.set_postfix_str(_in_short(latest), refresh=False)
+        if self._writing.latest is not None:
+            self._bar.set_postfix_str(self.RECORD.format_map(self._writing.latest), refresh=False)
         self._bar.update()
 
     def close(self) -> None:
-        if hasattr(self, "_stack"):
-            self._stack.close()
-
-
-def _in_short(record: Record) -> str:
-    return (
-        f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.0f} images/s, "
-        f"{record['memory']:.0f} MiB"
-    )
+        self._stack.close()
 
 
 class Report(HookBase):
-    """Writes summary.json and curves.png and prints the table, after the last step.
-
-    Args:
-        facts: more rows of the table, name and value; a resumed run keeps those of its start.
-        bad_files: as many as were skipped.
-    """
+    """Writes summary.json and curves.png and prints the table, after the last step."""
 
     state_name = "report"
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        evaluation: Evaluation,
-        title: str,
-        facts: Sequence[tuple[str, str]] = (),
-        bad_files: Sized = (),
-    ) -> None:
+    def __init__(self, config: Config, folder: RunFolder, evaluation: Evaluation) -> None:
         self._folder = folder
         self._evaluation = evaluation
-        self._title = title
-        self._facts = facts
-        self._bad_files = bad_files
+        self._title = f"{folder.path.name}: {config.model.name} on {config.data.dataset}"
+        self._facts = _facts(config)  # a resumed run keeps those of its start
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -258,7 +260,7 @@ class Report(HookBase):
             "iterations": self.trainer.iteration,
             "epochs": self.trainer.epoch,
             "seconds": self._seconds(),
-            "bad_files": len(self._bad_files),
+            "bad_files": len(self.trainer.data.bad_files),
         }
 
     def _rows(self, summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -282,10 +284,13 @@ class Report(HookBase):
         ]
 
 
-SKIPPED, WARMUP, RECORDED = 3, 2, 5  # steps; the first ones choose kernels and fill caches, the profiler warms up too
-NEEDED = SKIPPED + WARMUP + RECORDED
-ROWS, NAME_WIDTH = 15, 40
-PLAINLY = {"ProfilerStep*": "Python between operations"}
+def _facts(config: Config) -> list[tuple[str, str]]:
+    """What belongs beside the results: where the weights came from, and what the paper reports."""
+    model, paper = config.model, config.published
+    start = model.checkpoint or ("timm's pretrained weights" if model.pretrained else "random weights")
+    reported = {"MaskSub": paper.masksub, "baseline": paper.baseline}
+    numbers = ", ".join(f"{way} {top1} %" for way, top1 in reported.items() if top1 is not None)
+    return [("started from", start), *([("published, top-1", numbers)] if numbers else [])]
 
 
 class Profiler(HookBase):
@@ -297,6 +302,10 @@ class Profiler(HookBase):
         trace: the JSON file to write.
     """
 
+    SKIPPED, WARMUP, RECORDED = 3, 2, 5  # steps; the first ones choose kernels and fill caches
+    NEEDED = SKIPPED + WARMUP + RECORDED
+    ROWS, NAME_WIDTH = 15, 40  # of the table
+
     def __init__(self, trace: Path) -> None:
         self._trace = trace
         self._profile: profile | None = None
@@ -306,7 +315,7 @@ class Profiler(HookBase):
         self._start = self.trainer.iteration
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])],
-            schedule=schedule(wait=SKIPPED, warmup=WARMUP, active=RECORDED, repeat=1),
+            schedule=schedule(wait=self.SKIPPED, warmup=self.WARMUP, active=self.RECORDED, repeat=1),
         )
         self._profile.start()
 
@@ -314,7 +323,7 @@ class Profiler(HookBase):
         if self._profile is None:
             return
         self._profile.step()
-        if self.trainer.iteration - self._start == NEEDED:
+        if self.trainer.iteration - self._start == self.NEEDED:
             self._report(self._profile)
             self.close()
 
@@ -322,7 +331,7 @@ class Profiler(HookBase):
         if self._profile is not None:
             LOGGER.warning(
                 "train.profile: nothing was recorded, that takes %d steps in one go and the run had %d left",
-                NEEDED,
+                self.NEEDED,
                 self.trainer.iteration - self._start,
             )
 
@@ -332,33 +341,13 @@ class Profiler(HookBase):
             self._profile = None
 
     def _report(self, recorded: profile) -> None:
-        LOGGER.info("%d steps profiled, trace in %s\n%s", RECORDED, self._trace, self._top_costs(recorded))
-        temporary = atomic.temporary_name(self._trace)
-        try:
-            recorded.export_chrome_trace(str(temporary))
-            atomic.put_in_place(temporary, self._trace)
-        except (OSError, RuntimeError) as error:  # no reason to stop the run
-            temporary.unlink(missing_ok=True)
-            LOGGER.warning("WARNING: train.profile: %s cannot be written: %s", self._trace, error)
-
-    def _top_costs(self, recorded: profile) -> str:
-        """Operations by the time that they take themselves, without what they call."""
-        attribute = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"  # microseconds
-        # the time of a kernel is its caller's, an operation of the CPU
-        operations = [event for event in recorded.key_averages() if event.device_type == DeviceType.CPU]
-        costs = [(getattr(event, attribute) / RECORDED, event.count / RECORDED, event.key) for event in operations]
-        total = sum(time for time, *_ in costs) or 1
-        return tabulate(
-            [
-                (_shortened(name), f"{time / 1000:.3f}", f"{100 * time / total:.1f}", f"{calls:.4g}")
-                for time, calls, name in sorted(costs, reverse=True)[:ROWS]
-            ],
-            headers=[f"on the {'GPU' if self._on_gpu else 'CPU'}", "ms per step", "%", "calls per step"],
-            disable_numparse=True,
-            colalign=("left", "right", "right", "right"),
+        table = recorded.key_averages().table(
+            sort_by=f"self_{'device' if self._on_gpu else 'cpu'}_time_total",  # without what an operation calls
+            row_limit=self.ROWS,
+            max_name_column_width=self.NAME_WIDTH,
         )
-
-
-def _shortened(name: str) -> str:
-    name = PLAINLY.get(name, name)
-    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
+        LOGGER.info("%d steps profiled, trace in %s\n%s", self.RECORDED, self._trace, table)
+        try:
+            recorded.export_chrome_trace(str(self._trace))
+        except (OSError, RuntimeError) as error:  # no reason to stop the run
+            LOGGER.warning("WARNING: train.profile: %s cannot be written: %s", self._trace, error)

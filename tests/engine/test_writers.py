@@ -9,6 +9,8 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.config import Config, ModelConfig
+from engine.config_file import leaves, to_yaml
 from engine.errors import RunError
 from engine.writers import CSVWriter, JSONLinesWriter, LogWriter, TensorBoardWriter, read_lines
 
@@ -84,16 +86,14 @@ def test_the_time_left_is_that_of_the_average_step(monkeypatch, caplog):
 
 
 def test_tensorboard_has_curves_and_the_configuration(tmp_path):
-    values = {"model.name": "vit", "optimizer.lr": 0.5, "augsub.sub_models": [{"weight": 1}], "ema.enabled": True}
-    write_all(
-        [TensorBoardWriter(tmp_path, 0, "model:\n  name: vit\n", values)], record(10, loss=3.0), record(20, loss=2.0)
-    )
+    config = Config(model=ModelConfig(name="vit"))
+    write_all([TensorBoardWriter(config, tmp_path, 0)], record(10, loss=3.0), record(20, loss=2.0))
     # what a run that was killed after 20 had written is hidden by the one that goes on from 10
-    write_all([TensorBoardWriter(tmp_path, 10, "model:\n  name: vit\n", values)], record(20, loss=1.5))
+    write_all([TensorBoardWriter(config, tmp_path, 10)], record(20, loss=1.5))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 3.0), (20, 1.5)]
     assert events.Tags()["scalars"] == ["lr", "loss"]
     (text, _) = events.Tensors("config/text_summary")
-    assert text.tensor_proto.string_val == [b"```yaml\nmodel:\n  name: vit\n```"]
+    assert text.tensor_proto.string_val == [f"```yaml\n{to_yaml(config)}```".encode()]
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert all(key.encode() in start for key in values) and b"vit" in start
+    assert all(key.encode() in start for key, value in leaves(config).items() if value is not None) and b"vit" in start
