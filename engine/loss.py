@@ -23,9 +23,6 @@ def build_criterion(config: LossConfig, soft_labels: bool) -> nn.Module:
     return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
 
 
-BRIGHTEST = 255.0
-
-
 class IntegerMixup(Mixup):
     """Mixup after which normalised pixels are whole numbers of 0 to 255 again.
 
@@ -37,14 +34,16 @@ class IntegerMixup(Mixup):
         kwargs: timm's.
     """
 
+    BRIGHTEST = 255.0
+
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._mean, self._std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, targets = super().__call__(images, labels)
-        pixels = ((images * self._std + self._mean) * BRIGHTEST).round()
-        return (pixels / BRIGHTEST - self._mean) / self._std, targets
+        pixels = ((images * self._std + self._mean) * self.BRIGHTEST).round()
+        return (pixels / self.BRIGHTEST - self._mean) / self._std, targets
 
 
 def build_mixup(config: Config, num_classes: int, micro_batch: int, device: torch.device) -> Mixup | None:
@@ -63,17 +62,9 @@ def build_mixup(config: Config, num_classes: int, micro_batch: int, device: torc
             f"mixup: needs an even number of images per process and micro-batch, not {micro_batch} "
             "(train.global_batch / processes / train.accumulation)"
         )
-    arguments = {
-        "mixup_alpha": mixup.mixup_alpha,
-        "cutmix_alpha": mixup.cutmix_alpha,
-        "cutmix_minmax": mixup.cutmix_minmax,
-        "prob": mixup.prob,
-        "switch_prob": mixup.switch_prob,
-        "mode": mixup.mode,
-        "correct_lam": mixup.correct_lam,
-        "label_smoothing": config.loss.smoothing,
-        "num_classes": num_classes,
-    }
+    names = ("mixup_alpha", "cutmix_alpha", "cutmix_minmax", "prob", "switch_prob", "mode", "correct_lam")
+    arguments = {name: getattr(mixup, name) for name in names}
+    arguments |= {"label_smoothing": config.loss.smoothing, "num_classes": num_classes}
     if mixup.integer_pixels:
         return IntegerMixup(config.transform.mean, config.transform.std, device, **arguments)
     return Mixup(**arguments)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from augsub.objective import ObjectiveOutput, SubModelObjective
 from engine.checkpoint import check_structure
 from engine.data import DataLoaders
 from engine.distributed import Process
@@ -30,7 +31,7 @@ class Trainer(TrainerBase):
     Args:
         model: the model, wrapped for several processes if there are any.
         bare_model: the same model without wrapper, whose weights are saved.
-        objective: gives the backward passes of a step, an `augsub.SubModelObjective`.
+        objective: gives the backward passes of a step.
         optimizer: steps once per iteration.
         data: this process's images, and how many steps they make.
         precision: mixed precision, scaling, clipping.
@@ -44,12 +45,12 @@ class Trainer(TrainerBase):
         *,
         model: nn.Module,
         bare_model: nn.Module,
-        objective: Any,
+        objective: SubModelObjective,
         optimizer: Optimizer,
         data: DataLoaders,
         precision: Precision,
         process: Process,
-        mix: Callable[[Tensor, Tensor], Batch] | None,
+        mix: Mixup | None,
         seed: int,
     ) -> None:
         super().__init__(data.max_iterations)
@@ -143,7 +144,7 @@ class Trainer(TrainerBase):
             raise InputError(f"checkpoint {source} does not fit this run: {type(error).__name__}: {error}") from error
 
 
-def _losses(output: Any) -> dict[str, Tensor]:
+def _losses(output: ObjectiveOutput) -> dict[str, Tensor]:
     """Scalars of one step, by the names under which they are written."""
     losses = {"loss": output.loss, "main_loss": output.main_loss}
     if output.sub_losses:

@@ -45,7 +45,6 @@ class Checkpoint(HookBase):
 
     def before_train(self) -> None:
         self._last_saved = time.monotonic()
-        self._is_asked_for = False  # by the clock, since the last save
         self._anyone = Agreement(self.trainer.process)
 
     def after_step(self) -> None:
@@ -64,7 +63,6 @@ class Checkpoint(HookBase):
         self._guard.check_weights()
         self._store.save({**self._facts, **self.trainer.state_dict()}, self._evaluation.is_new_best, is_numbered)
         self._last_saved, self._saved_iteration = time.monotonic(), self.trainer.iteration
-        self._is_asked_for = False
 
     def after_train(self) -> None:
         self.finish()
@@ -78,14 +76,12 @@ class Checkpoint(HookBase):
         self._store.wait()
 
     def _is_time(self) -> bool:
-        """Once for each save: the answer may come a step later."""
-        if self._is_asked_for or not self.trainer.process.is_main:
+        """Whether the main process's clock asks, once for each save: the answer may come a step later."""
+        now = time.monotonic()
+        if not self.trainer.process.is_main or now - self._last_saved < 60 * self._every_minutes:
             return False
-        self._is_asked_for = time.monotonic() - self._last_saved >= 60 * self._every_minutes
-        return self._is_asked_for
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM's and Kubernetes' for preemption, and SLURM's --signal=USR1
+        self._last_saved = now
+        return True
 
 
 class Preemption(HookBase):
@@ -95,6 +91,8 @@ class Preemption(HookBase):
     whoever sends it may kill.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM's and Kubernetes' for preemption, and SLURM's --signal=USR1
+
     def __init__(self, saving: Checkpoint) -> None:
         self._saving = saving
         self._received: int | None = None
@@ -103,7 +101,7 @@ class Preemption(HookBase):
     def before_train(self) -> None:
         self._anyone = Agreement(self.trainer.process)
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def after_step(self) -> None:
         if self._anyone.ask(self._received is not None) and not self.trainer.is_last:
