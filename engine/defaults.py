@@ -20,13 +20,11 @@ import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata
 from engine.config import Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
-from engine.data import DataSource, build_held_out, build_held_out_source, build_loaders, build_source
+from engine.data import DataSource, build_loaders, build_source
 from engine.data.batch_sizes import batch_for
 from engine.data_rules import check_resumed
 from engine.distributed import Process, is_sharded, replicate, shard
 from engine.errors import InputError, input_errors, memory_errors
-from engine.evaluation import evaluate
-from engine.evaluation.results import WEIGHTS
 from engine.hooks import build_own_hooks
 from engine.hooks.bad_files import UniteBadFiles
 from engine.hooks.reporting import Evaluation, Profiler, ProgressBar, Report, SubModelPictures, WriteRecords
@@ -49,7 +47,6 @@ from engine.run_model import (
     build_run_model,
     fill_in_from_model,
     has_pretrained_weights,
-    models_to_evaluate,
 )
 from engine.seeding import seed_all
 from engine.sharded_checkpoint import shardings_of
@@ -177,29 +174,6 @@ def import_plugins(modules: Sequence[str]) -> None:
 def saved_config(checkpoint: Path) -> dict[str, Any]:
     """The configuration of the run that a checkpoint belongs to."""
     return saved_content(load_metadata(checkpoint).get("config"))
-
-
-def evaluate_only(config: Config, process: Process) -> dict[str, float]:
-    """Evaluate `evaluation.checkpoint`, else the run's last checkpoint, else what the run would start from.
-
-    An average of the weights in the file is evaluated too.
-    """
-    last = RunFolder(config.output_dir).last
-    file = config.evaluation.checkpoint or (last if last.exists() else config.model.checkpoint)
-    if file is None and not config.model.pretrained:
-        raise InputError(
-            f"nothing to evaluate: {last} does not exist; set evaluation.checkpoint, model.pretrained=true "
-            "or output_dir"
-        )
-    config, source = resolve(config, process, open_data=build_held_out_source)
-    log_left_out(source)
-    held_out, precision = build_held_out(config, source, process), build_precision(config, process)
-    results = {}
-    for prefix, model in models_to_evaluate(config, source, process, file, source.class_names):
-        found = evaluate(model, held_out, precision, process, f"the {WEIGHTS[prefix]} weights")
-        results |= {prefix + name: value for name, value in found.items()}
-    held_out.bad_files.unite(process)
-    return results
 
 
 def build_trainer(

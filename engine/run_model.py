@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -18,7 +17,7 @@ from engine.data_rules import check_classes
 from engine.distributed import Process, synchronise_batchnorm
 from engine.errors import InputError, input_errors
 from models.blocks import checkpoint_gradients
-from models.build import check_image_shape, create_model, image_settings
+from models.build import create_model, image_settings
 from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
 from models.weights import head_tensors, load_weights
 
@@ -132,56 +131,3 @@ def create_configured_model(config: Config, source: DataSource, pretrained: bool
     if settings.drop_path_shape == "uniform" and settings.drop_path_rate:
         make_drop_path_uniform(model, settings.drop_path_rate)
     return model
-
-
-def models_to_evaluate(
-    config: Config, source: DataSource, process: Process, file: str | Path | None, class_names: Sequence[str]
-) -> Iterator[tuple[str, nn.Module]]:
-    """The patched model with the weights in a file, and with their average if there is one: pairs (prefix, model).
-
-    Args:
-        class_names: what the model's outputs stand for, by number, as far as the data know.
-        file: a checkpoint or any file of weights, which must be complete; None: timm's pretrained ones.
-
-    Yields:
-        The prefix of the results of these weights, "" or "ema_", and the model, each time the same object.
-
-    Raises:
-        InputError: weights that are not complete, or of other classes.
-    """
-    model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
-    with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(model, source.image_shape(config.data.image_size))
-    model.to(process.device)
-    if file is None:
-        own_classes = model.pretrained_cfg.get("num_classes", source.num_classes)
-        if own_classes != source.num_classes:
-            raise InputError(
-                f"evaluation: {config.model.name} is pretrained for {own_classes} classes, "
-                f"the data have {source.num_classes}"
-            )
-        check_pretrained_classes(config, class_names, model)
-        yield "", model
-        return
-    LOGGER.info("evaluating %s", file)
-    content = load(Path(file))
-    check_classes(config, class_names, content.get("class_names"), f"evaluation: checkpoint {file}")
-    hooks = content.get("hooks")
-    averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
-    for prefix, weights in (("", content), ("ema_", averaged)):
-        if weights is not None:
-            load_all_weights(model, weights, file)
-            yield prefix, model
-
-
-def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | Path) -> None:
-    """Load a checkpoint that must leave nothing of the model at its initial value."""
-    with input_errors("evaluation"):
-        report = load_weights(model, content, file)
-    for classes, *_ in report.other_classes.values():
-        raise InputError(f"evaluation: checkpoint {file} is for {classes} classes, the data have {model.num_classes}")
-    if report.initial:
-        raise InputError(
-            f"evaluation: checkpoint {file} leaves {len(report.initial)} tensors of the model as they are initialised, "
-            f"{report.initial[0]} among them"
-        )

@@ -14,11 +14,8 @@ how the folder of a variant must look.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-
-from torch import nn
 
 from engine.command_line import (
     as_path,
@@ -30,25 +27,11 @@ from engine.command_line import (
     log_to_terminal,
     tool_parser,
 )
-from engine.config import UNTRANSFORMED
-from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source, worker_deaths
-from engine.data.imagenet_family import VARIANT_SETTINGS, VARIANTS, Benchmark, open_variant, synsets
-from engine.defaults import build_precision, complete, log_left_out
-from engine.distributed import Process, process_group
-from engine.errors import input_errors, memory_errors, writing_errors
-from engine.evaluation.measurement import measure_benchmark
-from engine.evaluation.report import write
-from engine.evaluation.results import WEIGHTS, Evaluated, Setting, SubModelFigures
-from engine.evaluation.subject import Subject, find_subject, folder_for
-from engine.evaluation.tables import printed
-from engine.evaluation.views import SubModelView
-from engine.run_model import models_to_evaluate
-from models.build import check_image_shape
-from tools.eval_sub_models import NamedSubModel, parse_ratios, sub_models
+from engine.errors import InputError, memory_errors
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; None: of this process."""
     parser = tool_parser(__doc__)
     parser.add_argument(
         "what", type=located, metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model"
@@ -56,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=located, metavar="NAME", help="timm model of a file of weights that has no configuration"
     )
-    parser.add_argument("--variant", metavar="NAME", help=f"ImageNet's relatives: {', '.join(VARIANTS)}")
+    parser.add_argument("--variant", metavar="NAME", help="ImageNet's relatives: real, v2, a, r, sketch, c")
     parser.add_argument(
         "--output", type=as_path, metavar="FOLDER", help="default: a folder of evaluation/ in the run or in runs/"
     )
@@ -64,60 +47,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--augsub", metavar="NAME", help="this sub-model instead, at ratio 0.5")
     parser.add_argument("--ratios", metavar="R,R,…", help="sub-models at these ratios, for example 0,0.25,0.5,0.75")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(arguments)
 
 
-def evaluate_subject(
-    subject: Subject, variant: str | None, subs: list[NamedSubModel], output: Path, process: Process
-) -> tuple[Setting, list[Evaluated]]:
-    """Results of all weights of a subject. All processes must call it together."""
-    config = subject.config
-    benchmark = Benchmark({"": build_held_out_source(config)}) if variant is None else open_variant(variant, config)
-    for source in benchmark.sources.values():
-        log_left_out(source)
-    bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
-    loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
-    precision, source, evaluated = build_precision(config, process), benchmark.source, []
-    class_names = source.class_names if variant is None else synsets()
-    for prefix, model in models_to_evaluate(config, source, process, subject.checkpoint, class_names):
-        with input_errors("sub-models"):  # before an hour is spent on the main model
-            image_shape = source.image_shape(config.data.image_size)
-            check_image_shape(model, image_shape, [sub.augmentation for sub in subs])
-        if process.is_main:
-            with writing_errors(f"--output {output}"):
-                output.mkdir(parents=True, exist_ok=True)
-        name = f"the {WEIGHTS[prefix]} weights"
-        one = Evaluated(prefix, measure_benchmark(model, benchmark, loaders, precision, process, name))
-        for sub in subs:
-            view = SubModelView(model, sub.augmentation, config.seed, process)
-            sub_name = f"the sub-model {sub.augmentation} of {name}"
-            figures = measure_benchmark(view, benchmark, loaders, precision, process, sub_name).whole.figures()
-            one.sub_models.append(SubModelFigures(sub.name, sub.ratio, figures))
-        evaluated.append(one)
-    bad_files.unite(process)
-    return setting_of(subject, variant, source, model), evaluated
+def parse_ratios(text: str | None) -> list[float]:
+    """Numbers separated by commas.
 
-
-def setting_of(subject: Subject, variant: str | None, source: DataSource, model: nn.Module) -> Setting:
-    """What was evaluated, for the reports."""
-    config = subject.config
-    is_transformed = config.data.dataset not in UNTRANSFORMED
-    data = config.data.root or config.data.dataset
-    split = f" ({config.data.eval_split})" if is_transformed else ""
-    return Setting(
-        model=config.model.name,
-        source=str(subject.checkpoint or "timm's pretrained weights"),
-        data=f"{data}{split}" if variant is None else f"ImageNet ({variant}), {data}",
-        image_size=config.data.image_size,
-        crop=config.transform.eval_crop if is_transformed else None,
-        interpolation=config.transform.eval_interpolation if is_transformed else None,
-        parameters=sum(tensor.numel() for name, tensor in model.named_parameters() if name != "mask_token"),
-        class_names=source.class_names,
-    )
+    Raises:
+        InputError: something else, or a number outside [0, 1).
+    """
+    try:
+        ratios = [] if text is None else [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--ratios {text}: allowed are numbers in [0, 1) with commas between them") from error
+    for ratio in ratios:
+        if not 0 <= ratio < 1:
+            raise InputError(f"--ratios {text}: {ratio:g} is not in [0, 1)")
+    return ratios
 
 
 def asked_for(arguments: argparse.Namespace) -> list[str]:
-    """What the command line asks for beside the plain evaluation of the subject."""
+    """What the command line asks for beside the plain evaluation."""
     options = [
         f"{name}={getattr(arguments, name)}" for name in ("variant", "augsub", "ratios") if getattr(arguments, name)
     ]
@@ -126,30 +76,40 @@ def asked_for(arguments: argparse.Namespace) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
+    ratios = parse_ratios(arguments.ratios)
+    # here: these bring torch and timm, for which a typo need not wait
+    from engine.data import worker_deaths
+    from engine.data.imagenet_family import VARIANT_SETTINGS
+    from engine.defaults import complete
+    from engine.distributed import process_group
+    from engine.evaluation_report import tables, write
+    from engine.evaluation_run import evaluate_weights, find_target, folder_for, sub_models
+
     if launched_rank() == 0:
         log_to_terminal()
     overrides = [*VARIANT_SETTINGS.get(arguments.variant, ()), *arguments.overrides]
-    subject = find_subject(arguments.what, arguments.model, overrides)
-    subject = replace(subject, config=complete(subject.config))
-    config, ratios = subject.config, parse_ratios(arguments.ratios)
+    target = find_target(arguments.what, arguments.model, overrides)
+    config = complete(target.config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
-    subs = sub_models(config, arguments.augsub, ratios) if wanted else []
-    output = arguments.output or folder_for(subject, asked_for(arguments))
+    augmentations = sub_models(config, arguments.augsub, ratios) if wanted else []
+    output = arguments.output or folder_for(target, asked_for(arguments))
     with (
         process_group(config.distributed.timeout_minutes) as process,
         worker_deaths(config.data.workers),
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
-        setting, evaluated = evaluate_subject(subject, arguments.variant, subs, output, process)
+        description, results = evaluate_weights(
+            config, target.checkpoint, process, arguments.variant, augmentations, output
+        )
         if process.is_main:
-            print(printed(setting, evaluated))
-            write(output, setting, evaluated)
+            print(tables(description, results))
+            write(output, description, results)
             print(f"\nresults in {output}")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for an error."""
-    return exit_code(partial(run, parse_arguments()))
+    return exit_code(partial(run, parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

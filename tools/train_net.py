@@ -69,8 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         return
     # here: these bring torch and timm, for which a typo need not wait
     from engine.data import worker_deaths
-    from engine.defaults import evaluate_only, train
+    from engine.defaults import train
     from engine.distributed import process_group
+    from engine.evaluation_run import evaluate_only
     from engine.json_text import to_json
 
     timeout = config.distributed.timeout_minutes

@@ -19,8 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from engine import atomic
 from engine.config import Config
 from engine.data.transforms import normalisation
-from engine.evaluation import evaluate
-from engine.evaluation.results import WEIGHTS
+from engine.evaluation import WEIGHTS, evaluate
 from engine.figure import draw_curves
 from engine.json_text import to_json
 from engine.metrics import peak_memory

@@ -1,24 +1,28 @@
-"""Meters against independent computations, and the same evaluation whatever the batches and processes."""
+"""Metrics against independent computations, whatever the batches, and what is written of them."""
 
 from __future__ import annotations
+
+import csv
+import json
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import augsub
-from engine.data import IGNORED
+from engine.data import IGNORED, DataSource
+from engine.data.imagenet_family import Benchmark
 from engine.distributed import Process
 from engine.errors import InputError, RunError
-from engine.evaluation import evaluate, measure
-from engine.evaluation.meters import AcceptedLabels, Accuracy, Calibration, Confusion, NonFinite
-from engine.evaluation.views import AmongClasses, SubModelView
+from engine.evaluation import Description, Metrics, Result, evaluate, measure, measure_benchmark, sub_model_forward
+from engine.evaluation_report import tables, write
 from engine.precision import Precision
 
 CPU = torch.device("cpu")
-ALONE = Process(0, 1, CPU)
+ALONE, FULL = Process(0, 1, CPU), Precision("off", CPU)
 CLASSES, IMAGES = 12, 103
 
 
@@ -31,132 +35,146 @@ def outputs() -> tuple[torch.Tensor, torch.Tensor]:
     return logits, labels
 
 
-def fed(meter, logits, labels, batch: int = 10):
-    """The meter after all images in batches, with an image between them that does not count."""
-    for images, answers in zip(logits.split(batch), labels.split(batch), strict=True):
-        meter.update(torch.cat([images, 50 * torch.eye(CLASSES)[:1]]), torch.cat([answers, torch.tensor([IGNORED])]))
-    return meter
+def batches_of(images, labels, size: int = 20):
+    return list(zip(images.split(size), labels.split(size), strict=True))
 
 
-def test_accuracy_and_cross_entropy_are_those_of_scikit_learn(outputs):
+def test_figures_are_those_of_scikit_learn(outputs):
     logits, labels = outputs
-    found = fed(Accuracy(CPU), logits, labels).result()
-    every = range(CLASSES)
+    metrics = Metrics(CPU, CLASSES)
+    for images, answers in batches_of(logits, labels, 10):  # with an image in each batch that does not count
+        metrics.update(torch.cat([images, 50 * torch.eye(CLASSES)[:1]]), torch.cat([answers, torch.tensor([IGNORED])]))
+    found, every = metrics.figures(), range(CLASSES)
     assert found["images"] == IMAGES
     assert found["top1"] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1, labels=every))
     assert found["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=every))
     assert found["eval_loss"] == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=every), rel=1e-5)
 
-
-def test_the_confusion_matrix_is_that_of_scikit_learn(outputs):
-    logits, labels = outputs
-    confusion = fed(Confusion(CLASSES, CPU), logits, labels)
-    expected = confusion_matrix(labels, logits.argmax(1), labels=range(CLASSES))
-    np.testing.assert_array_equal(confusion.totals, expected)
-    pairs = confusion.most_confused(200)
+    expected = confusion_matrix(labels, logits.argmax(1), labels=every)
+    np.testing.assert_array_equal(metrics.confusion, expected)
+    pairs = metrics.most_confused(200)
     assert sum(images for *_, images in pairs) == IMAGES - np.trace(expected)
     assert all(expected[true, predicted] == images and true != predicted for true, predicted, images in pairs)
     assert [images for *_, images in pairs] == sorted((images for *_, images in pairs), reverse=True)
 
-
-def test_the_calibration_error_is_that_of_its_definition(outputs):
-    logits, labels = outputs
-    calibration = fed(Calibration(CPU), logits, labels)
     confidence, predicted = (values.numpy() for values in logits.softmax(1).max(1))
     correct, error = predicted == labels.numpy(), 0.0
     for low, high in zip(np.linspace(0, 1, 16)[:-1], np.linspace(0, 1, 16)[1:], strict=True):
         inside = (confidence > low) & (confidence <= high)
         if inside.any():
             error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
-    assert calibration.error == pytest.approx(100 * error, rel=1e-5)
+    assert found["ece"] == pytest.approx(100 * error, rel=1e-5)
 
 
 def test_certain_predictions_are_calibrated_if_they_are_right():
-    logits = 100 * torch.eye(3)
-    calibration = Calibration(CPU)
-    calibration.update(logits, torch.arange(3))
-    assert calibration.error == pytest.approx(0, abs=1e-9)
-    calibration.update(logits, torch.arange(3).roll(1))  # now half of them are wrong
-    assert calibration.error == pytest.approx(50)
+    metrics, logits = Metrics(CPU, 3), 100 * torch.eye(3)
+    metrics.update(logits, torch.arange(3))
+    assert metrics.calibration_error == pytest.approx(0, abs=1e-9)
+    metrics.update(logits, torch.arange(3).roll(1))  # now half of them are wrong
+    assert metrics.calibration_error == pytest.approx(50)
 
 
 def test_with_several_right_labels_any_of_them_counts():
     accepted = torch.tensor([[1, 2], [3, IGNORED], [0, 7]])
     logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(40) % 4 - 1  # every fourth is IGNORED
-    accuracy, confusion = Accuracy(CPU), Confusion(8, CPU)
-    AcceptedLabels(accepted, [accuracy, confusion]).update(logits, labels)
+    metrics = Metrics(CPU, 8, accepted=accepted)
+    metrics.update(logits, labels)
     ranked = logits.argsort(dim=1, descending=True)
     right = [(row.tolist(), set(accepted[label].tolist())) for row, label in zip(ranked, labels, strict=True)
              if label != IGNORED]  # fmt: skip
-    found = accuracy.result()
-    assert found["images"] == len(right) == confusion.totals.sum() == 30
+    found = metrics.figures()
+    assert found["images"] == len(right) == metrics.confusion.sum() == 30
     assert found["top1"] == pytest.approx(100 * sum(row[0] in labels for row, labels in right) / 30)
     assert found["top5"] == pytest.approx(100 * sum(bool({*row[:5]} & labels) for row, labels in right) / 30)
-    assert confusion.totals.diag().sum() == sum(row[0] in labels for row, labels in right)
+    assert metrics.confusion.diag().sum() == sum(row[0] in labels for row, labels in right)
 
 
-def test_a_model_chooses_among_the_candidates_alone():
-    torch.manual_seed(0)
-    model, images = nn.Linear(5, 9), torch.randn(6, 5)
-    assert torch.equal(AmongClasses(model, [7, 2, 4])(images), model(images)[:, [7, 2, 4]])
-
-
-def test_meters_see_what_evaluate_sees_and_the_mode_is_restored(outputs):
-    logits, labels = outputs
-    model = nn.Sequential(nn.Dropout(0.5)).train()
-    batches = list(zip(logits.split(20), labels.split(20), strict=True))
-    accuracy = Accuracy(CPU)
-    measure(model, batches, Precision("off", CPU), ALONE, [accuracy, Confusion(CLASSES, CPU)])
-    assert accuracy.result() == evaluate(model, batches, Precision("off", CPU), ALONE)
+def test_measuring_in_detail_says_what_evaluate_says_and_the_mode_is_restored(outputs):
+    model, metrics = nn.Sequential(nn.Dropout(0.5)).train(), Metrics(CPU, CLASSES)
+    measure(model, batches_of(*outputs), FULL, ALONE, metrics)
+    figures = metrics.figures()
+    assert figures.pop("ece") > 0 and figures == evaluate(model, batches_of(*outputs), FULL, ALONE)
     assert model.training
 
 
 def test_without_images_there_is_no_accuracy():
     with pytest.raises(InputError, match="none of the held-out images can be read"):
-        fed(Accuracy(CPU), torch.zeros(1, CLASSES), torch.tensor([IGNORED])).result()
+        evaluate(nn.Identity(), [(torch.zeros(1, CLASSES), torch.tensor([IGNORED]))], FULL, ALONE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_have_no_accuracy(outputs, value):
     """argmax takes NaN for class 0: such a model would be right of all its images."""
     logits, labels = outputs
-    spoilt = logits.clone()
+    spoilt, others = logits.clone(), labels.clone()
     spoilt[::10, 3] = value  # of one class, in every batch
-
-    def figures(logits, labels):
-        batches = list(zip(logits.split(20), labels.split(20), strict=True))
-        return evaluate(nn.Identity(), batches, Precision("off", CPU), ALONE, "the averaged weights")
-
     message = r"^evaluation: logits of the averaged weights are NaN or infinite for 11 of 103 images$"
     with pytest.raises(RunError, match=message):
-        figures(spoilt, labels)
-    others = labels.clone()
+        evaluate(nn.Identity(), batches_of(spoilt, labels), FULL, ALONE, "the averaged weights")
     others[::10] = IGNORED  # what is no image is blank, and may give anything
-    assert figures(spoilt, others) == figures(logits, others)
+    assert evaluate(nn.Identity(), batches_of(spoilt, others), FULL, ALONE) == evaluate(
+        nn.Identity(), batches_of(logits, others), FULL, ALONE
+    )
 
 
-def test_counting_what_is_not_finite_reads_nothing_back(outputs):
+def test_counting_reads_nothing_back(outputs):
     """A waiting for the device in each batch would show on a GPU."""
     logits, labels = (tensor.to("meta") for tensor in outputs)
-    NonFinite(torch.device("meta")).update(logits, labels)  # reading a value of it would raise
-
-
-def batches_of(images, labels):
-    return list(zip(images.split(3), labels.split(3), strict=True))
+    Metrics(torch.device("meta")).update(logits, labels)  # reading a value of it would raise
 
 
 @pytest.mark.parametrize("name", ["masking", "drop_path"])
 def test_a_sub_model_is_evaluated_with_the_same_draws_each_time(patched_model, name):
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    batches, precision = batches_of(images, torch.arange(8)), Precision("off", CPU)
+    batches = batches_of(images, torch.arange(8), 3)
     options = {"cell": 8} if name == "masking" and augsub.supports(patched_model)["masking"] != "tokens" else {}
 
     def result(seed: int, ratio: float) -> dict[str, float]:
         augmentation = augsub.build({"name": name, "ratio": ratio, **options})
-        return evaluate(SubModelView(patched_model, augmentation, seed, ALONE), batches, precision, ALONE)
+        metrics, forward = Metrics(CPU), sub_model_forward(patched_model, augmentation, seed, ALONE)
+        measure(patched_model, batches, FULL, ALONE, metrics, forward=forward)
+        return metrics.figures()
 
-    main = evaluate(patched_model, batches, precision, ALONE)
+    main = evaluate(patched_model, batches, FULL, ALONE)
     assert result(0, 0.0) == main
     assert result(0, 0.5) == result(0, 0.5)
     assert len({result(seed, 0.5)["eval_loss"] for seed in (0, 1)} | {main["eval_loss"]}) == 3
+
+
+SEVERITIES = [f"{corruption}/{severity}" for corruption in ("snow", "fog") for severity in range(1, 6)]
+CANDIDATES = [8, 1, 5, 3]  # the model has ten classes, labels are places in this list
+
+
+def test_a_benchmark_of_several_sets_is_measured_apart_and_together(tmp_path):
+    generator, sources = torch.Generator().manual_seed(0), {}
+    for size, name in enumerate(SEVERITIES, start=11):
+        dataset = TensorDataset(torch.randn(size, 6, generator=generator), torch.arange(size) % len(CANDIDATES))
+        sources[name] = DataSource(None, dataset, num_classes=10, in_chans=1, class_names=["a", "b", "c", "d"])
+    torch.manual_seed(0)
+    model, benchmark = nn.Linear(6, 10), Benchmark(sources, CANDIDATES)
+    loaders = {name: batches_of(*source.held_out.tensors, 4) for name, source in sources.items()}
+    result = Result("", *measure_benchmark(model, benchmark, loaders, FULL, ALONE))
+    hits = {}
+    for name, source in sources.items():
+        images, labels = source.held_out.tensors
+        hits[name] = model(images)[:, CANDIDATES].argmax(dim=1) == labels
+        assert result.parts[name]["top1"] == pytest.approx(100 * hits[name].double().mean().item())
+        assert result.parts[name]["images"] == len(labels)
+    errors = [100 - 100 * right.double().mean().item() for right in hits.values()]
+    assert result.mean_corruption_error == pytest.approx(sum(errors) / 10)
+    assert result.metrics.figures()["top1"] == pytest.approx(100 * torch.cat([*hits.values()]).double().mean().item())
+
+    description = Description("linear", "nowhere", "ImageNet (c)", 8, 1.0, "bicubic", 70, ["a", "b", "c", "d"])
+    snow, fog, mean = tables(description, [result]).splitlines()[-3:]
+    assert snow.split() == ["snow", *(f"{error:.2f}" for error in errors[:5]), f"{sum(errors[:5]) / 5:.2f}"]
+    assert fog.split()[-1] == f"{sum(errors[5:]) / 5:.2f}" and mean.split() == ["mean", f"{sum(errors) / 10:.2f}"]
+    write(tmp_path, description, [result])
+    with (tmp_path / "corruptions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [f"{row['corruption']}/{row['severity']}" for row in rows] == SEVERITIES
+    assert [float(row["top1_err"]) for row in rows] == pytest.approx(errors, abs=1e-3)
+    (found,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert found["mean_corruption_error"] == pytest.approx(sum(errors) / 10)
+    confused = sum(pair["images"] for pair in found["most_confused"])  # four classes have few pairs: all are listed
+    assert confused == sum(int((~right).sum()) for right in hits.values())

@@ -20,8 +20,8 @@ from engine.data.delivery import Normalise
 from engine.data.imagenet_family import CORRUPTIONS, VARIANT_SETTINGS, open_variant
 from engine.distributed import Process
 from engine.errors import InputError
-from engine.evaluation.measurement import measure_benchmark
-from engine.evaluation.subject import find_subject
+from engine.evaluation import measure_benchmark
+from engine.evaluation_run import find_target
 from engine.precision import Precision
 
 INFO = files("timm.data") / "_info"
@@ -127,7 +127,8 @@ def test_real_accuracy_is_that_of_timm(tmp_path):
             for label in labels[:1]:
                 model[1].bias[label] += 1.5
     loaders = {"": build_held_out(config, benchmark.source, process)}
-    figures = measure_benchmark(model, benchmark, loaders, Precision("off", process.device), process).whole.figures()
+    metrics, _ = measure_benchmark(model, benchmark, loaders, Precision("off", process.device), process)
+    figures = metrics.figures()
 
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50001)]
     evaluator = timm.data.RealLabelsImagenet(names)
@@ -147,7 +148,7 @@ def test_of_images_that_are_cropped_already_nothing_is_cut(tmp_path):
         make(tmp_path / "data" / "fog" / severity, SYNSETS, tmp_path / "picture.png")
     whole = [f"data.root={tmp_path / 'data'}", "data.image_size=8", *VARIANT_SETTINGS["c"]]
     for overrides, is_whole in ((whole, True), ([*whole, "transform.eval_crop=0.5"], False)):
-        config = find_subject("test_vit", None, overrides).config
+        config = find_target("test_vit", None, overrides).config
         config.transform.eval_interpolation = "bicubic"
         config.transform.mean, config.transform.std = [0.5] * 3, [0.5] * 3
         image, _ = open_variant("c", config).source.held_out[0]

@@ -13,7 +13,7 @@ import torch
 from engine import defaults
 from engine.config_file import load_config
 from engine.distributed import Process
-from engine.evaluation.subject import LONGEST, Subject, folder_for
+from engine.evaluation_run import LONGEST, Target, folder_for
 from tools import compare_runs, eval_net
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"
@@ -66,7 +66,7 @@ def test_another_evaluation_goes_to_another_folder(evaluate, run):
 
 
 def folder_of(*asked: str) -> Path:
-    return folder_for(Subject(load_config(DIGITS), None, Path("runs/X/evaluation/best")), asked)
+    return folder_for(Target(load_config(DIGITS), None, Path("runs/X/evaluation/best")), asked)
 
 
 def test_the_name_of_the_folder_tells_what_was_asked_for():
