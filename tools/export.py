@@ -13,23 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-import torch
-from safetensors.torch import save
-
-from engine import atomic
 from engine.command_line import as_path, exit_code, tool_parser
-from engine.errors import InputError, writing_errors
-from tools.exporting.exported import Exported, load_exported
-from tools.exporting.hub_folder import write_folder
-from tools.exporting.onnx_file import write_onnx
-
-SUFFIXES = {".safetensors", ".pt", ".pth"}
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; None: of this process."""
     parser = tool_parser(__doc__)
     parser.add_argument("checkpoint", type=as_path, help="last.pt, best.pt or iter_<n>.pt of a run")
     parser.add_argument(
@@ -41,40 +31,19 @@ def parse_arguments() -> argparse.Namespace:
         help="the averaged weights, or not (default: those by which the run chose its best checkpoint)",
     )
     parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="that register the run's model")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def export(checkpoint: Path, target: Path, ema: bool | None = None, plugins: Sequence[str] = ()) -> str:
-    """Write the target, after timm's model has taken all weights; says which they are and how to load them.
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    from tools.exporting import export  # here: it brings torch and timm, for which --help need not wait
 
-    Raises:
-        InputError: a checkpoint of something else, or another kind of target.
-        RunError: the target cannot be written.
-    """
-    if target.suffix not in {*SUFFIXES, ".onnx", ""}:
-        raise InputError(f"{target}: allowed is a name that ends in .safetensors, .pt, .pth or .onnx, or a new folder")
-    exported = load_exported(checkpoint, ema, plugins)
-    write = {"": write_folder, ".onnx": write_onnx}.get(target.suffix, write_weights)
-    loading = write(target, exported)
-    return f"{loading}  # the averaged weights" if exported.is_average else loading
+    print(export(arguments.checkpoint, arguments.target, arguments.ema, arguments.plugins))
 
 
-def write_weights(file: Path, exported: Exported) -> str:
-    """One file that `timm.create_model` loads strictly."""
-    weights = exported.model.state_dict()
-    with writing_errors(file), atomic.new_content(file) as opened:
-        if file.suffix == ".safetensors":
-            opened.write(save(weights, metadata={"format": "pt"}))
-        else:
-            torch.save(weights, opened)
-    settings = "".join(f", {key}={value!r}" for key, value in exported.arguments.items())
-    return f'timm.create_model("{exported.name}", checkpoint_path="{file}"{settings})'
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for an error."""
-    arguments = parse_arguments()
-    return exit_code(lambda: print(export(**vars(arguments))))
+    return exit_code(partial(run, parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

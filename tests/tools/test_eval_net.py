@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from engine.run_folder import RunFolder
 from tools import eval_net
-from tools.export import export
+from tools.exporting import export
 
 ROOT = Path(__file__).parents[2]
 EVAL_NET = ROOT / "tools" / "eval_net.py"
