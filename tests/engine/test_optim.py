@@ -1,20 +1,24 @@
-"""Every optimiser of timm that a CPU can run goes on exactly where it stopped."""
+"""Every optimiser of timm that a CPU can run goes on exactly where it stopped; the learning rate of every step."""
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.optim import list_optimizers
 from timm.optim._optim_factory import OptimInfo, default_registry
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from engine.config import OptimizerConfig
+from engine.config import OptimizerConfig, ScheduleConfig
 from engine.errors import InputError
-from engine.optim import build_optimizer, load_optimizer
+from engine.hooks.training import LearningRateSchedule
+from engine.optim import WarmupCosine, build_optimizer, build_schedule, load_optimizer
 
 NEED_A_GPU, NEEDS_SECOND_DERIVATIVES = ("bnb", "fused"), ("adahessian",)
 NAMES = [name for name in list_optimizers() if not name.startswith(NEED_A_GPU) and name not in NEEDS_SECOND_DERIVATIVES]
@@ -54,28 +58,85 @@ class Closing(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_an_optimiser_that_needs_more_than_gradients_is_refused():
+def test_an_optimiser_that_is_unknown_or_needs_more_than_gradients_is_refused(monkeypatch):
     default_registry.register(OptimInfo("closing", Closing, "computes the loss again"))
+    refused = {
+        "admw": "timm has no such optimiser, did you mean adamw",
+        "adahessian": "needs the gradient's own graph",
+        "closing": "its step needs a closure",
+    }
     try:
-        for name, need in (("adahessian", "needs the gradient's own graph"), ("closing", "its step needs a closure")):
-            with pytest.raises(InputError, match=f"optimizer.name = {name}: {need}"):
+        for name, reason in refused.items():
+            with pytest.raises(InputError, match=f"optimizer.name = {name}: {reason}"):
                 build(name)
     finally:
         del default_registry._optimizers["closing"]
-
-
-@pytest.mark.parametrize(("name", "package"), [("fusedadam", "apex"), ("bnbadam8bit", "bitsandbytes")])
-def test_an_optimiser_of_a_package_that_is_missing_is_refused(name, package, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=f"require {package} to be installed"):
-        build(name)
+    for name, package in (("fusedadam", "apex"), ("bnbadam8bit", "bitsandbytes")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InputError, match=f"require {package} to be installed"):
+            build(name)
 
 
-def test_a_state_of_another_shape_is_refused():
-    model, optimizer = build("adamw")
+@pytest.mark.parametrize(
+    ("name", "key", "problem"),
+    [
+        ("adamw", "exp_avg", "exp_avg does not have the shape of its parameter"),
+        ("adafactor", "RMS", "RMS is a Tensor here and a float there"),
+    ],
+)
+def test_a_state_of_another_shape_or_kind_is_refused(name, key, problem):
+    model, optimizer = build(name)
     step(model, optimizer, seed=1)
     state = copy.deepcopy(optimizer.state_dict())
-    state["state"][0]["exp_avg"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="exp_avg does not have the shape of its parameter"):
-        load_optimizer(build("adamw")[1], state)
+    state["state"][1][key] = torch.zeros(3)
+    with pytest.raises(ValueError, match=problem):
+        load_optimizer(build(name)[1], state)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_schedule_is_timms_cosine_with_warmup(prefix):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.7)
+    length = 32 if prefix else 40  # timm counts the cosine without the warmup that precedes it
+    reference = CosineLRScheduler(
+        optimizer, t_initial=length, lr_min=0.02, warmup_t=8, warmup_lr_init=0.1, warmup_prefix=prefix
+    )
+    schedule = WarmupCosine(peak=0.7, start=0.1, floor=0.02, total=40, warmup=8, warmup_prefix=prefix)
+    for step in range(40):
+        reference.step(step)
+        assert schedule(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
+
+
+def test_lag_cooldown_and_a_warmup_that_reaches_the_peak():
+    plain = WarmupCosine(peak=1.0, start=0.0, floor=0.1, total=20, warmup=4)
+    late = WarmupCosine(peak=1.0, start=0.0, floor=0.1, total=20, warmup=4, lag=2)
+    assert [late(step) for step in range(20)] == [plain(0)] * 2 + [plain(step) for step in range(18)]
+    cooled = WarmupCosine(peak=1.0, start=0.0, floor=0.1, total=20, warmup=4, cooldown=5)
+    assert [cooled(step) for step in range(15, 20)] == [0.1] * 5
+    assert cooled(10) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 10 / 15)))
+    reaching = WarmupCosine(1.0, 0.0, 0.1, total=20, warmup=4, warmup_prefix=True, warmup_reaches_peak=True)
+    assert [reaching(step) for step in range(5)] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+    assert WarmupCosine(1.0, 0.5, 0.1, total=20, warmup=1, warmup_reaches_peak=True)(0) == 0.5
+    assert WarmupCosine(1.0, 0.5, 0.1, total=20, warmup=0)(0) == 1.0
+
+
+def test_learning_rates_grow_with_the_batch_where_the_recipe_says_so():
+    optimizer = OptimizerConfig(lr=0.1, lr_reference_batch=256)
+    for scales_ends, expected in ((False, (0.4, 0.01, 0.02)), (True, (0.4, 0.04, 0.08))):
+        config = ScheduleConfig(warmup_lr=0.01, min_lr=0.02, scale_with_batch=scales_ends)
+        scaled = build_schedule(config, optimizer, epochs=10, iterations_per_epoch=3, global_batch=1024)
+        assert (scaled.peak, scaled.start, scaled.floor) == pytest.approx(expected)
+        assert (scaled.total, scaled.warmup) == (30, 15)
+
+
+@pytest.mark.parametrize("per_epoch", [False, True])
+def test_the_hook_sets_the_rate_of_every_group_and_needs_no_state(per_epoch):
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale in (1.0, 0.25)]
+    optimizer = torch.optim.SGD(groups, lr=9.0)
+    schedule = WarmupCosine(peak=1.0, start=0.0, floor=0.1, total=2000, warmup=4)
+    hook = LearningRateSchedule(schedule, per_epoch)
+    for iteration in (1234, 5, 6):
+        hook.trainer = SimpleNamespace(iteration=iteration, epoch=iteration / 4, optimizer=optimizer)
+        hook.before_step()
+        expected = schedule(iteration // 4 if per_epoch else iteration)
+        assert [group["lr"] for group in optimizer.param_groups] == [expected, 0.25 * expected]

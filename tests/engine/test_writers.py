@@ -9,6 +9,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine import figure
 from engine.config import Config, ModelConfig
 from engine.config_file import leaves, to_yaml
 from engine.errors import RunError
@@ -63,6 +64,16 @@ def test_a_resumed_table_is_that_of_a_whole_run(paths, tmp_path):
     assert paths[1].read_bytes() == whole[1].read_bytes()
 
 
+def test_resumed_metrics_have_no_line_twice_and_survive_a_half_written_one(paths):
+    lines, _ = paths
+    write_all([JSONLinesWriter(lines, 0)], *(record(iteration, loss=1.0) for iteration in (10, 20, 30)))
+    before = lines.read_bytes()
+    with open(lines, "a") as file:
+        file.write('{"iteration": 40, "ep')
+    write_all([JSONLinesWriter(lines, 20)], record(30, loss=1.0))
+    assert lines.read_bytes() == before
+
+
 def test_a_table_that_cannot_be_written_is_one_line(paths):
     writers = open_both(paths, 0)
     paths[1].unlink()
@@ -97,3 +108,14 @@ def test_tensorboard_has_curves_and_the_configuration(tmp_path):
     assert text.tensor_proto.string_val == [f"```yaml\n{to_yaml(config)}```".encode()]
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert all(key.encode() in start for key, value in leaves(config).items() if value is not None) and b"vit" in start
+
+
+@pytest.mark.parametrize("factor", [1, 1.3, 30])
+def test_losses_are_marked_by_plain_numbers(factor, tmp_path, monkeypatch):
+    """Also where they stay within a power of ten: formulas would need a matplotlib that reads $ in any name as one."""
+    drawn, save = [], figure.save
+    monkeypatch.setattr(figure, "save", lambda drawing, path: (drawn.append(drawing), save(drawing, path)))
+    records = [{"epoch": float(epoch), "main_loss": 2.3 / factor**epoch} for epoch in range(4)]
+    figure.draw_curves(records, "run", tmp_path / "curves.png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels(which="both") if label.get_text()]
+    assert labels and all(float(label.replace("\N{MINUS SIGN}", "-")) > 0 for label in labels)

@@ -1,3 +1,5 @@
+"""The main model's loss and the mixing that makes its targets."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -5,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from timm.data import Mixup
+from torch import nn
 
 from engine.config import Config, LossConfig, MixupConfig
 from engine.errors import InputError
@@ -19,22 +21,31 @@ def config(smoothing: float = 0.1, **mixup) -> Config:
     return Config(mixup=MixupConfig(**mixup), loss=LossConfig(smoothing=smoothing))
 
 
+def test_smoothed_cross_entropy_without_mixup():
+    logits, labels = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    smoothed = build_criterion(LossConfig(smoothing=0.1), soft_labels=False)(logits, labels)
+    torch.testing.assert_close(smoothed, nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
+    plain = build_criterion(LossConfig(), soft_labels=False)(logits, labels)
+    torch.testing.assert_close(plain, nn.functional.cross_entropy(logits, labels))
+
+
 def test_mixup_gives_soft_labels_that_its_loss_takes():
     mixup = build_mixup(config(mixup_alpha=0.8, cutmix_alpha=1.0), num_classes=5, micro_batch=4, device=CPU)
-    assert isinstance(mixup, Mixup)
     _images, targets = mixup(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
-    for name in ("cross_entropy", "bce"):
-        loss = build_criterion(LossConfig(name=name, smoothing=0.1), soft_labels=True)(torch.randn(4, 5), targets)
-        assert loss.ndim == 0 and loss.isfinite()
+    logits = torch.randn(4, 5)
+    losses = {
+        name: build_criterion(LossConfig(name=name, smoothing=0.1), soft_labels=True)(logits, targets)
+        for name in ("cross_entropy", "bce")
+    }
+    torch.testing.assert_close(losses["cross_entropy"], nn.functional.cross_entropy(logits, targets))
+    torch.testing.assert_close(losses["bce"], nn.functional.binary_cross_entropy_with_logits(logits, targets))
 
 
 def test_mixup_is_off_without_alphas_and_needs_pairs():
     assert build_mixup(config(), num_classes=5, micro_batch=3, device=CPU) is None
-    assert build_mixup(config(cutmix_minmax=[0.2, 0.8]), num_classes=5, micro_batch=4, device=CPU).cutmix_minmax == [
-        0.2,
-        0.8,
-    ]
+    boxes = build_mixup(config(cutmix_minmax=[0.2, 0.8]), num_classes=5, micro_batch=4, device=CPU)
+    assert boxes.cutmix_minmax == [0.2, 0.8]
     with pytest.raises(InputError, match="even number of images"):
         build_mixup(config(mixup_alpha=0.8), num_classes=5, micro_batch=3, device=CPU)
 

@@ -1,0 +1,213 @@
+"""Hooks, each by itself around a loop of a few steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from engine.checkpoint import CheckpointStore, load
+from engine.distributed import Process
+from engine.errors import NonFiniteLossError, Preempted
+from engine.evaluation import evaluate
+from engine.hooks import HOOK_REGISTRY, build_own_hooks
+from engine.hooks.reporting import Evaluation
+from engine.hooks.saving import Checkpoint, Preemption
+from engine.hooks.training import ExponentialMovingAverage, FrozenStatistics, NaNGuard
+from engine.precision import Precision
+from engine.run_folder import RunFolder
+from engine.train_loop import HookBase, TrainerBase
+
+CPU = torch.device("cpu")
+ALONE = Process(rank=0, world_size=1, device=CPU)
+LABELS = torch.arange(3).repeat(4)
+IMAGES = nn.functional.one_hot(LABELS).float()  # a linear model tells them apart by the sign of its weight
+
+
+class Loop(TrainerBase):
+    """Adds `steps[i]` to the identity weight of a linear model at step i, whose loss is `losses[i]`."""
+
+    def __init__(self, steps: list[float], losses: list[float] | None = None, amp: str = "off", scale=65536.0) -> None:
+        super().__init__(max_iterations=len(steps))
+        self.steps, self.losses = steps, losses or [1.0] * len(steps)
+        self.bare_model = nn.Linear(3, 3, bias=False)
+        nn.init.zeros_(self.bare_model.weight)
+        self.process, self.precision = ALONE, Precision(amp, CPU, loss_scale=scale)
+        self.data = SimpleNamespace(held_out=[(IMAGES, LABELS)])
+        self.results: dict[str, float] = {}
+
+    @property
+    def epoch(self) -> float:
+        return self.iteration / 2
+
+    @torch.no_grad()
+    def run_step(self):
+        self.results = {}
+        self.bare_model.weight += self.steps[self.iteration] * torch.eye(3)
+        self.last_loss = torch.tensor(self.losses[self.iteration])
+
+    def state_dict(self):
+        return {"iteration": self.iteration, "model": self.bare_model.state_dict()}
+
+
+def train(loop: Loop, *hooks: HookBase) -> None:
+    loop.register_hooks(hooks)
+    loop.train()
+
+
+def test_the_average_is_exponential_and_is_saved_or_starts_with_the_weights():
+    loop = Loop([1.0, 2.0, 3.0])
+    ema = ModelEmaV3(loop.bare_model, decay=0.75)
+    hook = ExponentialMovingAverage(ema)
+    train(loop, hook)
+    expected = 1.0  # it starts with the weights after the first step
+    for weight in (3.0, 6.0):
+        expected = 0.75 * expected + 0.25 * weight
+    torch.testing.assert_close(ema.module.weight, expected * torch.eye(3))
+    state = deepcopy(hook.state_dict())
+    hook.start_late()
+    assert torch.equal(ema.module.weight, loop.bare_model.weight)
+    hook.load_state_dict(state)
+    torch.testing.assert_close(ema.module.weight, expected * torch.eye(3))
+
+
+def test_frozen_statistics_stay_through_training():
+    frozen, free = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    hook, model = FrozenStatistics([frozen]), nn.Sequential(frozen, free)
+    for _ in range(2):
+        model.train()  # as after an evaluation
+        hook.before_step()
+        model(torch.randn(8, 3))
+    assert frozen.num_batches_tracked == 0 and free.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("period", "noticed"), [(1, 2), (3, 3)])
+def test_a_loss_that_is_not_finite_is_named_when_the_device_is_asked(loss, period, noticed):
+    loop = Loop([1.0] * 5, [1.0, loss, 1.0, loss, 1.0])
+    with pytest.raises(NonFiniteLossError, match=r"the loss is not finite at iteration 2; .*--resume"):
+        train(loop, NaNGuard(period))
+    assert loop.iteration == noticed
+
+
+def test_ruined_weights_and_a_collapsed_scale_are_noticed():
+    loop, guard = Loop([1.0, float("nan")]), NaNGuard(period=10)
+    train(loop, guard)
+    guard.check()
+    with pytest.raises(NonFiniteLossError, match="a parameter is not finite after iteration 2"):
+        guard.check_weights()
+    train(Loop([1.0], [float("inf")], amp="fp16"), NaNGuard(period=1))  # one overflow is no error
+    with pytest.raises(NonFiniteLossError, match=r"loss scale fell to 0\.5 at iteration 1"):
+        train(Loop([1.0], amp="fp16", scale=0.5), NaNGuard(period=1))
+
+
+def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
+    class Watch(HookBase):
+        def after_step(self):
+            seen.append((self.trainer.results.get("top1"), evaluation.is_new_best))
+
+    seen: list = []
+    loop = Loop([-1.0, 0.0, 3.0, 0.0, -4.0])  # the weight is -1, -1, 2, 2, -2
+    average = deepcopy(loop.bare_model)
+    evaluation = Evaluation(period=2, metric="top1", average=average)
+    train(loop, evaluation, Watch())
+    assert seen == [(None, False), (0.0, True), (None, False), (100.0, True), (0.0, False)]
+    assert evaluation.best == {"iteration": 4, "epoch": 2.0, "value": 100.0}
+    expected = evaluate(loop.bare_model, loop.data.held_out, loop.precision, ALONE)
+    assert evaluation.latest.items() >= expected.items() and evaluation.latest["images"] == 12
+    assert (
+        evaluation.latest["ema_eval_loss"] == evaluate(average, [(IMAGES, LABELS)], loop.precision, ALONE)["eval_loss"]
+    )
+    resumed = Evaluation(period=2, metric="top1")
+    resumed.load_state_dict(evaluation.state_dict())
+    assert (resumed.best, resumed.latest) == (evaluation.best, evaluation.latest)
+    for spoilt in ({"best": {"value": 1.0}, "latest": {}}, {"best": {}, "latest": {"top1": "x"}}):
+        with pytest.raises(ValueError, match=r"is more than numbers|is not complete"):
+            resumed.load_state_dict(spoilt)
+
+
+def saving_hooks(folder: RunFolder, period: int, minutes: float | None = None) -> tuple:
+    folder.checkpoints.mkdir(parents=True)
+    evaluation, guard = Evaluation(period=4, metric="top1"), NaNGuard(period=1)
+    store = CheckpointStore(folder, ALONE, keep=5)
+    return guard, evaluation, Checkpoint(store, evaluation, guard, {"model_name": "m"}, period, minutes)
+
+
+def test_checkpoints_at_their_period_at_a_best_and_at_the_end(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    train(Loop([1.0, 0.0, 0.0, 0.0, -3.0]), *saving_hooks(folder, period=3))
+    assert [path.name for path in folder.list_numbered()] == ["iter_3.pt"]
+    saved = {path: load(path) for path in (folder.last, folder.previous, folder.best)}
+    assert [content["iteration"] for content in saved.values()] == [5, 4, 4]
+    assert saved[folder.last]["model_name"] == "m"
+    assert torch.equal(saved[folder.best]["model"]["weight"], torch.eye(3))
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(0.0, [1, 2, 3, 4, 5]), (60.0, [4, 5]), (None, [4, 5])])
+def test_checkpoints_by_the_clock(tmp_path, minutes, saved):
+    """At 4 there is a first, so a best, evaluation; 5 is the end."""
+
+    class Watch(HookBase):
+        def after_step(self):
+            if folder.last.exists():
+                seen.append(load(folder.last)["iteration"])
+
+    seen: list[int] = []
+    folder = RunFolder(tmp_path / "run")
+    train(Loop([0.0] * 5), *saving_hooks(folder, period=100, minutes=minutes), Watch())
+    assert seen == saved and not folder.list_numbered()
+
+
+def test_ruined_weights_are_never_saved(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(NonFiniteLossError):
+        train(Loop([1.0, float("nan"), 1.0]), *saving_hooks(folder, period=1))
+    assert load(folder.last)["iteration"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_a_save(tmp_path, number):
+    class Signalled(Loop):
+        def run_step(self):
+            super().run_step()
+            if self.iteration == 1:
+                os.kill(os.getpid(), number)
+
+    folder, before = RunFolder(tmp_path / "run"), signal.getsignal(number)
+    hooks = saving_hooks(folder, period=100)
+    with pytest.raises(Preempted, match=f"stopped by {number.name} after iteration 2; the state is saved"):
+        train(Signalled([1.0] * 3), *hooks, Preemption(hooks[-1]))
+    assert load(folder.last)["iteration"] == 2 and signal.getsignal(number) == before
+
+
+def test_own_hooks_are_made_by_name():
+    class Own(HookBase):
+        def __init__(self, period: int = 1) -> None:
+            self.period = period
+
+    for cls in (Own, dict):
+        HOOK_REGISTRY._do_register(f"Test{cls.__name__}", cls)
+    try:
+        (hook,) = build_own_hooks([{"name": "TestOwn", "period": 3}])
+        assert isinstance(hook, Own) and hook.period == 3
+        refused = {
+            "x": "allowed is a mapping",
+            "{}": "allowed is a mapping",
+            "TestOwm": "unknown hook 'TestOwm'; known: ",
+        }
+        for name, message in refused.items():
+            with pytest.raises(ValueError, match=message):
+                build_own_hooks([{"name": name} if name.startswith("T") else name])
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            build_own_hooks([{"name": "TestOwn", "perod": 3}])
+        with pytest.raises(TypeError, match="is no subclass of engine"):
+            build_own_hooks([{"name": "Testdict"}])
+    finally:
+        for name in ("TestOwn", "Testdict"):
+            del HOOK_REGISTRY._obj_map[name]
