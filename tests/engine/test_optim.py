@@ -79,17 +79,17 @@ def test_an_optimiser_that_is_unknown_or_needs_more_than_gradients_is_refused(mo
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "problem"),
+    ("name", "key", "value", "problem"),
     [
-        ("adamw", "exp_avg", "exp_avg does not have the shape of its parameter"),
-        ("adafactor", "RMS", "RMS is a Tensor here and a float there"),
+        ("adamw", "exp_avg", torch.zeros(3), "exp_avg does not have the shape of its parameter"),
+        ("adafactor", "RMS", 5.0, "RMS is a float here and a Tensor there"),
     ],
 )
-def test_a_state_of_another_shape_or_kind_is_refused(name, key, problem):
+def test_a_state_of_another_shape_or_kind_is_refused(name, key, value, problem):
     model, optimizer = build(name)
     step(model, optimizer, seed=1)
     state = copy.deepcopy(optimizer.state_dict())
-    state["state"][1][key] = torch.zeros(3)
+    state["state"][1][key] = value
     with pytest.raises(ValueError, match=problem):
         load_optimizer(build(name)[1], state)
 
