@@ -1,11 +1,10 @@
-"""tools/eval_net.py against evaluations written with timm alone, and as users run it."""
+"""tools/eval_net.py against evaluations written with timm alone; where its results go; what it refuses."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -20,22 +19,39 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch.nn import functional as F
 
+from engine import defaults
+from engine.config_file import load_config
+from engine.distributed import Process
+from engine.evaluation_run import LONGEST, Target, folder_for
 from engine.run_folder import RunFolder
-from tools import eval_net
+from tools import compare_runs, eval_net
 from tools.exporting import export
 
 ROOT = Path(__file__).parents[2]
 EVAL_NET = ROOT / "tools" / "eval_net.py"
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
+SHORT = ("ema.enabled=true", "ema.decay=0.9", "data.workers=0", "evaluation.batch=800", "model.kwargs.depth=1")
 ARCHITECTURES = ("test_vit", "swin_tiny_patch4_window7_224", "test_resnet")
 SMALL = {"swin_tiny_patch4_window7_224": {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}}
 COUNTS = {"ant": 6, "bee": 9, "cat": 5, "dog": 7, "elk": 8, "fox": 4}  # 39 images in 6 classes
 
 
 @pytest.fixture
-def evaluate(call):
+def call_tool(call):
     """Call the tool."""
     return partial(call, eval_net)
+
+
+@pytest.fixture
+def evaluate(call_tool):
+    """Call the tool, which must succeed; returns what it printed."""
+
+    def evaluated(*arguments: object) -> str:
+        code, output, error = call_tool(*arguments)
+        assert code == 0, error
+        return output
+
+    return evaluated
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +67,18 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
-    """A short digits run with averaged weights."""
+def trained(tmp_path_factory) -> Path:
+    """A short digits run with averaged weights, whose last checkpoint is its best one."""
     folder = tmp_path_factory.mktemp("digits") / "run"
-    command = [sys.executable, ROOT / "tools" / "train_net.py", "--config", DIGITS, f"output_dir={folder}"]
-    command += ["train.max_iters=40", "train.epochs=10", "ema.enabled=true", "ema.decay=0.9", "data.workers=0"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    config = load_config(DIGITS, [*SHORT, "train.max_iters=40", "train.epochs=10", f"output_dir={folder}"])
+    defaults.train(config, Process(0, 1, torch.device("cpu")), resume=False)
     return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def saved_weights(name: str, folder: Path) -> Path:
@@ -129,37 +150,35 @@ def assert_as_timm(folder: Path, expected: dict[str, float]) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_figures_are_those_of_timm_alone(evaluate, images, tmp_path, name):
     weights = saved_weights(name, tmp_path)
-    code, _, error = evaluate(*arguments_for(name, weights, images), "--output", tmp_path / "results")
-    assert code == 0, error
+    evaluate(*arguments_for(name, weights, images), "--output", tmp_path / "results")
     assert_as_timm(tmp_path / "results", with_timm_alone(name, weights, images))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "test_vit" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
-)
-def test_two_processes_count_every_image_once(command, torchrun, images, tmp_path, name):
+def test_two_processes_count_every_image_once(command, torchrun, images, tmp_path):
     """39 images: neither the batch of 7 nor the two processes divide them."""
-    weights = saved_weights(name, tmp_path)
-    finished = command(*torchrun, EVAL_NET, *arguments_for(name, weights, images), "--output", tmp_path / "results")
+    weights = saved_weights("test_vit", tmp_path)
+    arguments = arguments_for("test_vit", weights, images)
+    finished = command(*torchrun, EVAL_NET, *arguments, "--output", tmp_path / "results")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("top-1") == 1  # one process reports
-    assert_as_timm(tmp_path / "results", with_timm_alone(name, weights, images))
+    assert_as_timm(tmp_path / "results", with_timm_alone("test_vit", weights, images))
 
 
-def test_a_run_is_evaluated_as_it_was_in_training(evaluate, train_net, run_folder):
-    code, output, error = evaluate(run_folder)
-    assert code == 0, error
-    folder = run_folder / "evaluation" / "best"
+def test_a_run_is_evaluated_as_it_was_in_training(evaluate, train_net, run):
+    folder = run / "evaluation" / "best"
+    output = evaluate(run)
     assert str(folder) in output and "averaged" in output
     trained, averaged = results(folder)
     _, printed, _ = train_net(
-        "--config", DIGITS, "--eval-only", f"evaluation.checkpoint={run_folder}/checkpoints/best.pt"
+        "--config", DIGITS, *SHORT, "--eval-only", f"evaluation.checkpoint={run}/checkpoints/best.pt"
     )
     expected = json.loads(printed[printed.index("{") :])
-    for name in ("top1", "top5", "eval_loss", "images"):
-        assert trained[name] == pytest.approx(expected[name]) and averaged[name] == pytest.approx(
-            expected[f"ema_{name}"]
-        )
+    assert expected.keys() == {prefix + name for prefix in ("", "ema_") for name in FIGURES}
+    summary = json.loads((run / "summary.json").read_text())
+    for name in FIGURES:
+        assert expected[name] == pytest.approx(summary[name])
+        assert trained[name] == pytest.approx(expected[name])
+        assert averaged[name] == pytest.approx(expected[f"ema_{name}"])
     for one, weights in ((trained, "trained"), (averaged, "averaged")):
         classes = [row for row in rows(folder / "classes.csv") if row["weights"] == weights]
         hits = sum(int(row["images"]) * float(row["top1"]) for row in classes)
@@ -170,11 +189,14 @@ def test_a_run_is_evaluated_as_it_was_in_training(evaluate, train_net, run_folde
             assert min(opened.size) > 500
 
 
-def test_ratio_zero_is_the_main_model(evaluate, run_folder, tmp_path):
-    assert evaluate(run_folder, "--ratios", "0.75,0,0.25", "--output", tmp_path / "first")[0] == 0
-    trained = results(tmp_path / "first")[0]
-    by_ratio = {sub["ratio"]: sub["figures"] for sub in trained["sub_models"]}
-    assert by_ratio[0.0] == {name: trained[name] for name in by_ratio[0.0]}
+FIGURES = ("top1", "top5", "eval_loss", "images")
+
+
+def test_ratio_zero_is_the_main_model(evaluate, trained, tmp_path):
+    evaluate(trained, "--ratios", "0.75,0,0.25", "--output", tmp_path / "first")
+    first = results(tmp_path / "first")[0]
+    by_ratio = {sub["ratio"]: sub["figures"] for sub in first["sub_models"]}
+    assert by_ratio[0.0] == {name: first[name] for name in by_ratio[0.0]}
     assert by_ratio[0.75]["top1"] < by_ratio[0.0]["top1"]
     assert (tmp_path / "first" / "ratios.png").exists()
     found = rows(tmp_path / "first" / "sub_models.csv")
@@ -182,24 +204,25 @@ def test_ratio_zero_is_the_main_model(evaluate, run_folder, tmp_path):
         ("masking", "0.75"), ("masking", "0.0"), ("masking", "0.25")
     ]  # fmt: skip
     in_short = "augsub.sub_models=[{augmentations: [masking]}]"
-    assert evaluate(run_folder, "--ratios", "0.75,0,0.25", in_short, "--output", tmp_path / "short")[0] == 0
+    evaluate(trained, "--ratios", "0.75,0,0.25", in_short, "--output", tmp_path / "short")
     assert results(tmp_path / "short") == results(tmp_path / "first")
-    assert evaluate(run_folder, "--sub-model", "--augsub", "drop_path", "--output", tmp_path / "other")[0] == 0
+    evaluate(trained, "--sub-model", "--augsub", "drop_path", "--output", tmp_path / "other")
     (sub,) = results(tmp_path / "other")[0]["sub_models"]
-    assert (sub["name"], sub["ratio"]) == ("drop_path", 0.5) and sub["figures"]["eval_loss"] != trained["eval_loss"]
+    assert (sub["name"], sub["ratio"]) == ("drop_path", 0.5) and sub["figures"]["eval_loss"] != first["eval_loss"]
 
 
-def test_exported_weights_and_another_image_size(evaluate, run_folder, tmp_path):
+def test_exported_weights_and_another_image_size(evaluate, trained, tmp_path):
     weights = tmp_path / "digits.safetensors"
-    export(run_folder / "checkpoints" / "last.pt", weights, ema=False)
+    export(trained / "checkpoints" / "last.pt", weights, ema=False)
     model = [
-        "--model", "vit_tiny_patch16_224", "data.dataset=digits", "data.image_size=8",
-        "model.kwargs={patch_size: 2, embed_dim: 64, depth: 4, num_heads: 4}",
+        "--model", "vit_tiny_patch16_224", "data.dataset=digits", "data.image_size=8", "evaluation.batch=800",
+        "model.kwargs={patch_size: 2, embed_dim: 64, depth: 1, num_heads: 4}",
     ]  # fmt: skip
-    assert evaluate(weights, *model, "--output", tmp_path / "plain")[0] == 0
-    assert evaluate(run_folder / "checkpoints" / "last.pt", "--output", tmp_path / "ours")[0] == 0
-    assert results(tmp_path / "plain")[0] == results(tmp_path / "ours")[0]
-    assert evaluate(run_folder, "data.image_size=12", "--output", tmp_path / "larger")[0] == 0  # positions are resized
+    evaluate(weights, *model, "--output", tmp_path / "plain")
+    evaluate(trained / "checkpoints" / "last.pt", "--output", tmp_path / "ours")
+    (plain,), (ours, _) = results(tmp_path / "plain"), results(tmp_path / "ours")
+    assert plain == ours
+    evaluate(trained, "data.image_size=12", "--output", tmp_path / "larger")  # positions are resized
     assert rows(tmp_path / "larger" / "results.csv")[0]["img_size"] == "12"
 
 
@@ -212,27 +235,25 @@ def test_a_sharded_checkpoint_of_a_run(evaluate, command, torchrun, tmp_path):
     assert finished.returncode == 0, finished.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for what in ("run", "run/checkpoints/last.pt"):
-        code, _, error = evaluate(tmp_path / what, "--output", tmp_path / "results")
-        assert code == 0, error
+        evaluate(tmp_path / what, "--output", tmp_path / "results")
         assert results(tmp_path / "results")[0]["top1"] == pytest.approx(summary["top1"], abs=0.13)
 
 
-def test_a_pretrained_model_by_its_name(evaluate, images, tmp_path):
+def test_a_pretrained_model_by_its_name(evaluate, call_tool, images, tmp_path):
     source = timm.create_model("test_resnet", num_classes=len(COUNTS))
     timm.models.save_for_hf(source, tmp_path / "hub", model_config={"num_classes": len(COUNTS)})
     name = f"local-dir:{tmp_path / 'hub'}"
-    code, output, error = evaluate(name, f"data.root={images}", "--output", tmp_path / "results", "data.workers=0")
-    assert code == 0, error
+    output = evaluate(name, f"data.root={images}", "--output", tmp_path / "results", "data.workers=0")
     assert "timm's pretrained weights" in output and results(tmp_path / "results")[0]["images"] == 39
     make_fewer(images, tmp_path / "fewer")
-    code, _, error = evaluate(name, f"data.root={tmp_path}/fewer", "--output", tmp_path / "no")
+    code, _, error = call_tool(name, f"data.root={tmp_path}/fewer", "--output", tmp_path / "no")
     assert code == 2 and f"{name} is pretrained for 6 classes, the data have 2" in error
     assert not (tmp_path / "no").exists()
 
 
-def test_a_run_in_progress_is_evaluated_and_said_to_be_in_progress(evaluate, run_folder, tmp_path, caplog):
+def test_a_run_in_progress_is_evaluated_and_said_to_be_in_progress(evaluate, call_tool, trained, tmp_path, caplog):
     live = tmp_path / "live"
-    shutil.copytree(run_folder / "checkpoints", live / "checkpoints")
+    shutil.copytree(trained / "checkpoints", live / "checkpoints")
     hold = (
         "import sys; from engine.run_folder import RunFolder\n"
         "with RunFolder(sys.argv[1]).opened('', is_resumed=True):\n"
@@ -243,58 +264,192 @@ def test_a_run_in_progress_is_evaluated_and_said_to_be_in_progress(evaluate, run
     ) as run:
         run.stdout.readline()
         with caplog.at_level(logging.INFO):
-            assert evaluate(live)[0] == 0
+            evaluate(live)
         assert f"{live}: the run is in progress; this is its best checkpoint so far" in caplog.text
         for checkpoint in (live / "checkpoints").iterdir():
             checkpoint.unlink()
-        assert evaluate(live)[2] == f"error: {live}: the run has no checkpoint yet, it is in progress\n"
+        assert call_tool(live)[2] == f"error: {live}: the run has no checkpoint yet, it is in progress\n"
         run.communicate(b"\n")
     assert not RunFolder(live).writer()
-    assert evaluate(live)[2] == f"error: {live}: the run has no checkpoint\n"
+    assert call_tool(live)[2] == f"error: {live}: the run has no checkpoint\n"
 
 
-def test_a_checkpoint_does_not_say_which_code_runs(evaluate, run_folder, tmp_path, monkeypatch):
-    state = torch.load(run_folder / "checkpoints" / "last.pt", weights_only=True)
+def test_a_checkpoint_does_not_say_which_code_runs(evaluate, trained, tmp_path, monkeypatch):
+    state = torch.load(trained / "checkpoints" / "last.pt", weights_only=True)
     state["config"] = state["config"].replace("plugins: []", "plugins: [intruder]")
     torch.save(state, tmp_path / "last.pt")
     (tmp_path / "intruder.py").write_text("open('sentinel', 'w')")
     monkeypatch.chdir(tmp_path)
-    assert evaluate("last.pt", "--output", "results")[0] == 0
+    evaluate("last.pt", "--output", "results")
     assert "intruder" in state["config"] and not (tmp_path / "sentinel").exists()
-    assert evaluate("last.pt", "--output", "results", "plugins=[intruder]")[0] == 0  # the user may
+    evaluate("last.pt", "--output", "results", "plugins=[intruder]")  # the user may
     assert (tmp_path / "sentinel").exists()
 
 
-@pytest.mark.parametrize(
-    ("what", "options", "message"),
-    [
-        ("test_vit.pth", [], "test_vit.pth holds no configuration: say which model these weights are of, --model NAME"),
-        ("test_vit.pth", ["--model", "test_vut"], "timm has no model 'test_vut', did you mean 'test_vit'?"),
-        ("test_vit.pth", ["--model", "resnet18"], "test_vit.pth is of another model"),
-        ("test_vit.pth", ["--model", "test_vit", "data.root=FEWER"], "test_vit.pth is for 6 classes, the data have 2"),
-        ("test_vit.pth", ["--model", "test_vit", "data.eval_split=holdout"], "no folder for the split holdout"),
-        ("test_vit.pth", ["--model", "test_vit", "data.dataset=foo"], "data.dataset = foo: allowed is folder, digits"),
-        ("test_vit.pth", ["--model", "test_vit", "--variant", "w2"], "--variant w2: allowed is real, v2, a, r, sketch"),
-        ("test_vit.pth", ["--model", "test_vit", "--variant", "v2"], "--variant v2 has 1000 class folders: 1000 are"),
-        ("nothing.pth", [], "nothing.pth: no such file or folder"),
-        ("nothing.pth", ["--model", "test_vit"], "nothing.pth: no such file of weights"),
-        (".", [], "neither the folder of a run nor a checkpoint"),
-        ("RUN", ["--ratios", "0,1"], "--ratios 0,1: 1 is not in [0, 1)"),
-        ("RUN", ["--ratios", "0;0.5"], "--ratios 0;0.5: allowed are numbers in [0, 1)"),
-        ("RUN", ["--augsub", "masking", "--ratios", "0.99"], "sub-models: 8 x 8 pixels do not fit: "),
-        ("RUN", ["--augsub", "maskin"], "--augsub maskin: unknown augmentation 'maskin', did you mean 'masking'?"),
-        ("RUN", ["--sub-model", "augsub.sub_models=[]"], "--sub-model: the configuration has none"),
-        ("RUN", ["--variant", "a"], "--variant a: is read from folders, not from data.dataset = digits"),
-        ("RUN", ["data.sise=3"], "override 'data.sise=3'"),
-        ("RUN", ["--output", "test_vit.pth/results"], "--output test_vit.pth/results cannot be written: "),
-    ],
-)
-def test_bad_input_ends_in_one_line(evaluate, images, run_folder, tmp_path, monkeypatch, what, options, message):
+FILE = ("test_vit.pth", "--model", "test_vit")
+REFUSED = {
+    ("test_vit.pth",): "test_vit.pth holds no configuration: say which model these weights are of, --model NAME",
+    ("test_vit.pth", "--model", "test_vut"): "timm has no model 'test_vut', did you mean 'test_vit'?",
+    ("test_vit.pth", "--model", "resnet18"): "test_vit.pth is of another model",
+    (*FILE, "data.root=fewer"): "test_vit.pth is for 6 classes, the data have 2",
+    (*FILE, "data.eval_split=holdout"): "no folder for the split holdout",
+    (*FILE, "data.dataset=foo"): "data.dataset = foo: allowed is folder, digits",
+    (*FILE, "--variant", "w2"): "--variant w2: allowed is real, v2, a, r, sketch",
+    (*FILE, "--variant", "v2"): "--variant v2 has 1000 class folders: 1000 are",
+    ("nothing.pth",): "nothing.pth: no such file or folder",
+    ("nothing.pth", "--model", "test_vit"): "nothing.pth: no such file of weights",
+    (".",): "neither the folder of a run nor a checkpoint",
+    ("RUN", "--ratios", "0,1"): "--ratios 0,1: 1 is not in [0, 1)",
+    ("RUN", "--ratios", "0;0.5"): "--ratios 0;0.5: allowed are numbers in [0, 1)",
+    ("RUN", "--augsub", "masking", "--ratios", "0.99"): "sub-models: 8 x 8 pixels do not fit: ",
+    ("RUN", "--augsub", "maskin"): "--augsub maskin: unknown augmentation 'maskin', did you mean 'masking'?",
+    ("RUN", "--sub-model", "augsub.sub_models=[]"): "--sub-model: the configuration has none",
+    ("RUN", "--variant", "a"): "--variant a: is read from folders, not from data.dataset = digits",
+    ("RUN", "data.sise=3"): "override 'data.sise=3'",
+    ("RUN", "--output", "test_vit.pth/results"): "--output test_vit.pth/results cannot be written: ",
+}
+
+
+def test_bad_input_ends_in_one_line(call_tool, images, trained, tmp_path, monkeypatch):
     saved_weights("test_vit", tmp_path)
     make_fewer(images, tmp_path / "fewer")
     monkeypatch.chdir(tmp_path)
-    options = [option.replace("FEWER", str(tmp_path / "fewer")) for option in options]
-    data = [] if what == "RUN" or any("data.root" in option for option in options) else [f"data.root={images}"]
-    code, _, error = evaluate(run_folder if what == "RUN" else what, *options, *data)
-    assert code == 2
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    for arguments, message in REFUSED.items():
+        data = [] if arguments[0] == "RUN" or "data.root=fewer" in arguments else [f"data.root={images}"]
+        code, _, error = call_tool(*(trained if word == "RUN" else word for word in arguments), *data)
+        assert code == 2 and message in error, (arguments, error)
+        assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_another_evaluation_goes_to_another_folder(evaluate, run):
+    asked = {
+        "best": [],
+        "best_data.image_size=12": ["data.image_size=12"],
+        "best_augsub=masking_ratios=0,0.5": ["--augsub", "masking", "--ratios", "0,0.5"],
+        "best_sub-model": ["--sub-model", "data.workers=0", "evaluation.batch=100"],
+    }
+    kept: dict[Path, bytes] = {}
+    for name, arguments in asked.items():
+        folder = run / "evaluation" / name
+        assert evaluate(run, *arguments).endswith(f"results in {folder}\n")
+        assert all(path.read_bytes() == content for path, content in kept.items())
+        kept |= {path: path.read_bytes() for path in folder.iterdir()}
+    evaluate(run, "data.workers=0")  # which changes no result
+    assert {path.name for path in (run / "evaluation").iterdir()} == asked.keys()
+
+
+def folder_of(*asked: str) -> Path:
+    return folder_for(Target(load_config(DIGITS), None, Path("runs/X/evaluation/best")), asked)
+
+
+def test_the_name_of_the_folder_tells_what_was_asked_for():
+    assert folder_of() == folder_of("data.workers=3", "plugins=[p]") == Path("runs/X/evaluation/best")
+    assert folder_of("data.eval_split=test").name == "best_data.eval_split=test"
+    assert folder_of("b=2", "a=1") == folder_of("a=1", "b=2")
+    assert folder_of("data.root=/a/b").name == "best_data.root=_a_b"
+    others = [f"data.root=/data/{'x' * 300}/{end}" for end in ("one", "two")]
+    others += ["data.root=画", "data.root=图", "model.kwargs={a: 1}", "model.kwargs={a; 1}"]
+    names = [folder_of(other).name for other in others]
+    assert len(set(names)) == len(names)
+    assert all(len(name.encode()) <= LONGEST + 9 and "/" not in name for name in names)
+
+
+def test_weights_of_one_name_in_two_folders_have_results_of_their_own(evaluate, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(run / "checkpoints" / "last.pt", tmp_path / name / "model.pt")
+        evaluate(f"{name}/model.pt")
+    found = {json.loads(path.read_text())["source"] for path in tmp_path.glob("runs/evaluation/*/results.json")}
+    assert found == {"a/model.pt", "b/model.pt"}
+
+
+def test_a_folder_that_is_written_again_holds_one_evaluation(evaluate, trained, tmp_path):
+    output = ("--output", tmp_path / "results")
+    evaluate(trained, *output, "--augsub", "masking", "--ratios", "0,0.5")
+    (tmp_path / "results" / "notes.txt").touch()  # the user's
+    export(trained / "checkpoints" / "last.pt", tmp_path / "own")
+    evaluate(f"local-dir:{tmp_path}/own", *output, "data.dataset=digits")
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert names == {"results.csv", "classes.csv", "results.json", "confusion.png", "calibration.png", "notes.txt"}
+
+
+def test_it_is_said_which_checkpoint_is_reported(evaluate, call, train_net, trained, run, caplog, tmp_path):
+    """The best one here, the last one by compare_runs.py; where both are one there is nothing to say."""
+    said = f"{run}: this is its best checkpoint; summary.json and compare_runs.py report the last one"
+    with caplog.at_level(logging.INFO):
+        evaluate(trained, "--output", tmp_path / "results")
+        assert "best checkpoint" not in caplog.text
+        arguments = ["--config", DIGITS, *SHORT, "train.epochs=10", "train.max_iters=42", f"output_dir={run}"]
+        assert train_net(*arguments, "--resume", "optimizer.lr=1e-1")[0] == 0  # it gets worse
+        best, last = (json.loads((run / "summary.json").read_text())[name] for name in ("best_value", "top1"))
+        assert best > last
+        evaluate(run)
+        assert said in caplog.text
+    assert results(run / "evaluation" / "best")[0]["top1"] == pytest.approx(best, abs=0.13)
+    evaluate(run / "checkpoints" / "last.pt")
+    assert results(run / "evaluation" / "last")[0]["top1"] == pytest.approx(last, abs=0.13)
+    other = shutil.copytree(run, run.with_name("other"))
+    config = (run / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("main_weight: 0.5", "main_weight: 0.6"))
+    summary = json.loads((other / "summary.json").read_text())  # of a run whose last loss overflowed
+    (other / "summary.json").write_text(json.dumps({**summary, "main_loss": None}))
+    code, printed, error = call(compare_runs, run, other)
+    assert code == 0, error
+    assert f"**{last:.2f}**" in printed and "of the runs' last checkpoints, not of their best ones" in printed
+
+
+def assert_not_finite(ended: tuple[int, str, str], whose: str) -> None:
+    message = f"error: evaluation: logits of {whose} are NaN or infinite for 797 of 797 images\n"
+    assert (ended[0], ended[2]) == (2, message) and "{" not in ended[1]
+
+
+@pytest.mark.parametrize(("keys", "whose"), [(["model"], "trained"), (["hooks", "ema", "model"], "averaged")])
+def test_neither_tool_gives_figures_of_nan(train_net, call_tool, trained, tmp_path, keys, whose):
+    state = weights = torch.load(trained / "checkpoints" / "last.pt", weights_only=True)
+    for key in keys:
+        weights = weights[key]
+    weights["head.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "spoilt.pt")
+    ended = train_net("--config", DIGITS, *SHORT, "--eval-only", f"evaluation.checkpoint={tmp_path}/spoilt.pt")
+    assert_not_finite(ended, f"the {whose} weights")
+    assert_not_finite(call_tool(tmp_path / "spoilt.pt", "--output", tmp_path / "results"), f"the {whose} weights")
+    assert not list((tmp_path / "results").iterdir())
+
+
+PLUGIN = '''
+import augsub
+from engine.hooks import HOOK_REGISTRY
+from engine.train_loop import HookBase
+
+
+@augsub.register("nothing")
+class Nothing(augsub.SubModelAugmentation):
+    """All tokens become NaN."""
+
+    sites = ("tokens",)
+
+    def tokens(self, tokens):
+        tokens.values = tokens.values * float("nan")
+        return tokens
+
+
+@HOOK_REGISTRY.register()
+class Ruin(HookBase):
+    """Spoils the average of the weights, whatever the loss is."""
+
+    def before_train(self):
+        average = next(hook for hook in self.trainer.hooks if hook.state_name == "ema")
+        average.state_dict()["model"]["head.bias"].fill_(float("nan"))
+'''
+
+
+def test_nan_in_a_sub_model_alone_and_in_an_average_in_training(call_tool, train_net, trained, tmp_path, monkeypatch):
+    (tmp_path / "spoiling.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin, folder = "plugins=[spoiling]", tmp_path / "run"
+    ended = call_tool(trained, plugin, "--augsub", "nothing", "--output", tmp_path / "results")
+    assert_not_finite(ended, "the sub-model nothing 0.5 of the trained weights")
+    ruin = [plugin, "hooks=[{name: Ruin}]", "train.max_iters=2", f"output_dir={folder}"]
+    assert_not_finite(train_net("--config", DIGITS, *SHORT, *ruin), "the averaged weights after iteration 2")
+    assert not (folder / "checkpoints" / "last.pt").exists() and not (folder / "summary.json").exists()
