@@ -2,7 +2,7 @@
 
     python tools/benchmark.py --quick                                   # all parts, minutes on two cores
     python tools/benchmark.py --device cuda --amp bf16 --compile --parts steps --models vit_base_patch16_224:224:256
-    python tools/pages/performance_page.py runs/benchmark.json            # docs/performance.md from one or more files
+    python tools/benchmark.py --show runs/benchmark.json                  # what it wrote, as Markdown
 
 Contenders of one table are measured in turns; ratios are medians over pairs of rounds, with quartiles.
 """
@@ -10,12 +10,15 @@ Contenders of one table are measured in turns; ratios are medians over pairs of 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import timm
@@ -26,13 +29,10 @@ from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError, input_errors, writing_errors
 from engine.json_text import to_json
 from models.build import image_settings
-from tools.benchmarking.costs import Setting
-from tools.benchmarking.data import measure_data
-from tools.benchmarking.figures import PARTS, Figure, table
+from tools.benchmarking.loading import measure_loading
+from tools.benchmarking.measurements import PARTS, Measurement, table
 from tools.benchmarking.memory import measure_memory
-from tools.benchmarking.optimizer import measure_equality, measure_optimizer
-from tools.benchmarking.processes import measure_processes
-from tools.benchmarking.steps import NAMES, Timing, measure_steps
+from tools.benchmarking.steps import NAMES, Setting, Timing, measure_steps
 
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
 LEAST_IMAGES = 16  # of a step whose memory is measured
@@ -40,7 +40,7 @@ WHOLE_CPU = ("vit_base_patch16_224:224:4", "swin_tiny_patch4_window7_224:224:4",
 WHOLE_GPU = ("vit_base_patch16_224:224:128", "swin_tiny_patch4_window7_224:224:128", "resnet50:224:128")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = tool_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
     parser.add_argument("--json", type=as_path, default=Path("runs/benchmark.json"), help="file to write")
-    return parser.parse_args()
+    parser.add_argument("--show", nargs="+", type=as_path, metavar="FILE", help="print such files as Markdown instead")
+    return parser.parse_args(arguments)
 
 
 def settings_of(arguments: argparse.Namespace) -> list[Setting]:
@@ -97,53 +98,72 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def measure(arguments: argparse.Namespace) -> list[Figure]:
+def measure(arguments: argparse.Namespace) -> list[Measurement]:
     """All parts, each printed when it is done."""
     settings, device = settings_of(arguments), torch.device(arguments.device)
     rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds
     if rounds < 1:
         raise InputError(f"--rounds {rounds}: allowed is 1 or more")
     timing = Timing(device, rounds, warm_up=3 if arguments.compile else 1, repeats=10 if device.type == "cuda" else 1)
-    plain = Timing(device, rounds, warm_up=1, repeats=timing.repeats)
-    small = "vit_tiny_patch16_224"
-    jobs: dict[str, list[Callable[[], list[Figure]]]] = {
-        "steps": [lambda setting=setting: measure_steps(setting, timing, arguments.only) for setting in settings],
-        "memory": [lambda setting=setting: measure_memory(with_more_images(setting), device) for setting in settings],
-        "optimizer": [
-            lambda: measure_optimizer("vit_base_patch16_224", plain),
-            lambda: measure_equality(small if arguments.quick else "vit_base_patch16_224", device),
-        ],
-        "data": [lambda: measure_data(192 if arguments.quick else 1024, 64, arguments.workers, plain)],
-        "processes": [measure_processes],
+    jobs: dict[str, list[Callable[[], list[Measurement]]]] = {
+        "steps": [partial(measure_steps, setting, timing, arguments.only) for setting in settings],
+        "memory": [partial(measure_memory, with_more_images(setting), device) for setting in settings],
+        "data": [partial(measure_loading, 192 if arguments.quick else 1024, 64, arguments.workers, timing)],
     }
-    figures: list[Figure] = []
+    measurements: list[Measurement] = []
     for part in arguments.parts:
         for job in jobs[part]:
             found = job()
             print(f"\n{table(found)}", flush=True)
-            figures += found
-    return figures
+            measurements += found
+    return measurements
+
+
+def show(file: Path) -> None:
+    """Print a file that the benchmark wrote, as Markdown.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(file.read_text())
+        facts, command = dict(content["machine"]), str(content["command"])
+        measurements = [Measurement(**line) for line in content["lines"]]
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: is not a file of tools/benchmark.py: {type(error).__name__}: {error}") from error
+    versions = ", ".join(f"{name} {facts.get(name, '?')}" for name in ("torch", "timm", "python"))
+    print(f"## {facts.get('device', 'unknown')}\n\n{facts.get('cores', '?')} CPU cores, {versions}; `{command}`\n")
+    for part, title in PARTS.items():
+        lines = [line for line in measurements if line.part == part]
+        tables = [table(list(of_case), "github") for _, of_case in groupby(lines, key=lambda line: line.case)]
+        if tables:
+            print("\n\n".join([f"### {title}", *tables]) + "\n")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, save."""
+    """Measure, print, save; or show what was saved."""
+    if arguments.show:
+        for file in arguments.show:
+            show(file)
+        return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no such device")
     facts = machine(torch.device(arguments.device))
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    figures = measure(arguments)
+    measurements = measure(arguments)
     command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
-    content = {"machine": facts, "command": command, "figures": [asdict(figure) for figure in figures]}
+    content = {"machine": facts, "command": command, "lines": [asdict(line) for line in measurements]}
     with writing_errors(arguments.json):
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(arguments.json, to_json(content, indent=1))
     print(f"\n{arguments.json}")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for an error."""
-    arguments = parse_arguments()
-    return exit_code(lambda: run(arguments))
+    return exit_code(partial(run, parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from engine.trainer import Trainer
 from models.activation_memory import activation_memory
 from models.complexity import analyze
 from models.complexity_tables import cost_rows
-from tools.step_costs.costs import Way, memory
-from tools.step_costs.step import NeedsValuesError, build_step
+from tools.scaling import NeedsValuesError, Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
 Rows = list[tuple[str, str]]
@@ -140,12 +139,12 @@ def _count(tensors: Iterable[Tensor]) -> str:
 def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     """What each process needs: tensors counted, activations measured."""
     process, distributed = trainer.process, config.distributed
-    way = Way("", is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
+    strategy = Strategy("", is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
     try:
-        kept = memory(way, build_step(config, source, process.world_size))
+        kept = memory(strategy, build_step(config, source, process.world_size))
         states = readable(kept.states)
     except NeedsValuesError as error:
-        kept = memory(way, build_step(config, source, process.world_size, with_states=False))
+        kept = memory(strategy, build_step(config, source, process.world_size, with_states=False))
         states = f"not counted: {error}"
     activations = _largest_graph(config, source, trainer)
     average = [("  moving average", readable(kept.averages))] if kept.averages else []

@@ -20,29 +20,27 @@ from engine.errors import RunError
 from engine.json_text import to_json
 from engine.metrics import peak_resident
 from models.build import create_model
-from tools.benchmarking.costs import Setting
-from tools.benchmarking.figures import Figure, ratio_of
-from tools.benchmarking.steps import PLAIN, trainer_on_one_batch
+from tools.benchmarking.measurements import Measurement, ratio_of
+from tools.benchmarking.steps import PLAIN, Setting, trainer_on_one_batch
 
 STEPS = 3
-TARGET = 1.03
 # glibc gives freed blocks of that size back at once, so that resident memory follows the tensors
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def measure_memory(setting: Setting, device: torch.device) -> list[Figure]:
+def measure_memory(setting: Setting, device: torch.device) -> list[Measurement]:
     """Weights, gradients, optimiser states and activations, at most, in a few steps.
 
     The limit: gradients of the main model are there while the sub-model computes, and not in plain training's forward.
     """
     gradients = 4 * sum(parameter.numel() for parameter in create_model(setting.model, num_classes=10).parameters())
     peaks = {name: _in_a_process(name, setting, device) for name in (PLAIN, "masking 0.5")}
-    figures = []
+    measurements = []
     for name, peak in peaks.items():
-        compared = {} if name == PLAIN else {**ratio_of([peak], [peaks[PLAIN]]), "against": PLAIN,
-                                             "limit": 1 + gradients / peaks[PLAIN], "target": TARGET}  # fmt: skip
-        figures.append(Figure("memory", str(setting), name, peak / 1e6, "MB", **compared))
-    return figures
+        compared = {} if name == PLAIN else {**ratio_of([peak], [peaks[PLAIN]]), "against": PLAIN}
+        limit = None if name == PLAIN else 1 + gradients / peaks[PLAIN]
+        measurements.append(Measurement("memory", str(setting), name, peak / 1e6, "MB", limit=limit, **compared))
+    return measurements
 
 
 def _in_a_process(name: str, setting: Setting, device: torch.device) -> int:

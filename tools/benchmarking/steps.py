@@ -5,18 +5,20 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
+import augsub
 from engine.checkpoint import CheckpointStore
-from engine.config_file import load_config
+from engine.config import SubModelConfig
+from engine.config_file import CONFIGS, load_config
 from engine.data import build_source
 from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete
 from engine.distributed import Process
@@ -25,14 +27,37 @@ from engine.hooks.training import LearningRateSchedule, NaNGuard
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from models.build import create_model
-from tools.benchmarking.costs import CONFIG, SUB_MODELS, Costs, Setting, peak_flops, training_costs
-from tools.benchmarking.figures import Figure, Step, in_turns, ratio_of
-from tools.benchmarking.synchronisation import count_synchronisations
+from models.complexity import analyze
+from tools.benchmarking.measurements import Measurement, in_turns, ratio_of
 
+CONFIG = CONFIGS / "_base_" / "benchmark.yaml"
+SUB_MODELS = {
+    "masking 0.5": {"name": "masking", "ratio": 0.5},
+    "masking 0.5, windows left out": {"name": "masking", "ratio": 0.5, "mode": "drop_windows"},
+    "random_crop 0.5": {"name": "random_crop", "ratio": 0.5},
+    "drop_path 0.2": {"name": "drop_path", "ratio": 0.2},
+    "dropout 0.2": {"name": "dropout", "ratio": 0.2},
+}
 BARE, TIMM, PLAIN = "bare loop", "timm task", "our trainer"
 NAMES = (BARE, TIMM, PLAIN, *SUB_MODELS)
-CHEAP = ("masking 0.5, windows left out", "random_crop 0.5")
-OVERHEAD, MASKSUB, HIERARCHICAL = 1.02, 1.05, 1.65  # targets: our trainer; beyond the FLOPs; a cheap sub-model
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how."""
+
+    model: str
+    image_size: int
+    batch: int
+    amp: str
+    compiled: bool
+    channels_last: bool
+
+    def __str__(self) -> str:
+        switches = [name for name in ("compiled", "channels_last") if getattr(self, name)]
+        precision = "fp32" if self.amp == "off" else self.amp
+        return ", ".join([self.model, f"{self.image_size} px", f"batch {self.batch}", precision, *switches])
 
 
 @dataclass(frozen=True)
@@ -45,94 +70,69 @@ class Timing:
     repeats: int
 
 
-def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None) -> list[Figure]:
+def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None) -> list[Measurement]:
     """A step of everything that the model allows, or of `names` among it, in turns.
 
     Raises:
         InputError: it allows none of them.
     """
-    costs = training_costs(setting)
-    allowed = (BARE, TIMM, PLAIN, *costs.ratios)
-    chosen = [name for name in allowed if names is None or name in names]
+    flops, costs = training_costs(setting)
+    chosen = [name for name in costs if names is None or name in names]
     if not chosen:
-        raise InputError(f"--only {', '.join(names)}: {setting.model} allows {', '.join(allowed)}")
-    seconds, waits = _take_turns(chosen, setting, timing)
-    peak = peak_flops(setting, timing.device)
-    return [
-        Figure(
-            part="steps",
-            case=str(setting),
-            name=name,
-            value=1e3 * statistics.median(seconds[name]),
-            unit="ms",
-            limit=None if name == BARE else costs.ratio(name),
-            target=_target(name, setting, costs),
-            note=_note(setting.batch / statistics.median(seconds[name]), costs.flops(name), peak, waits.get(name)),
-            **_compared(name, seconds),
-        )
-        for name in chosen
-    ]
-
-
-def _take_turns(
-    names: Sequence[str], setting: Setting, timing: Timing
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every round, and on a GPU how often a step waits for it; on a CPU there is nothing to wait for."""
+        raise InputError(f"--only {', '.join(names)}: {setting.model} allows {', '.join(costs)}")
     with tempfile.TemporaryDirectory() as folder:
-        steps = {
-            name: _step(name, setting, timing.device, Path(folder) / str(index)) for index, name in enumerate(names)
-        }
+        steps = {name: _step(name, setting, timing.device, Path(folder) / str(n)) for n, name in enumerate(chosen)}
         seconds = in_turns(steps, timing.rounds, timing.warm_up, timing.device, timing.repeats)
-        is_gpu = timing.device.type == "cuda"
-        waits = {name: count_synchronisations(step) for name, step in steps.items() if is_gpu}
+        is_gpu = timing.device.type == "cuda"  # on a CPU there is nothing to wait for
+        waits = {name: f", {count_waits(step)} waits for the device" for name, step in steps.items() if is_gpu}
     del steps
     gc.collect()  # so that the next setting finds the memory free
-    return seconds, waits
+    measurements = []
+    for name in chosen:
+        median, against = statistics.median(seconds[name]), BARE if name in (TIMM, PLAIN) else PLAIN
+        compared = {"against": against, **ratio_of(seconds[name], seconds[against])} if against in seconds else {}
+        used = utilisation(setting, timing.device, 3 * 2 * flops * costs[name] * setting.batch / median)
+        measurements.append(
+            Measurement(
+                "steps", str(setting), name, 1e3 * median, "ms", limit=None if name == BARE else costs[name],
+                note=f"{setting.batch / median:.0f} images/s{used}{waits.get(name, '')}",
+                **compared if name != BARE else {},
+            )
+        )  # fmt: skip
+    return measurements
 
 
-def _compared(name: str, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The line that this one is compared with, and the ratio, as fields of a `Figure`."""
-    against = BARE if name in (TIMM, PLAIN) else PLAIN
-    if name == BARE or against not in seconds:
-        return {}
-    return {"against": against, **ratio_of(seconds[name], seconds[against])}
+def training_costs(setting: Setting) -> tuple[int, dict[str, float]]:
+    """Multiply-adds of the main model for one image; and for all that the model allows a step in parts of plain's."""
+    model = create_model(setting.model, image_size=setting.image_size, num_classes=10)
+    shape = (3, setting.image_size, setting.image_size)
+    costs = dict.fromkeys((BARE, TIMM, PLAIN), 1.0)
+    for name, description in SUB_MODELS.items():
+        try:
+            costs[name] = analyze(model, shape, [augsub.build(description)]).training_cost
+        except ValueError:  # not with this model
+            continue
+    return analyze(model, shape, []).main.flops, costs
 
 
-def _target(name: str, setting: Setting, costs: Costs) -> float | None:
-    if name in (BARE, TIMM):
-        return None
-    if name == PLAIN:
-        return OVERHEAD
-    is_cheap = name in CHEAP and setting.model.startswith(("swin", "resnet"))
-    return min(MASKSUB * costs.ratio(name), HIERARCHICAL if is_cheap else float("inf"))
-
-
-def _note(images_per_second: float, flops: float, peak: float | None, waits: int | None) -> str:
-    words = [f"{images_per_second:.0f} images/s"]
-    if peak is not None:
-        words.append(f"MFU {100 * images_per_second * flops / peak:.1f} %")
-    if waits is not None:
-        words.append(f"{waits} waits for the device")
-    return ", ".join(words)
+def utilisation(setting: Setting, device: torch.device, flops: float) -> str:
+    """FLOPs per second (a multiply-add is two, a backward two forwards) in parts of the board's; empty if unknown."""
+    board = torch.cuda.get_device_name(device) if device.type == "cuda" and setting.amp != "off" else ""
+    peak = next((peak for name, peak in PEAK.items() if name in board), None)
+    return "" if peak is None else f", MFU {100 * flops / peak:.1f} %"
 
 
 def trainer_on_one_batch(name: str, setting: Setting, device: torch.device, folder: Path) -> Trainer:
     """Our trainer on one batch again and again, with the hooks that act at every step."""
-    sub_models = f"[{{augmentations: [{SUB_MODELS[name]}]}}]" if name in SUB_MODELS else "[]"
-    overrides = [
-        f"output_dir={folder}",
-        f"model.name={setting.model}",
-        f"data.image_size={setting.image_size}",
-        f"train.global_batch={setting.batch}",
-        f"train.amp='{setting.amp}'",
-        f"train.compile={setting.compiled}",
-        f"train.channels_last={setting.channels_last}",
-        f"augsub.sub_models={sub_models}",
-    ]
-    config = complete(load_config(CONFIG, overrides))
-    process = Process(rank=0, world_size=1, device=device)
-    store = CheckpointStore(RunFolder(config.output_dir), process)
-    trainer = build_trainer(config, build_source(config), process, store)
+    config = load_config(CONFIG)
+    config.output_dir, config.model.name, config.data.image_size = str(folder), setting.model, setting.image_size
+    train = config.train
+    train.global_batch, train.amp, train.compile = setting.batch, setting.amp, setting.compiled
+    train.channels_last = setting.channels_last
+    if name in SUB_MODELS:
+        config.augsub.sub_models = [SubModelConfig(augmentations=[SUB_MODELS[name]])]
+    config, process = complete(config), Process(rank=0, world_size=1, device=device)
+    trainer = build_trainer(config, build_source(config), process, CheckpointStore(RunFolder(folder), process))
     trainer.hooks = [hook for hook in trainer.hooks if isinstance(hook, LearningRateSchedule | NaNGuard)]
     for hook in trainer.hooks:
         hook.before_train()
@@ -148,7 +148,7 @@ def batch_of(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor]:
     return (images.contiguous(memory_format=torch.channels_last) if setting.channels_last else images), labels
 
 
-def _step(name: str, setting: Setting, device: torch.device, folder: Path) -> Step:
+def _step(name: str, setting: Setting, device: torch.device, folder: Path) -> Callable[[], object]:
     if name not in (BARE, TIMM):
         return trainer_on_one_batch(name, setting, device, folder).run_iteration
     return _plain_steps(name, setting, device).__next__
@@ -156,13 +156,13 @@ def _step(name: str, setting: Setting, device: torch.device, folder: Path) -> St
 
 def _plain_steps(name: str, setting: Setting, device: torch.device) -> Iterator[None]:
     """The step that everybody writes, or that of timm's train.py, with the optimiser and precision of our trainer."""
-    config = load_config(CONFIG, [f"train.amp='{setting.amp}'"])
+    config = load_config(CONFIG)
+    config.train.amp = setting.amp
     precision = build_precision(config, Process(rank=0, world_size=1, device=device))
     model: nn.Module = create_model(setting.model, image_size=setting.image_size, num_classes=10).to(device)
     if setting.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = build_model_optimizer(config.optimizer, model)
-    criterion = nn.CrossEntropyLoss()
+    optimizer, criterion = build_model_optimizer(config.optimizer, model), nn.CrossEntropyLoss()
     task = ClassificationTask(model, criterion, device=device, verbose=False) if name == TIMM else None
     if setting.compiled:
         model.compile()
@@ -176,3 +176,15 @@ def _plain_steps(name: str, setting: Setting, device: torch.device) -> Iterator[
         scaler.update()
         optimizer.zero_grad()
         yield
+
+
+def count_waits(step: Callable[[], object]) -> int:
+    """How often a step makes the program wait for the GPU, as CUDA itself reports it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)

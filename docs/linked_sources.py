@@ -9,7 +9,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files, InclusionLevel
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=\))")
 FENCES = {".py": "python", ".yaml": "yaml", ".md": "markdown"}
 

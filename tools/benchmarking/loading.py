@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -16,9 +17,8 @@ from timm.data import create_dataset, create_loader
 from engine.config_file import load_config
 from engine.data import build_loaders, build_source
 from engine.distributed import Process
-from tools.benchmarking.costs import CONFIG
-from tools.benchmarking.figures import Figure, Step, in_turns, ratio_of
-from tools.benchmarking.steps import Timing
+from tools.benchmarking.measurements import Measurement, in_turns, ratio_of
+from tools.benchmarking.steps import CONFIG, Timing
 
 HEIGHT, WIDTH = 375, 500  # pixels, as most of ImageNet's
 CLASSES = 4
@@ -27,7 +27,7 @@ RECIPE = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4}
 ERASING = 0.25
 
 
-def measure_data(images: int, batch: int, workers: int, timing: Timing) -> list[Figure]:
+def measure_loading(images: int, batch: int, workers: int, timing: Timing) -> list[Measurement]:
     """An epoch of training images on the device, from the start of the workers to the last batch."""
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder), images)
@@ -39,13 +39,13 @@ def measure_data(images: int, batch: int, workers: int, timing: Timing) -> list[
     reference, ours = seconds.values()
     case = f"{images} JPEGs of {WIDTH} x {HEIGHT} to {IMAGE_SIZE} px, batch {batch}, {workers} workers"
     return [
-        Figure("data", case, "timm's create_loader", images / statistics.median(reference), "images/s"),
-        Figure("data", case, "our loader", images / statistics.median(ours), "images/s", **ratio_of(reference, ours),
-               against="timm's create_loader", target=1.0, at_least=True),
+        Measurement("data", case, "timm's create_loader", images / statistics.median(reference), "images/s"),
+        Measurement("data", case, "our loader", images / statistics.median(ours), "images/s",
+                    against="timm's create_loader", **ratio_of(reference, ours)),
     ]  # fmt: skip
 
 
-def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Step:
+def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Callable[[], object]:
     loader = create_loader(
         create_dataset("", root=str(root), split="train"),
         input_size=(3, IMAGE_SIZE, IMAGE_SIZE),
@@ -62,7 +62,7 @@ def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> S
     return lambda: deque(loader, maxlen=0)
 
 
-def _our_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Step:
+def _our_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Callable[[], object]:
     overrides = [
         "data.dataset=folder",
         f"data.root={root}",

@@ -1,4 +1,4 @@
-"""Figures of the benchmark: what was measured, beside the limit that arithmetic sets."""
+"""Lines of the benchmark: what was measured, beside the limit that arithmetic sets."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
-Step = Callable[[], object]
-
-PARTS = {
-    "steps": "Training steps",
-    "memory": "Peak memory",
-    "optimizer": "Optimiser and moving average alone",
-    "data": "Loading alone",
-    "processes": "Gradients between processes",
-}
+PARTS = {"steps": "Training steps", "memory": "Peak memory", "data": "Loading alone"}
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One line of a table.
 
     Attributes:
@@ -33,8 +25,6 @@ class Figure:
         ratio: to the line `against` of the same case, the median over rounds; None for a line of reference.
         low, high: quartiles of that ratio.
         limit: what arithmetic allows for the ratio; None where it says nothing.
-        target: what the project wants of the ratio.
-        at_least: the target is a lower bound, not an upper one.
         note: anything else, in a few words.
     """
 
@@ -48,21 +38,18 @@ class Figure:
     high: float | None = None
     against: str = ""
     limit: float | None = None
-    target: float | None = None
-    at_least: bool = False
     note: str = ""
 
     @property
-    def verdict(self) -> str:
-        """Whether the target is met; empty without one."""
-        if self.target is None or self.ratio is None:
-            return ""
-        is_met = self.ratio >= self.target if self.at_least else self.ratio <= self.target
-        return f"{'met' if is_met else 'missed'} ({'≥' if self.at_least else '≤'} {self.target:.3g})"
+    def cells(self) -> list[str]:
+        """Its row, without the case."""
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        limit = "" if self.limit is None else f"{self.limit:.3f}"
+        return [self.name, f"{self.value:.4g} {self.unit}", ratio, self.against, limit, self.note]
 
 
 def in_turns(
-    steps: Mapping[str, Step], rounds: int, warm_up: int, device: torch.device, repeats: int = 1
+    steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int, device: torch.device, repeats: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round; in each round all have their turn, every time another one first.
 
@@ -85,8 +72,13 @@ def in_turns(
     return seconds
 
 
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def ratio_of(these: Sequence[float], those: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of paired rounds, as fields of a `Figure`."""
+    """Median and quartiles of the ratios of paired rounds, as fields of a `Measurement`."""
     ratios = [one / other for one, other in zip(these, those, strict=True)]
     if len(ratios) == 1:
         return {"ratio": ratios[0], "low": ratios[0], "high": ratios[0]}
@@ -94,25 +86,12 @@ def ratio_of(these: Sequence[float], those: Sequence[float]) -> dict[str, float]
     return {"ratio": median, "low": low, "high": high}
 
 
-def table(figures: Sequence[Figure], style: str = "simple") -> str:
-    """The figures of one part."""
+def table(measurements: Sequence[Measurement], style: str = "simple") -> str:
+    """The lines of one part."""
+    cases = [line.case for line in measurements]
     rows = [
-        [
-            figure.case if index == 0 or figures[index - 1].case != figure.case else "",
-            figure.name,
-            f"{figure.value:.4g} {figure.unit}",
-            "" if figure.ratio is None else f"{figure.ratio:.3f} [{figure.low:.3f}, {figure.high:.3f}]",
-            figure.against,
-            "" if figure.limit is None else f"{figure.limit:.3f}",
-            figure.verdict,
-            figure.note,
-        ]
-        for index, figure in enumerate(figures)
+        ["" if index and cases[index - 1] == line.case else line.case, *line.cells]
+        for index, line in enumerate(measurements)
     ]
-    headers = ["case", "", "median", "ratio [quartiles]", "to", "limit", "target", ""]
+    headers = ["case", "", "median", "ratio [quartiles]", "to", "limit", ""]
     return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
