@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-faults test-recipes study first-run pictures docs zoo recipes scaling performance lint
+.PHONY: demo test test-slow test-faults test-recipes study first-run pictures docs zoo performance lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -14,9 +14,8 @@ test: $(INSTALLED)  ## install, then run the tests
 test-slow: $(INSTALLED)  ## a step of every full-size recipe, FLOPs of all of timm, torch.compile: an hour on two cores
 	$(BIN)/python -m pytest -q -m slow
 
-test-faults: $(INSTALLED)  ## real faults in real runs, then docs/reliability.md from the results: an hour on two cores
-	$(BIN)/python -m pytest -q -m faults --junitxml=runs/faults.xml
-	$(BIN)/python tools/pages/reliability_page.py runs/faults.xml
+test-faults: $(INSTALLED)  ## real faults in real runs
+	$(BIN)/python -m pytest -q -m faults
 
 test-recipes: $(INSTALLED)  ## every recipe against its published numbers
 	$(BIN)/python -m pytest -q tests/recipes
@@ -27,7 +26,7 @@ study: $(INSTALLED)  ## write docs/study_*.md: an hour and a quarter on two core
 
 first-run: $(INSTALLED)  ## repeat docs/first_run.md: what its commands print, and their pictures
 	rm -rf runs/digits_vit
-	$(BIN)/python tools/pages/console_page.py docs/first_run.md
+	$(BIN)/python docs/refresh.py docs/first_run.md
 	mkdir -p docs/first_run
 	cp runs/plan_digits_vit.png docs/first_run/plan.png
 	cp runs/digits_vit/curves.png runs/digits_vit/evaluation/*.png docs/first_run/
@@ -41,23 +40,16 @@ pictures: $(INSTALLED)  ## what sub-models see, for the documentation
 	$(BIN)/python tools/visualize_augsub.py --model resnet50 --augsub random_crop --ratio 0.25 0.5 0.75 \
 		--output docs/augmentations/random_crop.png
 
-docs: $(INSTALLED)  ## the documentation as a site in site/; a warning is an error
-	$(BIN)/python tools/pages/configuration_page.py
+docs: $(INSTALLED)  ## refresh computed tables, then the documentation as a site in site/; a warning is an error
+	$(BIN)/python docs/refresh.py docs/configuration.md docs/recipes.md docs/reliability.md docs/scaling.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-zoo: $(INSTALLED)  ## follow the installed timm: its list of model classes and docs/model_support.md
-	$(BIN)/python -m models.zoo
-	$(BIN)/python tools/pages/model_support_page.py
-
-recipes: $(INSTALLED)  ## write docs/recipes.md
-	$(BIN)/python tools/pages/recipes_page.py
-
-scaling: $(INSTALLED)  ## write docs/scaling.md: traffic and memory of a step, computed and measured
-	$(BIN)/python tools/scaling.py --page docs/scaling.md
+zoo: $(INSTALLED)  ## follow the installed timm: its classes in docs/model_support.md, which the tests take from there
+	$(BIN)/python docs/refresh.py docs/model_support.md
 
 performance: $(INSTALLED)  ## measure this machine for docs/performance.md: minutes, with nothing else running
 	$(BIN)/python tools/benchmark.py --quick --json docs/performance/cpu_quick.json
-	$(BIN)/python tools/pages/performance_page.py docs/performance/*.json
+	$(BIN)/python docs/refresh.py docs/performance.md
 
 lint: $(INSTALLED)  ## ruff, and mypy --strict of augsub
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MARKED = re.compile(r"^<!-- \$ (.*) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
+MARKED = re.compile(r"^<!-- \$ ([^\n]*) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"^```console\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
 SHOWN = 14  # lines of a long console output that are kept at its beginning, and as many at its end
 

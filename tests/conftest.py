@@ -124,24 +124,3 @@ def image_folder(tmp_path) -> Path:
                 pixels = rng.integers(0, 85 * brightness, (60, 80, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
     return root
-
-
-@pytest.fixture(autouse=True)
-def _row_of_the_reliability_page(request):
-    """What `tools/pages/reliability_page.py` reads from the results of `pytest -m faults --junitxml`."""
-    marker = request.node.get_closest_marker("faults")
-    if marker is not None:
-        request.node.user_properties += [(name, marker.kwargs[name]) for name in ("fault", "promise")]
-
-
-@pytest.fixture
-def survived(request):
-    """Counts the runs of a test that met the fault and came out as promised, for the table."""
-    request.node.user_properties.append(("survived", 0))
-    index = len(request.node.user_properties) - 1
-
-    def count(met: bool = True, runs: int = 1) -> None:
-        name, before = request.node.user_properties[index]
-        request.node.user_properties[index] = (name, before + runs * met)
-
-    return count

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import augsub
-from tools.pages import configuration_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -117,9 +116,16 @@ def test_the_costs_on_the_cards_are_those_of_the_benchmark():
     assert len(quoted) == 8 and [figure for figure in quoted if figure not in performance] == []
 
 
-def test_the_reference_of_the_configuration_is_written_from_the_schema():
-    assert (DOCS / "configuration.md").read_text() == configuration_page.page()
-    assert "str or null" in configuration_page.page() and "name of the config file" in configuration_page.page()
+def test_pages_show_what_their_commands_print():
+    """Those that take seconds."""
+    pages = "".join(page.read_text() for page in PAGES)
+    path = f"PATH={Path(sys.executable).parent}:$PATH"
+    blocks = re.findall(r"^<!-- \$ ([^\n]*) -->\n\n(.*?)\n\n<!-- end -->$", pages, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    for command, shown in blocks:
+        if "zoo.py" not in command and "recipes_table.py" not in command:
+            done = subprocess.run(f"{path}; {command}", shell=True, capture_output=True, text=True, cwd=ROOT)
+            assert "\n".join(map(str.rstrip, done.stdout.strip().splitlines())) == shown, command
 
 
 def public_callables():

@@ -17,13 +17,14 @@ from functools import partial
 import timm
 from tqdm import tqdm
 
+import augsub
 from engine.command_line import exit_code, located, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
 from engine.json_text import to_json
-from engine.table import text_table
+from engine.table import markdown_table, text_table
+from models.build import build_on_meta
 from models.complexity_tables import comparison_table, literature_table, module_table, summary_rows, uncounted_line
-from models.support import support_of, support_table
 from tools.analysis import DEFAULT_AUGSUB, DEFAULT_RATIO, Analysis, analyze_configured, analyze_named
 
 
@@ -71,8 +72,15 @@ def print_support(wildcard: str, as_json: bool) -> None:
     names = timm.list_models(wildcard)
     if not names:
         raise InputError(f"--list-support: timm has no model {wildcard!r}")
-    support = {name: support_of(name) for name in names}
-    print(to_json(support, indent=2) if as_json else support_table(["model"], [([n], s) for n, s in support.items()]))
+    support = {name: augsub.supports(build_on_meta(name)) for name in names}
+    if as_json:
+        print(to_json(support, indent=2))
+        return
+    augmentations = augsub.list_augmentations()
+    rows = [
+        [name, *(sites.get(augmentation, "-") for augmentation in augmentations)] for name, sites in support.items()
+    ]
+    print(markdown_table(["model", *augmentations], rows))
 
 
 def run(arguments: argparse.Namespace) -> None:

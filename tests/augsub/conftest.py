@@ -7,7 +7,7 @@ from collections import Counter
 from tabulate import tabulate
 
 import augsub
-from models.zoo import load_rows
+from tests.zoo import load_rows
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

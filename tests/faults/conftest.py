@@ -1,4 +1,4 @@
-"""Real runs in processes of their own, what they leave behind, and the table of what they survived."""
+"""Real runs in processes of their own, and what they leave behind."""
 
 from __future__ import annotations
 

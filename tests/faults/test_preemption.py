@@ -33,7 +33,7 @@ def wait_for(text: str, file: Path, timeout: float = 120) -> None:
     promise="the step is finished, the state saved, exit code 75; --resume ends bit-identical",
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal(server, digits, tmp_path, assert_same_end, survived, number):
+def test_a_signal(server, digits, tmp_path, assert_same_end, number):
     run = [*digits, "checkpoint.period=1000", "data.workers=2", "log.period=1"]
     assert server.run(*run, f"output_dir={tmp_path}/whole").code == 0
     process = server.start(*run, f"output_dir={tmp_path}/stopped")
@@ -47,7 +47,6 @@ def test_a_signal(server, digits, tmp_path, assert_same_end, survived, number):
     assert load_metadata(tmp_path / "stopped" / "checkpoints" / "last.pt")["iteration"] == int(after[1]) < 34
     assert server.run(*run, f"output_dir={tmp_path}/stopped", "--resume", "auto").code == 0
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
-    survived()
 
 
 @pytest.mark.faults(
@@ -55,7 +54,7 @@ def test_a_signal(server, digits, tmp_path, assert_same_end, survived, number):
     promise="both finish the same step, save, and exit with 75; --resume ends bit-identical",
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_signal_to_one_process_of_two(server, digits, tmp_path, assert_same_end, survived, strategy):
+def test_a_signal_to_one_process_of_two(server, digits, tmp_path, assert_same_end, strategy):
     run = [*digits, f"distributed.strategy={strategy}", "checkpoint.period=1000", "log.period=1"]
     assert [end.code for end in server.run_processes(2, *run, f"output_dir={tmp_path}/whole")] == [0, 0]
     processes = server.start_processes(2, *run, f"output_dir={tmp_path}/stopped")
@@ -67,14 +66,13 @@ def test_a_signal_to_one_process_of_two(server, digits, tmp_path, assert_same_en
     resumed = server.run_processes(2, *run, f"output_dir={tmp_path}/stopped", "--resume", "auto")
     assert [end.code for end in resumed] == [0, 0]
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
-    survived()
 
 
 @pytest.mark.faults(
     fault="one of two processes hangs",
     promise="the other one ends after distributed.timeout_minutes with one line that says so, exit code 2",
 )
-def test_a_process_that_hangs(server, digits, tmp_path, survived):
+def test_a_process_that_hangs(server, digits, tmp_path):
     run = [*digits, "distributed.timeout_minutes=0.1", "log.period=1", f"output_dir={tmp_path}/run"]
     processes = server.start_processes(2, *run)
     wait_for("iteration 3 ", tmp_path / "run" / "log.txt")
@@ -84,7 +82,6 @@ def test_a_process_that_hangs(server, digits, tmp_path, survived):
     server.wait(processes[1])
     assert ended.code == 2 and ended.err.count("\n") == 1, ended.err
     assert "another process did not take part for 0.1 minutes (distributed.timeout_minutes)" in ended.err
-    survived()
 
 
 def launch(*options: str) -> list[str]:
@@ -101,7 +98,7 @@ def rank_processes(agent: subprocess.Popen) -> list[int]:
     fault="a rank dies under torchrun --max-restarts with --resume auto",
     promise="torchrun starts all ranks again, they go on from the last checkpoint and end bit-identical",
 )
-def test_torchrun_restarts_a_dead_rank(digits, tmp_path, assert_same_end, survived):
+def test_torchrun_restarts_a_dead_rank(digits, tmp_path, assert_same_end):
     def start(name: str, *options: str) -> subprocess.Popen:
         command = launch("--standalone", "--nproc_per_node=2", "--max-restarts=2", *options)
         run = [TRAIN_NET, *digits, "log.period=1", f"output_dir={tmp_path}/{name}", "--resume", "auto"]
@@ -118,7 +115,6 @@ def test_torchrun_restarts_a_dead_rank(digits, tmp_path, assert_same_end, surviv
     assert agent.returncode == 0, output
     assert re.search(r"resumed .*last.pt after 12 of 34", (tmp_path / "killed" / "log.txt").read_text())
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
-    survived()
 
 
 @pytest.mark.faults(
@@ -126,7 +122,7 @@ def test_torchrun_restarts_a_dead_rank(digits, tmp_path, assert_same_end, surviv
     promise="it is passed on: the step is finished and the state saved; --resume ends bit-identical",
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_to_torchrun(server, digits, tmp_path, assert_same_end, survived, number):
+def test_a_signal_to_torchrun(server, digits, tmp_path, assert_same_end, number):
     run = [*digits, "checkpoint.period=1000", "log.period=1"]
     assert [end.code for end in server.run_processes(2, *run, f"output_dir={tmp_path}/whole")] == [0, 0]
     options = ["--standalone", "--nproc_per_node=2", "--signals_to_handle=SIGTERM,SIGINT,SIGUSR1"]
@@ -142,14 +138,13 @@ def test_a_signal_to_torchrun(server, digits, tmp_path, assert_same_end, survive
     resumed = server.run_processes(2, *run, f"output_dir={tmp_path}/stopped", "--resume", "auto")
     assert [end.code for end in resumed] == [0, 0]
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
-    survived()
 
 
 @pytest.mark.faults(
     fault="two nodes: two torchrun agents that meet over the network",
     promise="they train one run, with the bits of two processes on one node",
 )
-def test_two_agents(server, digits, tmp_path, assert_same_end, survived):
+def test_two_agents(server, digits, tmp_path, assert_same_end):
     assert [end.code for end in server.run_processes(2, *digits, f"output_dir={tmp_path}/one_node")] == [0, 0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -172,4 +167,3 @@ def test_two_agents(server, digits, tmp_path, assert_same_end, survived):
     outputs = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert_same_end(tmp_path / "one_node", tmp_path / "two_nodes")
-    survived()

@@ -38,7 +38,7 @@ def assert_close(one: Path, other: Path) -> None:
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("model", DIGITS)
-def test_two_processes_are_one_with_twice_the_batch(server, tmp_path, survived, model, strategy):
+def test_two_processes_are_one_with_twice_the_batch(server, tmp_path, model, strategy):
     """2 x b against 1 x 2b, the latter in two micro-batches of b: the masks and mixtures are theirs."""
     run = ["--config", DIGITS[model], *TWENTY_STEPS, RATES[model], "mixup.mixup_alpha=0.8", "model.drop_path_rate=0.1"]
     turns = 1 if model == "resnet" else 2  # BatchNorm over ten 1 x 1 maps would make chaos of rounding errors
@@ -55,14 +55,13 @@ def test_two_processes_are_one_with_twice_the_batch(server, tmp_path, survived, 
         for name, tensor in weights(tmp_path / "one").items()
     }
     assert max(moved.values()) > 1e-3  # far beyond the tolerance
-    survived()
 
 
 @pytest.mark.faults(
     fault="resumed with another number of processes, or another strategy",
     promise="the same stream of data goes on: the same weights to float tolerance",
 )
-def test_another_number_of_processes(server, tmp_path, survived):
+def test_another_number_of_processes(server, tmp_path):
     run = ["--config", DIGITS["vit"], *TWENTY_STEPS, RATES["vit"], "mixup.mixup_alpha=0.8", "checkpoint.period=5"]
     whole = server.run(*run, "train.accumulation=4", f"output_dir={tmp_path}/whole")
     assert whole.code == 0, whole.err
@@ -73,7 +72,6 @@ def test_another_number_of_processes(server, tmp_path, survived):
         ended = server.run_processes(processes, *arguments) if processes > 1 else [server.run(*arguments)]
         assert [end.code for end in ended] == [0] * processes, [end.err for end in ended]
         assert station == 1 or f"after {4 * station - 4} of {4 * station}" in ended[0].out
-        survived()
     assert_close(tmp_path / "whole", tmp_path / "moved")
 
 
@@ -82,7 +80,7 @@ def test_another_number_of_processes(server, tmp_path, survived):
     promise="the resumed run ends bit-identical to one that was never killed",
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_own_statistics(server, tmp_path, assert_same_end, survived, strategy):
+def test_own_statistics(server, tmp_path, assert_same_end, strategy):
     run = ["--config", DIGITS["resnet"], "train.max_iters=24", "train.global_batch=100", "ema.enabled=true",
            "ema.decay=0.9", "evaluation.period=1", "checkpoint.period=4", "log.csv=true",
            f"distributed.strategy={strategy}"]  # fmt: skip
@@ -94,7 +92,6 @@ def test_own_statistics(server, tmp_path, assert_same_end, survived, strategy):
     assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
     assert "after 12 of 24" in ended[0].out
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
-    survived()
 
 
 @pytest.mark.faults(
@@ -102,7 +99,7 @@ def test_own_statistics(server, tmp_path, assert_same_end, survived, strategy):
     promise="timm loads the exported file strictly, and the logits are the run's",
 )
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_export(server, tmp_path, survived, suffix):
+def test_export(server, tmp_path, suffix):
     run = ["--config", DIGITS["swin"], *TWENTY_STEPS, RATES["swin"], "ema.enabled=true", "distributed.strategy=fsdp2"]
     ended = server.run_processes(2, *run, f"output_dir={tmp_path}/run")
     assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
@@ -117,7 +114,6 @@ def test_export(server, tmp_path, survived, suffix):
         state = load(checkpoint)
         expected = state["hooks"]["ema"]["model"] if option else state["model"]
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-        survived()
 
 
 @pytest.mark.faults(
@@ -125,7 +121,7 @@ def test_export(server, tmp_path, survived, suffix):
     promise="the same weights to float tolerance, under one process, DDP and FSDP2",
 )
 @pytest.mark.parametrize("model", DIGITS)
-def test_gradient_checkpointing(server, tmp_path, survived, model):
+def test_gradient_checkpointing(server, tmp_path, model):
     run = ["--config", DIGITS[model], *TWENTY_STEPS, RATES[model]]
     recomputing = [*run, "train.grad_checkpointing=true"]
     assert server.run(*run, "train.accumulation=2", f"output_dir={tmp_path}/plain").code == 0
@@ -137,7 +133,6 @@ def test_gradient_checkpointing(server, tmp_path, survived, model):
         ended = server.run_processes(2, *arguments)
         assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
         assert_close(tmp_path / "plain", tmp_path / strategy)
-        survived()
 
 
 @pytest.mark.faults(
@@ -145,7 +140,7 @@ def test_gradient_checkpointing(server, tmp_path, survived, model):
     promise="no find_unused_parameters, the same weights to float tolerance under DDP and FSDP2",
 )
 @pytest.mark.parametrize("order", [("masking", "drop_path"), ("drop_path", "masking")], ids=lambda order: order[0])
-def test_two_sub_models(server, tmp_path, survived, order):
+def test_two_sub_models(server, tmp_path, order):
     augmentations = {"masking": "{name: masking, ratio: 0.5, cell: 2}", "drop_path": "{name: drop_path, ratio: 0.5}"}
     sub_models = ", ".join(f"{{weight: 0.25, augmentations: [{augmentations[name]}]}}" for name in order)
     run = ["--config", DIGITS["swin"], *TWENTY_STEPS, RATES["swin"], f"augsub.sub_models=[{sub_models}]"]
@@ -155,7 +150,6 @@ def test_two_sub_models(server, tmp_path, survived, order):
         ended = server.run_processes(2, *arguments)
         assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
         assert_close(tmp_path / "one", tmp_path / strategy)
-        survived()
 
 
 @pytest.mark.faults(
@@ -163,7 +157,7 @@ def test_two_sub_models(server, tmp_path, survived, order):
     promise="all processes save at the same step, by the main one's clock",
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_saving_by_the_clock(server, tmp_path, survived, strategy):
+def test_saving_by_the_clock(server, tmp_path, strategy):
     run = [
         "--config",
         DIGITS["vit"],
@@ -175,7 +169,6 @@ def test_saving_by_the_clock(server, tmp_path, survived, strategy):
     assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
     saved = {name: load(tmp_path / "run" / "checkpoints" / f"{name}.pt")["iteration"] for name in ("last", "previous")}
     assert saved == {"last": 12, "previous": 10}  # asked for after one step, done after the next, and once
-    survived()
 
 
 OVERFLOW_IN_ONE_SHARD = """
@@ -209,9 +202,8 @@ dist.destroy_process_group()
     fault="fp16: a gradient overflows in one process's shard only",
     promise="all processes leave the step out and halve the loss scale",
 )
-def test_an_overflow_in_one_shard(tmp_path, survived):
+def test_an_overflow_in_one_shard(tmp_path):
     (tmp_path / "overflow.py").write_text(OVERFLOW_IN_ONE_SHARD)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, tmp_path / "overflow.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    survived()

@@ -13,7 +13,7 @@ from engine.config_file import load_config
 from engine.defaults import complete
 from engine.errors import InputError
 from models.build import build_model, build_on_meta, check_image_shape, create_model, image_settings, takes_image_size
-from models.zoo import load_rows
+from tests.zoo import load_rows
 
 
 def test_a_model_is_built_for_the_data_and_patched():

@@ -9,7 +9,7 @@ from models.build import create_model
 from models.complexity import analyze
 from models.flop_counting import count_forward, count_with_torch
 from models.literature import LITERATURE, Reference
-from models.zoo import load_rows
+from tests.zoo import load_rows
 
 IMAGENET = (3, 224, 224)
 LARGE = ("vit_large_patch16_224", "vit_huge_patch14_224")

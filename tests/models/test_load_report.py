@@ -12,7 +12,7 @@ from torch import nn
 
 import augsub
 from models.weights import load_weights
-from models.zoo import load_rows
+from tests.zoo import load_rows
 
 
 def test_a_swin_of_ours_brings_its_mask_token(make_model):
@@ -93,7 +93,7 @@ def test_a_relative_of_another_depth_is_refused(source, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [row for row in load_rows() if row.params < 120e6], ids=lambda row: row.smallest)
+@pytest.mark.parametrize("row", [row for row in load_rows() if row.params < 120], ids=lambda row: row.smallest)
 def test_every_class_of_timm_takes_its_own_weights_back(row):
     """timm's conversions of other layouts must leave checkpoints of ours as they are."""
     source, model = (augsub.patch(timm.create_model(row.smallest)) for _ in range(2))

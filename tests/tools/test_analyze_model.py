@@ -1,4 +1,4 @@
-"""tools/analyze_model.py and tools/pages/model_support_page.py as users run them."""
+"""tools/analyze_model.py as users run it."""
 
 from __future__ import annotations
 
@@ -83,17 +83,6 @@ def test_an_error_is_the_exit_code_of_the_process():
     finished = run("analyze_model.py", "--model", "vit_tiny_patch16_22")
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
-
-
-def test_the_page_on_model_support_is_what_its_command_writes(tmp_path):
-    assert run("pages/model_support_page.py", "--output", tmp_path / "page.md").returncode == 0
-    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "model_support.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_page_on_recipes_is_what_its_command_writes(tmp_path):
-    assert run("pages/recipes_page.py", "--output", tmp_path / "page.md").returncode == 0
-    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "recipes.md").read_text()
 
 
 @pytest.mark.slow
