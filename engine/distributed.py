@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.command_line import launched_processes
 from engine.config import DistributedConfig
-from engine.errors import InputError, Preempted, RunError
+from engine.errors import InputError, Preempted, RunError, first_line
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,13 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
         with _leaving_together(control):
             yield Process(dist.get_rank(), world_size, device, control)
     except RuntimeError as error:
-        if not _is_lost_contact(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's are plain, and name its files
             raise
-        raise RunError(_lost_contact(error, timeout_minutes)) from error
+        raise RunError(
+            f"lost contact: another process has ended, or did not take part for {timeout_minutes:g} minutes "
+            f"(distributed.timeout_minutes): {first_line(error)}. Its own message, above or in its own log, says why. "
+            "All processes must start again: --resume goes on from the last checkpoint"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -161,25 +165,6 @@ def _leaving_together(control: dist.ProcessGroup) -> Iterator[None]:
         dist.barrier(group=control)
         raise
     dist.barrier(group=control)
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    """Whether the transport failed. Gloo raises plain RuntimeErrors that name its source files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def _lost_contact(error: RuntimeError, timeout_minutes: float) -> str:
-    reason = str(error).strip().splitlines()[0]
-    if "refused" in reason.lower():
-        what = "another process could not be reached where it said to be"
-    elif "timed out" in reason.lower() or "timeout" in reason.lower():
-        what = (
-            f"another process did not take part for {timeout_minutes:g} minutes (distributed.timeout_minutes): "
-            "it hangs, or it is that much slower"
-        )
-    else:
-        what = "another process has ended; its own message, above or in its own log, says why"
-    return f"lost contact: {what}. All processes must start again: --resume goes on from the last checkpoint ({reason})"
 
 
 ADDRESS = "augsub/port"  # of the main process's store, in the agent's

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,16 @@ from models.seen import see
 LOGGER = logging.getLogger("engine")
 
 
+@dataclass
 class Evaluation(HookBase):
-    """Accuracy on held-out images, every `period` iterations and after the last step, and the best of it.
+    """Accuracy on held-out images, every `period` iterations and after the last step, and the best of it."""
 
-    Args:
-        period: iterations between evaluations.
-        metric: the metric of which the best value is kept.
-        average: a moving average of the weights that is evaluated too, its results with the prefix `ema_`.
-    """
-
+    period: int
+    metric: str  # of which the best value is kept
+    average: nn.Module | None = None  # moving average of the weights, evaluated too; its results are called ema_...
+    best: dict[str, float] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
     state_name = "evaluation"
-
-    def __init__(self, period: int, metric: str, average: nn.Module | None = None) -> None:
-        self._period = period
-        self._metric = metric
-        self._average = average
-        self.best: dict[str, float] = {}
-        self.latest: dict[str, float] = {}
 
     @property
     def is_new_best(self) -> bool:
@@ -58,14 +52,14 @@ class Evaluation(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iteration
-        if iteration % self._period and not self.trainer.is_last:
+        if iteration % self.period and not self.trainer.is_last:
             return
         self.latest = self._evaluate(self.trainer.bare_model, "")
-        if self._average is not None:
-            self.latest |= self._evaluate(self._average, "ema_")
+        if self.average is not None:
+            self.latest |= self._evaluate(self.average, "ema_")
         self.trainer.results |= self.latest
-        if self.latest[self._metric] > self.best.get("value", float("-inf")):
-            self.best = {"iteration": iteration, "epoch": self.trainer.epoch, "value": self.latest[self._metric]}
+        if self.latest[self.metric] > self.best.get("value", float("-inf")):
+            self.best = {"iteration": iteration, "epoch": self.trainer.epoch, "value": self.latest[self.metric]}
 
     def _evaluate(self, model: nn.Module, prefix: str) -> dict[str, float]:
         trainer = self.trainer
@@ -145,49 +139,43 @@ class WriteRecords(HookBase):
         self._first_iteration = self.trainer.iteration
 
 
+@dataclass
 class SubModelPictures(HookBase):
     """Hands pictures of what main model and sub-models see of a few held-out images to the writers, at a run's start.
 
     All processes must have it if the model is sharded: it makes forwards.
-
-    Args:
-        writing: has the writers.
     """
 
     SHOWN = 8  # images
-
-    def __init__(self, config: Config, writing: WriteRecords) -> None:
-        self._config = config
-        self._writing = writing
+    config: Config
+    writing: WriteRecords
 
     def before_train(self) -> None:
         if self.trainer.iteration == 0:
-            self._writing.write_images(self._draw(self.trainer.data.held_out.examples(self.SHOWN)))
+            self.writing.write_images(self._draw(self.trainer.data.held_out.examples(self.SHOWN)))
 
     def _draw(self, images: Tensor) -> dict[str, Tensor]:
         """Pictures (B, 3, H, W) uint8 by title, of images (B, C, H, W)."""
-        mean, std = normalisation(self._config)
+        mean, std = normalisation(self.config)
         pictures = {"main model": render_main(images, mean, std)}
         # nothing is compiled for it under train.compile
-        with torch.compiler.set_stance("force_eager") if self._config.train.compile else nullcontext():
+        with torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext():
             for number, sub_model in enumerate(self.trainer.objective.sub_models):
-                seen = see(self.trainer.bare_model, images, sub_model.augmentation, self._config.seed)
+                seen = see(self.trainer.bare_model, images, sub_model.augmentation, self.config.seed)
                 pictures[f"sub-model {number}, {sub_model.augmentation}"] = render(seen, mean, std)
         return pictures
 
 
+@dataclass
 class ProgressBar(HookBase):
-    """Shows steps and time left, and what the latest record says; nothing where standard error is no terminal.
-
-    Args:
-        writing: has the records; their values are on the CPU already, so that no step waits for the device.
-    """
+    """Shows steps and time left, and what the latest record says; nothing where standard error is no terminal."""
 
     LAYOUT = "{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # and what a record says, in 80 columns
     RECORD = "loss {loss:.3f}, lr {lr:.2g}, {images_per_second:.0f} images/s, {memory:.0f} MiB"
 
-    def __init__(self, writing: WriteRecords) -> None:
-        self._writing = writing
+    writing: WriteRecords  # has the records, whose values are on the CPU already: no step waits for the device
+
+    def __post_init__(self) -> None:
         self._stack = ExitStack()
 
     def before_train(self) -> None:
@@ -208,8 +196,8 @@ class ProgressBar(HookBase):
         )
 
     def after_step(self) -> None:
-        if self._writing.latest is not None:
-            self._bar.set_postfix_str(self.RECORD.format_map(self._writing.latest), refresh=False)
+        if self.writing.latest is not None:
+            self._bar.set_postfix_str(self.RECORD.format_map(self.writing.latest), refresh=False)
         self._bar.update()
 
     def close(self) -> None:
@@ -292,21 +280,20 @@ def _facts(config: Config) -> list[tuple[str, str]]:
     return [("started from", start), *([("published, top-1", numbers)] if numbers else [])]
 
 
+@dataclass
 class Profiler(HookBase):
     """Records a few early steps of this process with their hooks, by torch's profiler; the steps after run without it.
 
     Writes a trace for chrome://tracing or https://ui.perfetto.dev and logs the operations that take longest.
-
-    Args:
-        trace: the JSON file to write.
     """
 
     SKIPPED, WARMUP, RECORDED = 3, 2, 5  # steps; the first ones choose kernels and fill caches
     NEEDED = SKIPPED + WARMUP + RECORDED
     ROWS, NAME_WIDTH = 15, 40  # of the table
 
-    def __init__(self, trace: Path) -> None:
-        self._trace = trace
+    trace: Path  # the JSON file to write
+
+    def __post_init__(self) -> None:
         self._profile: profile | None = None
 
     def before_train(self) -> None:
@@ -345,8 +332,8 @@ class Profiler(HookBase):
             row_limit=self.ROWS,
             max_name_column_width=self.NAME_WIDTH,
         )
-        LOGGER.info("%d steps profiled, trace in %s\n%s", self.RECORDED, self._trace, table)
+        LOGGER.info("%d steps profiled, trace in %s\n%s", self.RECORDED, self.trace, table)
         try:
-            recorded.export_chrome_trace(str(self._trace))
+            recorded.export_chrome_trace(str(self.trace))
         except (OSError, RuntimeError) as error:  # no reason to stop the run
-            LOGGER.warning("WARNING: train.profile: %s cannot be written: %s", self._trace, error)
+            LOGGER.warning("WARNING: train.profile: %s cannot be written: %s", self.trace, error)

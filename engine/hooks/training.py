@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,38 +20,34 @@ from torch.nn.utils import get_total_norm
 
 from engine.distributed import local
 from engine.errors import NonFiniteLossError
+from engine.optim import WarmupCosine
 from engine.train_loop import HookBase
 
 LOGGER = logging.getLogger("engine")
 
 
+@dataclass
 class LearningRateSchedule(HookBase):
-    """Sets the learning rate as a function of the iteration or the epoch; there is nothing to resume.
+    """Sets the learning rate as a function of the iteration, or of the epoch; there is nothing to resume."""
 
-    Args:
-        schedule: learning rate of a step.
-        per_epoch: whether a step is an epoch; otherwise it is an iteration.
-    """
-
-    def __init__(self, schedule: Callable[[int], float], per_epoch: bool) -> None:
-        self._schedule = schedule
-        self._per_epoch = per_epoch
+    schedule: WarmupCosine
+    per_epoch: bool
 
     def before_step(self) -> None:
-        step = int(self.trainer.epoch) if self._per_epoch else self.trainer.iteration
+        step = int(self.trainer.epoch) if self.per_epoch else self.trainer.iteration
         for group in self.trainer.optimizer.param_groups:
-            group["lr"] = self._schedule(step) * group["lr_scale"]
+            group["lr"] = self.schedule(step) * group["lr_scale"]
 
 
+@dataclass
 class StopMixing(HookBase):
     """From `epoch` on the labels are still smoothed, but nothing is mixed."""
 
-    def __init__(self, mixup: Mixup, epoch: int) -> None:
-        self._mixup = mixup
-        self._epoch = epoch
+    mixup: Mixup
+    epoch: int
 
     def before_step(self) -> None:
-        self._mixup.mixup_enabled = self.trainer.epoch < self._epoch
+        self.mixup.mixup_enabled = self.trainer.epoch < self.epoch
 
 
 class SameBatchNormStatistics(HookBase):
@@ -65,57 +62,53 @@ class SameBatchNormStatistics(HookBase):
             dist.broadcast(buffer, src=0)
 
 
+@dataclass
 class FrozenStatistics(HookBase):
     """Lets frozen BatchNorm layers use their running statistics and keep them, in main model and sub-models.
 
     An evaluation puts all layers back into training mode, so this comes before every step.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._layers = layers
+    layers: Sequence[nn.Module]
 
     def before_step(self) -> None:
-        for layer in self._layers:
+        for layer in self.layers:
             layer.eval()
 
 
+@dataclass
 class ExponentialMovingAverage(HookBase):
     """Updates timm's ModelEmaV3 after every step."""
 
+    ema: ModelEmaV3
     state_name = "ema"
 
-    def __init__(self, ema: ModelEmaV3) -> None:
-        self._ema = ema
-
     def after_step(self) -> None:
-        self._ema.update(self.trainer.bare_model, step=self.trainer.iteration)
+        self.ema.update(self.trainer.bare_model, step=self.trainer.iteration)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self._ema.module.state_dict()}
+        return {"model": self.ema.module.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._ema.module.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["model"])
 
     def start_late(self) -> None:
-        self._ema.set(self.trainer.bare_model)  # not from random weights
+        self.ema.set(self.trainer.bare_model)  # not from random weights
 
 
-TOO_MANY = 100  # times the main model's: a sub-model's gradient is otherwise below it, as its target is close
-
-
+@dataclass
 class GradientNorm(HookBase):
     """Records `grad_norm`, the global L2 norm before clipping, of the steps that are logged.
 
     At these and at the first step it also compares the branches, and warns once of each sub-model whose weighted
     gradient has more than `TOO_MANY` times the norm of the main model's. FSDP2 shows the gradient of the last branch
     only: nothing can be compared there.
-
-    Args:
-        period: iterations between records.
     """
 
-    def __init__(self, period: int) -> None:
-        self._period = period
+    TOO_MANY = 100  # times: a sub-model's gradient is otherwise below the main model's, as its target is close
+    period: int  # iterations between records
+
+    def __post_init__(self) -> None:
         self._warned: set[int] = set()  # numbers of sub-models
 
     def before_train(self) -> None:
@@ -123,7 +116,7 @@ class GradientNorm(HookBase):
 
     def before_step(self) -> None:
         upcoming = self.trainer.iteration + 1
-        self._is_due = upcoming % self._period == 0 or upcoming == self._first
+        self._is_due = upcoming % self.period == 0 or upcoming == self._first
         self._norms: list[Tensor] = []  # of all that is accumulated, after each backward of this step
         self._scale = self.trainer.precision.scaler.get_scale() if self._is_due else 1.0
 
@@ -139,7 +132,7 @@ class GradientNorm(HookBase):
             return
         norms = torch.stack(self._norms).tolist()
         self._compare(norms[: 1 + len(self.trainer.objective.sub_models)])
-        if self.trainer.iteration % self._period == 0 and math.isfinite(norms[-1]):  # fp16 overflows now and then
+        if self.trainer.iteration % self.period == 0 and math.isfinite(norms[-1]):  # fp16 overflows now and then
             self.trainer.results["grad_norm"] = norms[-1] / self._scale
 
     def _compare(self, norms: list[float]) -> None:
@@ -147,7 +140,7 @@ class GradientNorm(HookBase):
         main = norms[0]
         for number, (before, after) in enumerate(pairwise(norms)):
             times = (after - before) / main if main else 0
-            if times > TOO_MANY and number not in self._warned and self.trainer.process.is_main:
+            if times > self.TOO_MANY and number not in self._warned and self.trainer.process.is_main:
                 self._warned.add(number)
                 LOGGER.warning(
                     "WARNING: at iteration %d the gradient of sub-model %d, %s, has %.2g times the norm of the main "
@@ -159,50 +152,45 @@ class GradientNorm(HookBase):
                 )
 
 
-SMALLEST_SCALE = 1.0  # each overflow halves the scale; 17 in a row bring the usual 65536 below
-NEVER = torch.iinfo(torch.int64).max
-HOW_TO_GO_ON = (
-    "; nothing was saved since. Lower optimizer.lr or set train.clip_norm, and continue from the last checkpoint "
-    "with --resume"
-)
-
-
+@dataclass
 class NaNGuard(HookBase):
     """Notes every loss without waiting for the device, and asks the device at `period`.
 
     With fp16 a single overflow is no error: the scaler leaves the step out and halves its scale.
     There the guard stops the run once the scale has collapsed.
-
-    Args:
-        period: iterations between two questions to the device; 1 costs nothing on a CPU.
     """
 
-    def __init__(self, period: int) -> None:
-        self._period = period
+    SMALLEST_SCALE = 1.0  # each overflow halves the scale; 17 in a row bring the usual 65536 below
+    NEVER = torch.iinfo(torch.int64).max
+    HOW_TO_GO_ON = (
+        "; nothing was saved since. Lower optimizer.lr or set train.clip_norm, and continue from the last checkpoint "
+        "with --resume"
+    )
+    period: int  # iterations between two questions to the device; 1 costs nothing on a CPU
 
     def before_train(self) -> None:
-        self._first_bad = torch.tensor(NEVER, device=self.trainer.process.device)
+        self._first_bad = torch.tensor(self.NEVER, device=self.trainer.process.device)
 
     def after_step(self) -> None:
         iteration = self.trainer.iteration
-        bad = torch.where(self.trainer.last_loss.isfinite(), NEVER, iteration)
+        bad = torch.where(self.trainer.last_loss.isfinite(), self.NEVER, iteration)
         self._first_bad = torch.minimum(self._first_bad, bad)
-        if iteration % self._period == 0:
+        if iteration % self.period == 0:
             self.check()
 
     def check(self) -> None:
         """Raise NonFiniteLossError if a loss of any process since the start was not finite."""
         scaler = self.trainer.precision.scaler
         if scaler.is_enabled():
-            if scaler.get_scale() < SMALLEST_SCALE:
+            if scaler.get_scale() < self.SMALLEST_SCALE:
                 raise NonFiniteLossError(
                     f"the fp16 loss scale fell to {scaler.get_scale():.3g} at iteration {self.trainer.iteration}: "
                     "gradients overflow at every step; lower optimizer.lr or use train.amp=bf16"
                 )
             return
         first_bad = int(self.trainer.process.min(self._first_bad))
-        if first_bad != NEVER:
-            raise NonFiniteLossError(f"the loss is not finite at iteration {first_bad}{HOW_TO_GO_ON}")
+        if first_bad != self.NEVER:
+            raise NonFiniteLossError(f"the loss is not finite at iteration {first_bad}{self.HOW_TO_GO_ON}")
 
     def check_weights(self) -> None:
         """Raise NonFiniteLossError if this step's update ruined a parameter, whatever the loss was."""
@@ -210,5 +198,6 @@ class NaNGuard(HookBase):
         all_finite = torch.stack(finite).all().int()
         if not self.trainer.process.min(all_finite):
             raise NonFiniteLossError(
-                f"a parameter is not finite after iteration {self.trainer.iteration}, though the loss was{HOW_TO_GO_ON}"
+                f"a parameter is not finite after iteration {self.trainer.iteration}, though the loss was"
+                + self.HOW_TO_GO_ON
             )
