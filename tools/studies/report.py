@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from string import Template
 
 import timm
 import torch
 
+from engine import atomic
 from engine.data import build_source
+from engine.errors import writing_errors
 from tools.comparison.pictures import draw_differences, draw_panels
 from tools.comparison.tables import (
     Comparisons,
@@ -19,7 +22,6 @@ from tools.comparison.tables import (
     summary_table,
 )
 from tools.comparison.ways import CONFIDENCE, Way, estimate, paired_difference
-from tools.pages.page import filled, write_page
 from tools.studies.study import Study
 
 METRIC = "top1"
@@ -38,8 +40,7 @@ def write_report(study: Study, comparisons: Comparisons, command: str) -> list[P
     draw_differences(comparisons, METRIC, pictures["differences"])
     draw_panels(comparisons, METRIC, pictures["accuracy"])
     draw_panels(comparisons, "main_loss", pictures["loss"])
-    text = filled(
-        Path(__file__).with_suffix(".md"),
+    text = Template(Path(__file__).with_suffix(".md").read_text()).substitute(
         title=study.title,
         description=study.description.strip(),
         command=command,
@@ -54,7 +55,8 @@ def write_report(study: Study, comparisons: Comparisons, command: str) -> list[P
         changes="\n".join(f"- **{way}**: {_in_words(overrides)}" for way, overrides in study.ways.items()),
         **{name: picture.name for name, picture in pictures.items()},
     )
-    write_page(page, text)
+    with writing_errors(page):
+        atomic.write_text(page, text)
     return [page, *pictures.values()]
 
 
