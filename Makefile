@@ -1,30 +1,34 @@
 # Two commands do everything on a fresh machine with Python 3.10+: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# what training needs; what the tests, the checks and the documentation need beside that
 INSTALLED := .venv/installed
+DEVELOP := .venv/installed-dev
+# two processes with one thread each; what a file shares is made once
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: demo test test-slow test-faults test-recipes study first-run pictures docs zoo performance lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
 
-test: $(INSTALLED)  ## install, then run the tests
-	$(BIN)/python -m pytest -q
+test: $(DEVELOP)  ## install, then run the tests: at most five minutes on two cores
+	$(PYTEST)
 
-test-slow: $(INSTALLED)  ## a step of every full-size recipe, FLOPs of all of timm, torch.compile: an hour on two cores
-	$(BIN)/python -m pytest -q -m slow
+test-slow: $(DEVELOP)  ## every class of timm, a step of every full-size recipe, torch.compile …
+	$(PYTEST) -m slow
 
-test-faults: $(INSTALLED)  ## real faults in real runs
-	$(BIN)/python -m pytest -q -m faults
+test-faults: $(DEVELOP)  ## real faults in real runs
+	$(PYTEST) -m faults
 
-test-recipes: $(INSTALLED)  ## every recipe against its published numbers
-	$(BIN)/python -m pytest -q tests/recipes
+test-recipes: $(DEVELOP)  ## every recipe against its published numbers
+	$(PYTEST) tests/recipes
 
-study: $(INSTALLED)  ## write docs/study_*.md: an hour and a quarter on two cores
+study: $(DEVELOP)  ## write docs/study_*.md: an hour and a quarter on two cores
 	for study in families digits cheap_swin cheap_resnet; do \
 		$(BIN)/python tools/compare_runs.py --study configs/studies/$$study.yaml || exit; done
 
-first-run: $(INSTALLED)  ## repeat docs/first_run.md: what its commands print, and their pictures
+first-run: $(DEVELOP)  ## repeat docs/first_run.md: what its commands print, and their pictures
 	rm -rf runs/digits_vit
 	$(BIN)/python docs/refresh.py docs/first_run.md
 	mkdir -p docs/first_run
@@ -32,7 +36,7 @@ first-run: $(INSTALLED)  ## repeat docs/first_run.md: what its commands print, a
 	cp runs/digits_vit/curves.png runs/digits_vit/evaluation/*.png docs/first_run/
 
 VIT := $(BIN)/python tools/visualize_augsub.py --model vit_small_patch16_224
-pictures: $(INSTALLED)  ## what sub-models see, for the documentation
+pictures: $(DEVELOP)  ## what sub-models see, for the documentation
 	$(BIN)/python tools/visualize_augsub.py --output docs/what_the_sub_model_sees.png
 	$(VIT) --augsub masking --ratio 0.25 0.5 0.75 --output docs/augmentations/masking.png
 	$(VIT) --augsub drop_path --ratio 0.1 0.2 0.4 --output docs/augmentations/drop_path.png
@@ -40,18 +44,18 @@ pictures: $(INSTALLED)  ## what sub-models see, for the documentation
 	$(BIN)/python tools/visualize_augsub.py --model resnet50 --augsub random_crop --ratio 0.25 0.5 0.75 \
 		--output docs/augmentations/random_crop.png
 
-docs: $(INSTALLED)  ## refresh computed tables, then the documentation as a site in site/; a warning is an error
+docs: $(DEVELOP)  ## refresh computed tables, then the documentation as a site in site/; a warning is an error
 	$(BIN)/python docs/refresh.py docs/configuration.md docs/recipes.md docs/reliability.md docs/scaling.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-zoo: $(INSTALLED)  ## follow the installed timm: its classes in docs/model_support.md, which the tests take from there
+zoo: $(DEVELOP)  ## follow the installed timm: its classes in docs/model_support.md, which the tests take from there
 	$(BIN)/python docs/refresh.py docs/model_support.md
 
-performance: $(INSTALLED)  ## measure this machine for docs/performance.md: minutes, with nothing else running
+performance: $(DEVELOP)  ## measure this machine for docs/performance.md: minutes, with nothing else running
 	$(BIN)/python tools/benchmark.py --quick --json docs/performance/cpu_quick.json
 	$(BIN)/python docs/refresh.py docs/performance.md
 
-lint: $(INSTALLED)  ## ruff, and mypy --strict of augsub
+lint: $(DEVELOP)  ## ruff, and mypy --strict of augsub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -59,5 +63,9 @@ lint: $(INSTALLED)  ## ruff, and mypy --strict of augsub
 $(INSTALLED): setup.py augsub/__init__.py
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed: make PYTHON=python3.11 …')"
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[train]'
+	touch $@
+
+$(DEVELOP): $(INSTALLED)
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@

@@ -16,7 +16,16 @@ TRAINERS = {
     "transformers": ["transformers>=5.0", "accelerate>=1.0"],
 }
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
-DEVELOP = ["mkdocs-material", "mkdocstrings[python]", "mypy", "peft", "pytest", "ruff", "setuptools>=77"]
+DEVELOP = [
+    "mkdocs-material",
+    "mkdocstrings[python]",
+    "mypy",
+    "peft",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=77",
+]
 
 setup(
     name="augsub",

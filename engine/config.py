@@ -81,6 +81,7 @@ def three(low: float, meaning: str) -> Rule:
 
 
 LARGEST = 1e38  # what fits into float32
+LARGEST_OF = {float: LARGEST, int: 2**63, bool: 1}
 T = TypeVar("T")
 Tunable = Annotated[T, MAY_CHANGE]
 File = Annotated[str, FILE]
@@ -408,8 +409,8 @@ def _out_of_range(section: Section, prefix: str = "") -> Iterator[str]:
         value = getattr(section, key)
         if isinstance(value, Section):
             yield from _out_of_range(value, f"{prefix}{key}.")
-        elif isinstance(value, dict | list):
-            yield from _without_space(value, prefix + key)
+            continue
+        yield from _unusable(value, prefix + key)
         for rule in rules if value is not None else ():
             if isinstance(rule, Rule) and not _holds(rule, value):
                 yield f"{prefix}{key} = {shortened(value)}: allowed is {rule.meaning}"
@@ -429,16 +430,17 @@ def shortened(value: Any, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 
-def _without_space(content: Any, key: str) -> Iterator[str]:
-    """Keys like `depth:4`, which YAML takes for a key without a value."""
+def _unusable(content: Any, key: str) -> Iterator[str]:
+    """What no key can have: too large a number, or no value for `depth:4`, which YAML takes for a key of its own."""
     if isinstance(content, Section):
         content = vars(content)
-    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for name, value in pairs:
-        place = f"{key}.{name}"
-        if value is None and ":" in place:
-            yield f"{place} = null: a space is missing after the colon, {place.replace(':', ': ')}"
-        yield from _without_space(value, place)
+    if isinstance(content, dict | list):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _unusable(value, f"{key}.{name}")
+    elif content is None and ":" in key:
+        yield f"{key} = null: a space is missing after the colon, {key.replace(':', ': ')}"
+    elif isinstance(content, int | float) and LARGEST_OF[type(content)] < abs(content) < math.inf:
+        yield f"{key} = {shortened(content, 20)}: too large, allowed is 2**63, of fractions {LARGEST:g}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:

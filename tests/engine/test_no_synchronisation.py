@@ -126,7 +126,7 @@ def test_a_read_is_detected(read, tmp_path):
     assert found
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_on_a_gpu_never_waits(model, tmp_path):
     """torch itself raises at whatever synchronises."""
