@@ -179,7 +179,11 @@ def is_restartable() -> bool:
 
 
 def fresh_store(agent: Store, host: str, rank: int, timeout: timedelta) -> Store:
-    """The store of this start.
+    """Where the processes of one start of a run meet.
+
+    torchrun's agent keeps one store over all restarts. What the dead processes wrote there, addresses above all, is
+    still in it when the next ones look for each other (pytorch#135712), and its count of restarts differs between
+    nodes. So the processes of each start meet in a store of their own, which the main process opens.
 
     Args:
         agent: lasts over all starts.

@@ -19,7 +19,7 @@ from engine.optim import WarmupCosine
 from engine.writers import Record
 
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a run or a class is a $
-# Okabe and Ito's palette; their yellow is too pale for lines
+# Okabe and Ito's palette, for colour-blind readers too; their yellow is too pale for lines
 OKABE_ITO = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
 )  # fmt: skip

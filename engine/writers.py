@@ -243,7 +243,9 @@ def open_writers(config: Config, folder: RunFolder, iteration: int, max_iteratio
 
 
 class LogFile(MemoryHandler):
-    """Keeps what is logged until the run's folder exists, then appends it and all that follows to a file.
+    """log.txt: everything that is logged during a run, by timm too.
+
+    It keeps what is logged until the run's folder exists, then appends it and all that follows to a file.
 
     A run that is refused for bad input thus leaves no folder behind, and one that starts loses no line.
     """
