@@ -15,6 +15,7 @@ from engine.data import IMAGENET
 from engine.defaults import build_trainer
 from engine.distributed import Process
 from engine.hooks.training import GradientNorm
+from engine.precision import Precision
 from engine.run_folder import RunFolder
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
@@ -33,7 +34,9 @@ class Gradients(HookBase):
         self.noted.append(torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None]))
 
 
-def run_steps(folder, model: str, augmentation: dict, count: int, period: int, **train) -> tuple[Trainer, Gradients]:
+def run_steps(
+    folder, model: str, augmentation: dict, count: int, period: int, scale: float | None = None, **train
+) -> tuple[Trainer, Gradients]:
     config = Config(
         output_dir=str(folder),
         model=ModelConfig(name=model),
@@ -47,6 +50,8 @@ def run_steps(folder, model: str, augmentation: dict, count: int, period: int, *
     torch.manual_seed(0)
     size = trainer.data.micro_batch
     trainer.batches = repeat((torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE), torch.arange(size)))
+    if scale is not None:  # a CPU's run has float32 in place of fp16
+        trainer.precision = Precision("fp16", process.device, loss_scale=scale)
     trainer.hooks, probe = [], Gradients()
     trainer.register_hooks([GradientNorm(period), probe])
     trainer._call("before_train")
@@ -55,13 +60,12 @@ def run_steps(folder, model: str, augmentation: dict, count: int, period: int, *
     return trainer, probe
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_norm_is_that_of_the_step_before_clipping(accumulation, tmp_path):
-    trainer, probe = run_steps(
-        tmp_path, "test_vit", {"name": "masking"}, count=1, period=1, clip_norm=1e-3, accumulation=accumulation
-    )
+@pytest.mark.parametrize(("accumulation", "scale"), [(1, None), (2, None), (1, 64.0)])
+def test_the_norm_is_that_of_the_step_before_clipping_and_scaling(accumulation, scale, tmp_path):
+    settings = {"clip_norm": 1e-3, "accumulation": accumulation}
+    trainer, probe = run_steps(tmp_path, "test_vit", {"name": "masking"}, count=1, period=1, scale=scale, **settings)
     assert len(probe.noted) == 2 * accumulation
-    assert trainer.results["grad_norm"] == pytest.approx(float(probe.noted[-1].norm()), rel=1e-5)
+    assert trainer.results["grad_norm"] == pytest.approx(float(probe.noted[-1].norm()) / (scale or 1), rel=1e-5)
 
 
 def test_steps_between_two_records_have_none(tmp_path):
@@ -74,7 +78,7 @@ def test_a_sub_model_that_drowns_the_main_model_is_told_once(tmp_path, caplog):
     """Zeroed cells of a ConvNeXt meet a stem without bias: its norm divides the gradient by almost nothing."""
     caplog.set_level(logging.WARNING, "engine")
     zeroing = {"name": "masking", "ratio": 0.5, "mode": "zero_pixels"}
-    _, probe = run_steps(tmp_path, "test_convnext", zeroing, count=2, period=1)
+    _, probe = run_steps(tmp_path, "test_convnext", zeroing, count=2, period=2)  # the first step and the second
     main, both = probe.noted
     assert (both - main).norm() > 100 * main.norm()
     (line,) = caplog.messages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ IMAGES = nn.functional.one_hot(LABELS).float()  # a linear model tells them apar
 
 
 class Loop(TrainerBase):
-    """Adds `steps[i]` to the identity weight of a linear model at step i, whose loss is `losses[i]`."""
+    """Adds `steps[i]` to the diagonal of a linear model's weight, 0 at first, at step i, whose loss is `losses[i]`."""
 
     def __init__(self, steps: list[float], losses: list[float] | None = None, amp: str = "off", scale=65536.0) -> None:
         super().__init__(max_iterations=len(steps))
@@ -49,7 +50,7 @@ class Loop(TrainerBase):
     @torch.no_grad()
     def run_step(self):
         self.results = {}
-        self.bare_model.weight += self.steps[self.iteration] * torch.eye(3)
+        self.bare_model.weight.diagonal().add_(self.steps[self.iteration])
         self.last_loss = torch.tensor(self.losses[self.iteration])
 
     def state_dict(self):
@@ -113,11 +114,12 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
             seen.append((self.trainer.results.get("top1"), evaluation.is_new_best))
 
     seen: list = []
-    loop = Loop([-1.0, 0.0, 3.0, 0.0, -4.0])  # the weight is -1, -1, 2, 2, -2
+    loop = Loop([-1.0, 0.0, 3.0, 0.0, 0.0, 0.0, -4.0])  # the weight is -1, -1, 2, 2, 2, 2, -2
     average = deepcopy(loop.bare_model)
     evaluation = Evaluation(period=2, metric="top1", average=average)
     train(loop, evaluation, Watch())
-    assert seen == [(None, False), (0.0, True), (None, False), (100.0, True), (0.0, False)]
+    unseen = (None, False)  # 100 % again is no new best
+    assert seen == [unseen, (0.0, True), unseen, (100.0, True), unseen, (100.0, False), (0.0, False)]
     assert evaluation.best == {"iteration": 4, "epoch": 2.0, "value": 100.0}
     expected = evaluate(loop.bare_model, loop.data.held_out, loop.precision, ALONE)
     assert evaluation.latest.items() >= expected.items() and evaluation.latest["images"] == 12
@@ -132,9 +134,9 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
             resumed.load_state_dict(spoilt)
 
 
-def saving_hooks(folder: RunFolder, period: int, minutes: float | None = None) -> tuple:
+def saving_hooks(folder: RunFolder, period: int, minutes: float | None = None, guard_period: int = 1) -> tuple:
     folder.checkpoints.mkdir(parents=True)
-    evaluation, guard = Evaluation(period=4, metric="top1"), NaNGuard(period=1)
+    evaluation, guard = Evaluation(period=4, metric="top1"), NaNGuard(guard_period)
     store = CheckpointStore(folder, ALONE, keep=5)
     return guard, evaluation, Checkpoint(store, evaluation, guard, {"model_name": "m"}, period, minutes)
 
@@ -164,15 +166,20 @@ def test_checkpoints_by_the_clock(tmp_path, minutes, saved):
     assert seen == saved and not folder.list_numbered()
 
 
-def test_ruined_weights_are_never_saved(tmp_path):
+@pytest.mark.parametrize(("weight", "loss"), [(float("nan"), 1.0), (1.0, float("nan"))])
+def test_nothing_is_saved_after_a_loss_or_a_weight_that_is_not_finite(tmp_path, weight, loss):
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(NonFiniteLossError):
-        train(Loop([1.0, float("nan"), 1.0]), *saving_hooks(folder, period=1))
+    loop = Loop([1.0, weight, 1.0], [1.0, loss, 1.0])
+    with pytest.raises(NonFiniteLossError, match=r"is not finite (at|after) iteration 2"):
+        train(loop, *saving_hooks(folder, period=1, guard_period=10))
     assert load(folder.last)["iteration"] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_run_after_a_save(tmp_path, number):
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_signal_ends_the_run_after_a_save(tmp_path, number, steps):
+    """After the last step there is nothing to stop."""
+
     class Signalled(Loop):
         def run_step(self):
             super().run_step()
@@ -180,9 +187,9 @@ def test_a_signal_ends_the_run_after_a_save(tmp_path, number):
                 os.kill(os.getpid(), number)
 
     folder, before = RunFolder(tmp_path / "run"), signal.getsignal(number)
-    hooks = saving_hooks(folder, period=100)
-    with pytest.raises(Preempted, match=f"stopped by {number.name} after iteration 2; the state is saved"):
-        train(Signalled([1.0] * 3), *hooks, Preemption(hooks[-1]))
+    hooks, stop = saving_hooks(folder, period=100), f"stopped by {number.name} after iteration 2; the state is saved"
+    with pytest.raises(Preempted, match=stop) if steps > 2 else nullcontext():
+        train(Signalled([1.0] * steps), *hooks, Preemption(hooks[-1]))
     assert load(folder.last)["iteration"] == 2 and signal.getsignal(number) == before
 
 
