@@ -176,14 +176,10 @@ class CheckpointStore:
         raise InputError(f"--resume: no intact checkpoint in {self._folder.checkpoints}: {'; '.join(problems)}")
 
     def _candidates(self) -> list[Path]:
-        """Checkpoints, newest first, each content once."""
+        """Checkpoints, newest first."""
         folder = self._folder
-        names = [folder.last, folder.previous, *reversed(folder.list_numbered()), folder.best]
-        contents: dict[tuple[int, int], Path] = {}
-        for path in names:
-            if path.exists():
-                contents.setdefault((path.stat().st_dev, path.stat().st_ino), path)
-        return list(contents.values())
+        names = (folder.last, folder.previous, *reversed(folder.list_numbered()), folder.best)
+        return [path for path in names if path.exists()]
 
     def _write(self, state: dict[str, Any], names: list[Path]) -> None:
         """Write one file, and give it its names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from augsub.augmentation import SubModelAugmentation
 from engine.data import IGNORED
-from engine.data.imagenet_family import Benchmark
 from engine.distributed import Process
 from engine.errors import InputError, RunError
 from engine.precision import Precision
@@ -136,94 +135,89 @@ def _best_label(logits: Tensor, accepted: Tensor, labels: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module, loader: Loader, precision: Precision, process: Process, name: str = "the model"
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
-
-    Args:
-        model: without distributed wrapper; its training mode is restored.
-        loader: this process's share of the images; those labelled IGNORED are not counted.
-        name: of the model, for a message.
-
-    Raises:
-        InputError: no image is left to count.
-        RunError: a logit is NaN or infinite.
-    """
-    metrics = Metrics(process.device)
-    measure(model, loader, precision, process, metrics, name)
+    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images; as `measure`."""
+    metrics, _ = measure(model, {"": loader}, partial(Metrics, process.device), precision, process, name)
     return metrics.figures()
 
 
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    loader: Loader,
+    loaders: Mapping[str, Loader],
+    new_metrics: Callable[[], Metrics],
     precision: Precision,
     process: Process,
-    metrics: Metrics,
     name: str = "the model",
-    forward: Callable[[Tensor], Tensor] | None = None,
-) -> None:
-    """Feed new metrics with all images of all processes, as `evaluate`.
+    augmentation: SubModelAugmentation | None = None,
+    seed: int = 0,
+) -> tuple[Metrics, dict[str, dict[str, float]]]:
+    """Metrics on all images, and figures on each source of images. All processes call it together.
 
     Args:
-        forward: logits of images, where they are not those of the model itself.
+        model: without distributed wrapper; its training mode is restored.
+        loaders: of this process's share of the images, by source; those labelled IGNORED are not counted.
+        name: of the model, for a message.
+        augmentation: of the sub-model that is evaluated in place of the model, which is patched. What it draws
+            follows from `seed`, the process and the number of the batch: the same command gives the same figures,
+            another `evaluation.batch` or number of processes other draws.
+
+    Raises:
+        InputError: a source without images.
+        RunError: a logit is NaN or infinite.
     """
-    was_training = model.training
+    was_training, batches = model.training, count()
+    whole, parts = new_metrics(), {}
     model.eval()
-    for images, labels in loader:
-        with precision.autocast():
-            logits = (forward or model)(images)
-        metrics.update(logits.float(), labels)
+    for source, loader in loaders.items():
+        part = new_metrics()
+        for images, labels in loader:
+            if augmentation is not None:
+                seed_all(derive_seed(seed, process.rank, next(batches)))
+            with precision.autocast():
+                logits = model(images) if augmentation is None else model(images, augsub=augmentation)
+            part.update(logits.float(), labels)
+        part.reduce(process)
+        part.refuse_non_finite(f"{name} on {source}" if source else name)
+        parts[source] = part.figures()
+        whole.add(part)
     model.train(was_training)
-    metrics.reduce(process)
-    metrics.refuse_non_finite(name)
-
-
-def sub_model_forward(
-    model: nn.Module, augmentation: SubModelAugmentation, seed: int, process: Process
-) -> Callable[[Tensor], Tensor]:
-    """The forward of a patched model's sub-model, for one pass over the images.
-
-    What it draws follows from the seed, the process and the number of the batch: the same command gives the same
-    figures, another `evaluation.batch` or number of processes other draws.
-    """
-    batches = count()
-
-    def forward(images: Tensor) -> Tensor:
-        seed_all(derive_seed(seed, process.rank, next(batches)))
-        return model(images, augsub=augmentation)
-
-    return forward
+    return whole, parts
 
 
 @dataclass(frozen=True)
-class SubModelResult:
-    """Figures of one sub-model; `ratio` is None for one of several augmentations."""
-
-    name: str
-    ratio: float | None
-    figures: dict[str, float]
-
-
-@dataclass
 class Result:
-    """What one set of weights is worth on a benchmark.
+    """What a model with some weights, or a sub-model of it, is worth on held-out images.
 
     Attributes:
         prefix: "" or, of averaged weights, "ema_".
+        augmentation: of the sub-model; None: the main model.
         metrics: on all images.
-        parts: figures on each of the benchmark's sources, by name.
-        sub_models: on all images.
+        parts: figures on each source of the images, by name.
+        sub_models: of a main model.
     """
 
     prefix: str
+    augmentation: SubModelAugmentation | None
     metrics: Metrics
     parts: dict[str, dict[str, float]]
-    sub_models: list[SubModelResult] = field(default_factory=list)
+    sub_models: Sequence[Result] = ()
 
     @property
     def weights(self) -> str:
         """Which they are."""
         return WEIGHTS[self.prefix]
+
+    @property
+    def name(self) -> str:
+        """The sub-model's, without its ratio if it has one augmentation."""
+        members = self.augmentation.members
+        return members[0].name if len(members) == 1 else str(self.augmentation)
+
+    @property
+    def ratio(self) -> float | None:
+        """The sub-model's; None for one of several augmentations."""
+        members = self.augmentation.members
+        return members[0].ratio if len(members) == 1 else None
 
     @property
     def mean_corruption_error(self) -> float:
@@ -254,36 +248,3 @@ class Description:
     interpolation: str | None
     parameters: int
     class_names: Sequence[str]
-
-
-def measure_benchmark(
-    model: nn.Module,
-    benchmark: Benchmark,
-    loaders: Mapping[str, Loader],
-    precision: Precision,
-    process: Process,
-    name: str = "the model",
-    forward: Callable[[Tensor], Tensor] | None = None,
-    is_detailed: bool = True,
-) -> tuple[Metrics, dict[str, dict[str, float]]]:
-    """Go through all images of a benchmark: metrics of all, figures of each source. All processes call it together.
-
-    Args:
-        model: of all classes, without distributed wrapper.
-        loaders: this process's share of each of the benchmark's sources.
-        name: of the model, for a message.
-        forward: logits of images, where they are not those of the model itself.
-        is_detailed: calibration and confusion too.
-
-    Raises:
-        InputError: a source without images.
-        RunError: a logit is NaN or infinite.
-    """
-    num_classes = len(benchmark.source.class_names) if is_detailed else None
-    whole, parts = Metrics(process.device, num_classes), {}
-    for source, loader in loaders.items():
-        part = Metrics(process.device, num_classes, benchmark.candidates, benchmark.accepted)
-        measure(model, loader, precision, process, part, f"{name} on {source}" if source else name, forward)
-        parts[source] = part.figures()
-        whole.add(part)
-    return whole, parts

@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from engine import atomic
 from engine.errors import writing_errors
-from engine.evaluation import BINS, Description, Metrics, Result, SubModelResult
+from engine.evaluation import BINS, Description, Metrics, Result
 from engine.figure import BLUE, OKABE_ITO, SKY, VERMILION, save
 from engine.json_text import to_json
 
@@ -35,20 +35,18 @@ def tables(description: Description, results: Sequence[Result]) -> str:
     if description.crop is not None:
         size += f", crop {description.crop:g}, {description.interpolation}"
     columns = ["images", "top-1, %", "top-5, %", "cross-entropy"]
-    rows = [
-        [result.weights, *_cells(result.metrics.figures()), f"{result.metrics.calibration_error:.2f}"]
-        for result in results
-    ]
+    rows = [[result.weights, *_cells(result), f"{result.metrics.calibration_error:.2f}"] for result in results]
     blocks = [
         f"{description.model}, {description.source}\n{description.data}, {size}",
         _table(["weights", *columns, "ECE, %"], rows),
     ]
     blocks += [_corruption_table(result) for result in results if len(result.parts) > 1]
-    if rows := [
-        [result.weights, sub.name, "" if sub.ratio is None else f"{sub.ratio:g}", *_cells(sub.figures)]
+    rows = [
+        [sub.weights, sub.name, "" if sub.ratio is None else f"{sub.ratio:g}", *_cells(sub)]
         for result in results
         for sub in result.sub_models
-    ]:
+    ]
+    if rows:
         blocks.append(_table(["weights", "sub-model", "ratio", *columns], rows))
     return "\n\n".join(blocks)
 
@@ -67,7 +65,8 @@ def _corruption_table(result: Result) -> str:
     return f"{title}\n{_table(['corruption', *'12345', 'mean'], rows)}"
 
 
-def _cells(figures: Mapping[str, float]) -> list[str]:
+def _cells(result: Result) -> list[str]:
+    figures = result.metrics.figures()
     accuracy = [f"{figures[name]:.3f}" for name in ("top1", "top5")]
     return [str(figures["images"]), *accuracy, f"{figures['eval_loss']:.4f}"]
 
@@ -90,7 +89,7 @@ def write(folder: Path, description: Description, results: Sequence[Result]) -> 
         "results.csv": _as_csv([_summary_row(description, result) for result in results]),
         "classes.csv": _as_csv([row for result in results for row in class_rows(description, result)]),
         "corruptions.csv": _as_csv([row for result in results for row in _corruption_rows(result)]),
-        "sub_models.csv": _as_csv([row for result in results for row in _sub_model_rows(result)]),
+        "sub_models.csv": _as_csv([_sub_model_row(sub) for result in results for sub in result.sub_models]),
     }
     for name, text in files.items():
         if text:
@@ -118,7 +117,9 @@ def _as_json(description: Description, result: Result) -> Row:
             {"true": names[true], "predicted": names[predicted], "images": count}
             for true, predicted, count in metrics.most_confused(MOST_CONFUSED)
         ],
-        "sub_models": [vars(sub) for sub in result.sub_models],
+        "sub_models": [
+            {"name": sub.name, "ratio": sub.ratio, "figures": sub.metrics.figures()} for sub in result.sub_models
+        ],
     }
     if len(result.parts) > 1:
         content |= {"mean_corruption_error": result.mean_corruption_error, "parts": result.parts}
@@ -175,17 +176,10 @@ def _corruption_rows(result: Result) -> list[Row]:
     ]
 
 
-def _sub_model_rows(result: Result) -> list[Row]:
-    return [
-        {
-            "weights": result.weights,
-            "sub_model": sub.name,
-            "ratio": sub.ratio,
-            **_accuracies(sub.figures),
-            "cross_entropy": round(sub.figures["eval_loss"], 5),
-        }
-        for sub in result.sub_models
-    ]
+def _sub_model_row(sub: Result) -> Row:
+    figures = sub.metrics.figures()
+    row = {"weights": sub.weights, "sub_model": sub.name, "ratio": sub.ratio, **_accuracies(figures)}
+    return {**row, "cross_entropy": round(figures["eval_loss"], 5)}
 
 
 def _accuracies(figures: Mapping[str, float]) -> Row:
@@ -197,12 +191,12 @@ def _accuracies(figures: Mapping[str, float]) -> Row:
     }
 
 
-def ratio_curves(sub_models: Sequence[SubModelResult]) -> dict[str, list[tuple[float, float]]]:
+def ratio_curves(sub_models: Sequence[Result]) -> dict[str, list[tuple[float, float]]]:
     """Points (ratio, top-1) by name, of sub-models that were evaluated at several ratios."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for sub in sub_models:
         if sub.ratio is not None:
-            curves.setdefault(sub.name, []).append((sub.ratio, sub.figures["top1"]))
+            curves.setdefault(sub.name, []).append((sub.ratio, sub.metrics.figures()["top1"]))
     return {name: sorted(points) for name, points in curves.items() if len(points) > 1}
 
 

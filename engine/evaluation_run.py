@@ -7,8 +7,9 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from engine.data_rules import check_classes
 from engine.defaults import build_precision, complete, log_left_out
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
-from engine.evaluation import WEIGHTS, Description, Result, SubModelResult, measure_benchmark, sub_model_forward
+from engine.evaluation import WEIGHTS, Description, Metrics, Result, measure
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.run_model import check_pretrained_classes, create_configured_model
 from engine.sharded_checkpoint import PLAIN
@@ -43,23 +44,8 @@ transform: {{{", ".join(f"{key}: null" for key in MODELS_TRANSFORM)}}}
 """
 
 
-@dataclass(frozen=True)
-class Target:
-    """A model with weights that is to be evaluated.
-
-    Attributes:
-        config: the model, and how its images are read.
-        checkpoint: file or folder of its weights; None: timm's pretrained ones.
-        folder: for the results of its plain evaluation, if nobody says otherwise.
-    """
-
-    config: Config
-    checkpoint: Path | None
-    folder: Path
-
-
-def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> Target:
-    """What a command line means.
+def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> tuple[Config, Path | None]:
+    """What a command line means: a model and how its images are read; its weights, None if they are timm's pretrained.
 
     A checkpoint brings its own configuration, without what a file must not say: which code runs (`plugins`), and that
     other data are meant (`data.allow_mismatch`).
@@ -78,7 +64,7 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
             raise InputError(f"{what}: no such file of weights for --model {model_name}")
         config = parse_config(MODELS_OWN, f"--model {model_name}", overrides)
         config.model.name = model_name
-        return Target(config, path, _results_of(path))
+        return config, path
     if path.is_dir() and not (path / PLAIN).exists():
         path = _checkpoint_of(RunFolder(path))
     if path.exists():
@@ -86,13 +72,12 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
         if text is None:
             raise InputError(f"{path} holds no configuration: say which model these weights are of, --model NAME")
         own = ["plugins=[]", "data.allow_mismatch=false"]
-        config = parse_config(text, f"the configuration in {path}", [*own, *overrides])
-        return Target(config, path, _results_of(path))
+        return parse_config(text, f"the configuration in {path}", [*own, *overrides]), path
     if path.suffix in WEIGHT_FILES or ("/" in what and ":" not in what):
         raise InputError(f"{what}: no such file or folder; a model of a hub is named hf-hub:USER/MODEL")
     config = parse_config(MODELS_OWN, what, overrides)
     config.model.name = what
-    return Target(config, None, Path("runs", "evaluation", _as_name(what)))
+    return config, None
 
 
 def _checkpoint_of(run: RunFolder) -> Path:
@@ -110,21 +95,17 @@ def _checkpoint_of(run: RunFolder) -> Path:
     return checkpoint
 
 
-def _results_of(checkpoint: Path) -> Path:
-    """Inside the run that a checkpoint belongs to."""
-    if checkpoint.parent.name == CHECKPOINTS:
-        return checkpoint.parent.parent / "evaluation" / checkpoint.stem
-    return Path("runs", "evaluation", _as_name(str(checkpoint)))
-
-
-def folder_for(target: Target, asked: Sequence[str]) -> Path:
-    """Where results go if nobody says otherwise: no evaluation replaces the results of another one.
+def folder_for(what: str, checkpoint: Path | None, asked: Sequence[str]) -> Path:
+    """Where results go if nobody says otherwise, inside the run of a checkpoint: none replace those of others.
 
     Args:
         asked: whatever a command asks for beside the plain evaluation; `key=value` that changes no result is left out.
     """
+    folder, name = Path("runs", "evaluation"), _as_name(what if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and checkpoint.parent.name == CHECKPOINTS:
+        folder, name = checkpoint.parent.parent / "evaluation", checkpoint.stem
     changing = [word for word in asked if not any(fnmatch(word.partition("=")[0], key) for key in NO_EFFECT)]
-    return target.folder.with_name(_as_name("_".join([target.folder.name, *sorted(changing)])))
+    return folder / _as_name("_".join([name, *sorted(changing)]))
 
 
 def _as_name(text: str) -> str:
@@ -207,6 +188,8 @@ def evaluate_weights(
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
     loaders = {name: build_held_out(config, source, process, bad_files) for name, source in benchmark.sources.items()}
     precision, source, results = build_precision(config, process), benchmark.source, []
+    num_classes = len(source.class_names) if is_detailed else None
+    metrics = partial(Metrics, process.device, num_classes, benchmark.candidates, benchmark.accepted)
     class_names = source.class_names if variant is None else synsets()
     for prefix, model in models_to_evaluate(config, source, process, file, class_names):
         with input_errors("sub-models"):
@@ -214,17 +197,13 @@ def evaluate_weights(
         if process.is_main and output is not None:
             with writing_errors(f"--output {output}"):
                 output.mkdir(parents=True, exist_ok=True)
-        name = f"the {WEIGHTS[prefix]} weights"
-        measured = measure_benchmark(model, benchmark, loaders, precision, process, name, is_detailed=is_detailed)
-        result = Result(prefix, *measured)
-        for augmentation in augmentations:
-            forward = sub_model_forward(model, augmentation, config.seed, process)
-            sub_name = f"the sub-model {augmentation} of {name}"
-            metrics, _ = measure_benchmark(model, benchmark, loaders, precision, process, sub_name, forward)
-            members = augmentation.members
-            named = (members[0].name, members[0].ratio) if len(members) == 1 else (str(augmentation), None)
-            result.sub_models.append(SubModelResult(*named, metrics.figures()))
-        results.append(result)
+        found = []
+        for augmentation in (None, *augmentations):
+            name = f"the {WEIGHTS[prefix]} weights"
+            name = name if augmentation is None else f"the sub-model {augmentation} of {name}"
+            measured = measure(model, loaders, metrics, precision, process, name, augmentation, config.seed)
+            found.append(Result(prefix, augmentation, *measured))
+        results.append(replace(found[0], sub_models=found[1:]))
     bad_files.unite(process)
     return _describe(config, file, variant, source, model), results
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from engine import atomic
-from engine.errors import InputError
+from engine.errors import InputError, writing_errors
 
 LOGGER = logging.getLogger("engine")
 CHECKPOINTS = "checkpoints"  # folder in that of a run
@@ -79,21 +79,18 @@ class RunFolder:
         """Create the folder, keep others from writing into it, and save the complete configuration in it.
 
         Raises:
-            InputError: another run is writing into the folder, or nobody can.
+            InputError: another run is writing into the folder.
+            RunError: it cannot be written.
         """
-        try:
+        with writing_errors(f"output_dir = {self.path}:"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = open(self._lock_file, "a+")  # noqa: SIM115  (held until the end of the run)
-        except OSError as error:
-            raise InputError(f"output_dir = {self.path}: cannot be written: {error.strerror}") from error
         with lock:
             self._lock(lock)
             if not is_resumed:
                 self.refuse_if_taken()  # again: another run may have come and gone since
-            try:
+            with writing_errors(f"output_dir = {self.path}:"):
                 atomic.write_text(self.config, config_yaml)
-            except OSError as error:
-                raise InputError(f"output_dir = {self.path}: cannot be written: {error.strerror}") from error
             yield
 
     def _lock(self, lock: TextIO) -> None:

@@ -88,19 +88,17 @@ def run(arguments: argparse.Namespace) -> None:
     if launched_rank() == 0:
         log_to_terminal()
     overrides = [*VARIANT_SETTINGS.get(arguments.variant, ()), *arguments.overrides]
-    target = find_target(arguments.what, arguments.model, overrides)
-    config = complete(target.config)
+    config, checkpoint = find_target(arguments.what, arguments.model, overrides)
+    config = complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     augmentations = sub_models(config, arguments.augsub, ratios) if wanted else []
-    output = arguments.output or folder_for(target, asked_for(arguments))
+    output = arguments.output or folder_for(arguments.what, checkpoint, asked_for(arguments))
     with (
         process_group(config.distributed.timeout_minutes) as process,
         worker_deaths(config.data.workers),
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
-        description, results = evaluate_weights(
-            config, target.checkpoint, process, arguments.variant, augmentations, output
-        )
+        description, results = evaluate_weights(config, checkpoint, process, arguments.variant, augmentations, output)
         if process.is_main:
             print(tables(description, results))
             write(output, description, results)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import augsub
-from engine.data import IGNORED, DataSource
-from engine.data.imagenet_family import Benchmark
+from engine.data import IGNORED
 from engine.distributed import Process
 from engine.errors import InputError, RunError
-from engine.evaluation import Description, Metrics, Result, evaluate, measure, measure_benchmark, sub_model_forward
+from engine.evaluation import Description, Metrics, Result, evaluate, measure
 from engine.evaluation_report import tables, write
 from engine.precision import Precision
 
@@ -91,8 +90,8 @@ def test_with_several_right_labels_any_of_them_counts():
 
 
 def test_measuring_in_detail_says_what_evaluate_says_and_the_mode_is_restored(outputs):
-    model, metrics = nn.Sequential(nn.Dropout(0.5)).train(), Metrics(CPU, CLASSES)
-    measure(model, batches_of(*outputs), FULL, ALONE, metrics)
+    model = nn.Sequential(nn.Dropout(0.5)).train()
+    metrics, _ = measure(model, {"": batches_of(*outputs)}, partial(Metrics, CPU, CLASSES), FULL, ALONE)
     figures = metrics.figures()
     assert figures.pop("ece") > 0 and figures == evaluate(model, batches_of(*outputs), FULL, ALONE)
     assert model.training
@@ -132,9 +131,8 @@ def test_a_sub_model_is_evaluated_with_the_same_draws_each_time(patched_model, n
 
     def result(seed: int, ratio: float) -> dict[str, float]:
         augmentation = augsub.build({"name": name, "ratio": ratio, **options})
-        metrics, forward = Metrics(CPU), sub_model_forward(patched_model, augmentation, seed, ALONE)
-        measure(patched_model, batches, FULL, ALONE, metrics, forward=forward)
-        return metrics.figures()
+        new_metrics = partial(Metrics, CPU)
+        return measure(patched_model, {"": batches}, new_metrics, FULL, ALONE, "", augmentation, seed)[0].figures()
 
     main = evaluate(patched_model, batches, FULL, ALONE)
     assert result(0, 0.0) == main
@@ -149,15 +147,13 @@ CANDIDATES = [8, 1, 5, 3]  # the model has ten classes, labels are places in thi
 def test_a_benchmark_of_several_sets_is_measured_apart_and_together(tmp_path):
     generator, sources = torch.Generator().manual_seed(0), {}
     for size, name in enumerate(SEVERITIES, start=11):
-        dataset = TensorDataset(torch.randn(size, 6, generator=generator), torch.arange(size) % len(CANDIDATES))
-        sources[name] = DataSource(None, dataset, num_classes=10, in_chans=1, class_names=["a", "b", "c", "d"])
+        sources[name] = torch.randn(size, 6, generator=generator), torch.arange(size) % len(CANDIDATES)
     torch.manual_seed(0)
-    model, benchmark = nn.Linear(6, 10), Benchmark(sources, CANDIDATES)
-    loaders = {name: batches_of(*source.held_out.tensors, 4) for name, source in sources.items()}
-    result = Result("", *measure_benchmark(model, benchmark, loaders, FULL, ALONE))
+    model = nn.Linear(6, 10)
+    loaders = {name: batches_of(*tensors, 4) for name, tensors in sources.items()}
+    result = Result("", None, *measure(model, loaders, partial(Metrics, CPU, 4, CANDIDATES), FULL, ALONE))
     hits = {}
-    for name, source in sources.items():
-        images, labels = source.held_out.tensors
+    for name, (images, labels) in sources.items():
         hits[name] = model(images)[:, CANDIDATES].argmax(dim=1) == labels
         assert result.parts[name]["top1"] == pytest.approx(100 * hits[name].double().mean().item())
         assert result.parts[name]["images"] == len(labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from engine.data.delivery import Normalise
 from engine.data.imagenet_family import CORRUPTIONS, VARIANT_SETTINGS, open_variant
 from engine.distributed import Process
 from engine.errors import InputError
-from engine.evaluation import measure_benchmark
+from engine.evaluation import Metrics, measure
 from engine.evaluation_run import find_target
 from engine.precision import Precision
 
@@ -127,7 +128,8 @@ def test_real_accuracy_is_that_of_timm(tmp_path):
             for label in labels[:1]:
                 model[1].bias[label] += 1.5
     loaders = {"": build_held_out(config, benchmark.source, process)}
-    metrics, _ = measure_benchmark(model, benchmark, loaders, Precision("off", process.device), process)
+    new_metrics = partial(Metrics, process.device, accepted=benchmark.accepted)
+    metrics, _ = measure(model, loaders, new_metrics, Precision("off", process.device), process)
     figures = metrics.figures()
 
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50001)]
@@ -148,7 +150,7 @@ def test_of_images_that_are_cropped_already_nothing_is_cut(tmp_path):
         make(tmp_path / "data" / "fog" / severity, SYNSETS, tmp_path / "picture.png")
     whole = [f"data.root={tmp_path / 'data'}", "data.image_size=8", *VARIANT_SETTINGS["c"]]
     for overrides, is_whole in ((whole, True), ([*whole, "transform.eval_crop=0.5"], False)):
-        config = find_target("test_vit", None, overrides).config
+        config, _ = find_target("test_vit", None, overrides)
         config.transform.eval_interpolation = "bicubic"
         config.transform.mean, config.transform.std = [0.5] * 3, [0.5] * 3
         image, _ = open_variant("c", config).source.held_out[0]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from engine import defaults
 from engine.config_file import load_config
 from engine.distributed import Process
-from engine.evaluation_run import LONGEST, Target, folder_for
+from engine.evaluation_run import LONGEST, folder_for
 from engine.run_folder import RunFolder
 from tools import compare_runs, eval_net
 from tools.exporting import export
@@ -339,7 +339,7 @@ def test_another_evaluation_goes_to_another_folder(evaluate, run):
 
 
 def folder_of(*asked: str) -> Path:
-    return folder_for(Target(load_config(DIGITS), None, Path("runs/X/evaluation/best")), asked)
+    return folder_for("runs/X", Path("runs/X/checkpoints/best.pt"), asked)
 
 
 def test_the_name_of_the_folder_tells_what_was_asked_for():
@@ -347,21 +347,13 @@ def test_the_name_of_the_folder_tells_what_was_asked_for():
     assert folder_of("data.eval_split=test").name == "best_data.eval_split=test"
     assert folder_of("b=2", "a=1") == folder_of("a=1", "b=2")
     assert folder_of("data.root=/a/b").name == "best_data.root=_a_b"
+    assert folder_for("a", None, []) == Path("runs/evaluation/a")
+    assert len({folder_for(name, Path(name), []) for name in ("a/model.pt", "b/model.pt")}) == 2
     others = [f"data.root=/data/{'x' * 300}/{end}" for end in ("one", "two")]
     others += ["data.root=画", "data.root=图", "model.kwargs={a: 1}", "model.kwargs={a; 1}"]
     names = [folder_of(other).name for other in others]
     assert len(set(names)) == len(names)
     assert all(len(name.encode()) <= LONGEST + 9 and "/" not in name for name in names)
-
-
-def test_weights_of_one_name_in_two_folders_have_results_of_their_own(evaluate, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        shutil.copy(run / "checkpoints" / "last.pt", tmp_path / name / "model.pt")
-        evaluate(f"{name}/model.pt")
-    found = {json.loads(path.read_text())["source"] for path in tmp_path.glob("runs/evaluation/*/results.json")}
-    assert found == {"a/model.pt", "b/model.pt"}
 
 
 def test_a_folder_that_is_written_again_holds_one_evaluation(evaluate, trained, tmp_path):
