@@ -124,3 +124,13 @@ def image_folder(tmp_path) -> Path:
                 pixels = rng.integers(0, 85 * brightness, (60, 80, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
     return root
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> object:
+    """What was captured goes from the processes of the tests to pytest's own as UTF-8, also names that are none."""
+    report = yield
+    report.sections = [
+        (title, text.encode("utf-8", "backslashreplace").decode("utf-8")) for title, text in report.sections
+    ]
+    return report

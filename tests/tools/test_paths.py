@@ -96,19 +96,3 @@ def test_a_run_in_the_home_folder_is_found_by_every_tool(home, call):
     assert call(tools.visualize_augsub, "--config", "~/plain.yaml", "--output", "~/seen.png")[0] == 0
     assert (home / "seen.png").is_file()
     assert list(Path.cwd().iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("tool", "arguments"),
-    [
-        (tools.export, ("last.pt", f"{NOBODY}/x.pt")),
-        (tools.eval_net, (f"{NOBODY}/run",)),
-        (tools.compare_runs, ("--study", f"{NOBODY}/study.yaml")),
-        (tools.visualize_augsub, ("--images", "a.png", f"{NOBODY}/b.png")),
-    ],
-)
-def test_an_argument_of_no_user(call, capsys, tool, arguments):
-    with pytest.raises(SystemExit) as ended:
-        call(tool, *arguments)
-    assert ended.value.code == 2
-    assert f": {NOBODY} has no home folder; " in capsys.readouterr().err.splitlines()[-1]

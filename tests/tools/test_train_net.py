@@ -1,8 +1,16 @@
+"""tools/train_net.py: what a run prints, leaves behind, and goes on from; in this process where that is enough."""
+
 from __future__ import annotations
 
+import csv
 import io
 import json
+import os
+import pty
 import re
+import select
+import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -12,58 +20,39 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.checkpoint import load
 from engine.data.digits import build_digits
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
+BEFORE = ROOT / "tests" / "data" / "run_before_23"
+SHORT = ("--config", DIGITS, "model.kwargs.depth=2", "log.period=4", "evaluation.period=1")
 # every kind of state that a resumed run must find again
-EVERYTHING_ON = (
-    "train.global_batch=40",
-    "train.accumulation=2",
-    "mixup.mixup_alpha=0.8",
-    "ema.enabled=true",
-    "ema.decay=0.9",
-    "model.drop_path_rate=0.1",
-    "train.clip_norm=1.0",
-    "log.period=7",
-)
+EVERY_STATE = (
+    "train.global_batch=40", "train.accumulation=2", "mixup.mixup_alpha=0.8", "ema.enabled=true", "ema.decay=0.9",
+    "model.drop_path_rate=0.1", "train.clip_norm=1.0",
+)  # fmt: skip
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def records(folder: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
-def without_time(records: list[dict]) -> list[dict]:
+def without_machine(records: list[dict]) -> list[dict]:
     of_the_machine = ("images_per_second", "memory")
     return [{key: value for key, value in record.items() if key not in of_the_machine} for record in records]
 
 
-def tensorboard_images(folder: Path) -> dict[str, list[np.ndarray]]:
-    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    return {
-        title: [np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images(title)]
-        for title in events.Tags()["images"]
-    }
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
 
 
-def test_tensorboard_shows_once_what_the_sub_models_see(train_net, tmp_path):
-    run = ["--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=2", "--resume"]
-    assert train_net(*run)[0] == 0 and train_net(*run[:-2], "train.max_iters=3", "--resume")[0] == 0
-    pictures = tensorboard_images(tmp_path / "run")
-    (main,), (sub,) = pictures.pop("main model"), pictures.pop("sub-model 0, masking 0.5")
-    assert not pictures
-    digits = build_digits(8).held_out.tensors[0][::100, 0].numpy()
-    low, high = digits.min(axis=(1, 2), keepdims=True), digits.max(axis=(1, 2), keepdims=True)
-    stretched = (255 * (digits - low) / (high - low)).round()
-    assert np.array_equal(main[..., 0], np.concatenate(stretched, axis=1))
-    torch.manual_seed(0)
-    is_kept = (torch.rand(8, 16).argsort(dim=1).argsort(dim=1) < 8).view(8, 4, 4).numpy()
-    is_kept = np.concatenate(is_kept.repeat(2, axis=1).repeat(2, axis=2), axis=1)  # patches of 2 x 2 pixels
-    assert np.array_equal(sub[is_kept], main[is_kept])
-    assert (sub[~is_kept] == (0.15 * main[~is_kept] + 0.85 * 255).round()).all()
+def printed_json(output: str) -> dict:
+    return json.loads(output[output.index("{") :])
 
 
 def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path):
@@ -74,166 +63,215 @@ def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path)
     assert result.stderr == "" and "\r" not in result.stdout  # no bar where there is no terminal
     assert len(re.findall(r"iteration \d+  main_loss .* images/s  \d+ MiB  \d\d:\d\d left\n", result.stdout)) == 2
     folder = tmp_path / "run"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert {"top1", "top5", "main_loss", "sub_loss", "iterations", "seconds"} <= summary.keys()
-    assert summary["iterations"] == 40 and summary["images"] == 797
-    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert list(folder.glob("events.out.tfevents.*"))
+    end = summary(folder)
+    assert {"top1", "top5", "main_loss", "sub_loss", "iterations", "seconds"} <= end.keys()
+    assert end["iterations"] == 40 and end["images"] == 797 and records(folder)[-1]["top1"] == end["top1"]
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG" and list(folder.glob("events.out.tfevents.*"))
     assert "iteration 40" in (folder / "log.txt").read_text()
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_iters"] == 40
-    assert metrics(folder)[-1]["top1"] == summary["top1"]
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
     assert "cls_token" in state["model"] and state["iteration"] == 40
-    assert {"last.pt", "previous.pt", "best.pt", "iter_40.pt"} == {
-        path.name for path in (folder / "checkpoints").iterdir()
-    }
-
-
-def test_the_baseline_has_no_sub_model(train_net, tmp_path):
-    code, _output, _ = train_net(
-        "--config", DIGITS, "augsub.sub_models=[]", f"output_dir={tmp_path}/run", "train.max_iters=20"
-    )
-    assert code == 0
-    assert "no sub-model: plain training" in (tmp_path / "run" / "log.txt").read_text()
-    assert all("sub_loss" not in record for record in metrics(tmp_path / "run"))
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"last.pt", "previous.pt", "best.pt", "iter_40.pt"}
 
 
 def test_training_learns(train_net, tmp_path):
-    train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=200")
-    records = metrics(tmp_path / "run")
-    assert records[-1]["main_loss"] < 0.7 * records[0]["main_loss"]
-    assert records[-1]["sub_loss"] < records[0]["sub_loss"]
-    assert records[-1]["top1"] > 50
+    assert train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=200")[0] == 0
+    first, *_, last = records(tmp_path / "run")
+    assert last["main_loss"] < 0.7 * first["main_loss"] and last["sub_loss"] < first["sub_loss"] and last["top1"] > 50
 
 
-def test_a_resumed_run_ends_with_the_same_bits(train_net, tmp_path):
-    for name, stops in {"whole": [45], "resumed": [23, 45]}.items():
-        for iterations in stops:
-            assert train_net(
-                "--config", DIGITS, "--resume", f"output_dir={tmp_path}/{name}", f"train.max_iters={iterations}",
-                "evaluation.period=1", *EVERYTHING_ON
-            )[0] == 0  # fmt: skip
-    states = [
-        torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("whole", "resumed")
-    ]
-    for kind in (("model",), ("hooks", "ema", "model")):
-        whole, resumed = states
-        for key in kind:
-            whole, resumed = whole[key], resumed[key]
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    iterations = [record["iteration"] for record in metrics(tmp_path / "resumed")]
-    assert iterations == sorted(set(iterations))
-    assert (
-        without_time(metrics(tmp_path / "resumed"))[-1]["top1"] == without_time(metrics(tmp_path / "whole"))[-1]["top1"]
+def test_the_baseline_has_no_sub_model(train_net, tmp_path):
+    run = ("augsub.sub_models=[]", f"output_dir={tmp_path}/run", "train.max_iters=2", "log.period=1")
+    assert train_net("--config", DIGITS, *run)[0] == 0
+    assert "no sub-model: plain training" in (tmp_path / "run" / "log.txt").read_text()
+    assert all("sub_loss" not in record for record in records(tmp_path / "run"))
+
+
+def test_tensorboard_shows_once_what_the_sub_models_see(train_net, tmp_path):
+    for iterations in (2, 3):
+        run = ("--config", DIGITS, f"output_dir={tmp_path}/run", f"train.max_iters={iterations}", "--resume")
+        assert train_net(*run)[0] == 0
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
+    pictures = {
+        title: [np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images(title)]
+        for title in events.Tags()["images"]
+    }
+    (main,), (sub,) = pictures.pop("main model"), pictures.pop("sub-model 0, masking 0.5")
+    assert not pictures
+    digits = build_digits(8).held_out.tensors[0][::100, 0].numpy()
+    low, high = digits.min(axis=(1, 2), keepdims=True), digits.max(axis=(1, 2), keepdims=True)
+    assert np.array_equal(main[..., 0], np.concatenate((255 * (digits - low) / (high - low)).round(), axis=1))
+    torch.manual_seed(0)
+    is_kept = (torch.rand(8, 16).argsort(dim=1).argsort(dim=1) < 8).view(8, 4, 4).numpy()
+    is_kept = np.concatenate(is_kept.repeat(2, axis=1).repeat(2, axis=2), axis=1)  # patches of 2 x 2 pixels
+    assert np.array_equal(sub[is_kept], main[is_kept])
+    assert (sub[~is_kept] == (0.15 * main[~is_kept] + 0.85 * 255).round()).all()
+
+
+# The real package wants an account, or writes a database of its own; this one writes down what it is asked
+FAKE_WANDB = """
+import json, os
+
+class Error(Exception):
+    pass
+
+def note(call, **arguments):
+    with open(os.environ["WANDB_CALLS"], "a") as file:
+        file.write(json.dumps([call, arguments]) + "\\n")
+
+class Run:
+    def log(self, values, step):
+        note("log", values=values, step=step)
+
+    def finish(self, exit_code):
+        note("finish", exit_code=exit_code)
+
+def init(**arguments):
+    if "WANDB_REFUSES" in os.environ:
+        raise Error("No API key configured.\\nUse `wandb login` to log in.")
+    note("init", **arguments)
+    return Run()
+"""
+
+
+@pytest.fixture
+def wandb_calls(tmp_path, monkeypatch):
+    """A package of that name on the path; gives what it was called with so far."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setenv("WANDB_CALLS", str(tmp_path / "calls"))
+    yield lambda name: [arguments for call, arguments in records(tmp_path, "calls") if call == name]
+    sys.modules.pop("wandb", None)
+
+
+def test_reports_and_a_stop_change_no_bit_of_the_training(train_net, tmp_path, wandb_calls):
+    """A run with every kind of state: in one go, and stopped and resumed with everything on that is written."""
+    run = (*SHORT, *EVERY_STATE)
+    assert train_net(*run, f"output_dir={tmp_path}/plain", "train.max_iters=30")[0] == 0
+    for stop in (18, 30):
+        everything = ("train.profile=true", "log.csv=true", "log.wandb=digits", f"train.max_iters={stop}")
+        assert train_net(*run, "--resume", f"output_dir={tmp_path}/all", *everything)[0] == 0
+    plain, full = (load(tmp_path / name / "checkpoints" / "last.pt") for name in ("plain", "all"))
+    for part in ("model", "ema"):
+        one, other = (state["model"] if part == "model" else state["hooks"]["ema"]["model"] for state in (plain, full))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    states = [state["optimizer"]["state"] for state in (plain, full)]
+    assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
+
+    written, expected = records(tmp_path / "all"), {line["iteration"]: line for line in records(tmp_path / "plain")}
+    iterations = [record["iteration"] for record in written]
+    assert iterations == [4, 8, 12, 16, 18, 20, 24, 25, 28, 30]  # none is missing or twice
+    of_the_same_steps = [record for record in written if record["iteration"] not in (18, 20)]
+    assert without_machine(of_the_same_steps) == without_machine([expected[r["iteration"]] for r in of_the_same_steps])
+    with open(tmp_path / "all" / "metrics.csv", newline="") as file:
+        table = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    assert table == written
+
+    first, second = wandb_calls("init")
+    assert (first["project"], first["name"], first["config"]["train.max_iters"]) == ("digits", "all", 18)
+    assert second["id"] == first["id"] and second["resume"] == "allow"
+    assert [{"iteration": call["step"], **call["values"]} for call in wandb_calls("log")] == written
+    assert wandb_calls("finish") == 2 * [{"exit_code": 0}]
+
+
+def test_wandb_that_is_missing_or_refuses_is_one_line(train_net, tmp_path, monkeypatch, request):
+    """The same command goes later; a run that fails is marked so."""
+    run = (*SHORT, f"output_dir={tmp_path}/run", "train.max_iters=2", "log.wandb=digits")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed, where it is
+    code, _, error = train_net(*run)
+    assert code == 2 and "log.wandb = digits: the package cannot be imported" in error and "pip install wandb" in error
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+    monkeypatch.delitem(sys.modules, "wandb")
+    calls = request.getfixturevalue("wandb_calls")
+    monkeypatch.setenv("WANDB_REFUSES", "1")
+    code, _, error = train_net(*run)
+    assert code == 2 and error.count("\n") == 1
+    assert "W&B does not begin: No API key configured. Use `wandb login`" in error
+    monkeypatch.delenv("WANDB_REFUSES")
+    assert train_net(*run)[0] == 0 and len(calls("init")) == len(calls("log")) == 1
+    assert train_net(*run[:-3], f"output_dir={tmp_path}/ruined", "log.wandb=digits", "optimizer.lr=1e30")[0] == 2
+    assert calls("finish") == [{"exit_code": 0}, {"exit_code": 1}]
+
+
+def test_a_run_of_the_version_before_goes_on_to_the_same_end(train_net, tmp_path):
+    """See tests/data/run_before_23/README.md."""
+    shutil.copytree(BEFORE, tmp_path / "run")
+    run = ("--config", BEFORE / "run.yaml", f"output_dir={tmp_path}/run", "train.max_iters=40", "--resume")
+    code, _, error = train_net(*run)
+    assert code == 0, error
+    state, expected = (
+        load(tmp_path / "run" / "checkpoints" / "last.pt"),
+        load_file(BEFORE / "expected_weights.safetensors"),
     )
-    assert "resumed" in (tmp_path / "resumed" / "log.txt").read_text()
+    averages = {f"ema.{name}": tensor for name, tensor in state["hooks"]["ema"]["model"].items()}
+    torch.testing.assert_close({**state["model"], **averages}, expected, rtol=1e-4, atol=1e-6)  # another machine's sums
+    lines, before = records(tmp_path / "run"), records(BEFORE, "expected_metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [line["iteration"] for line in before]
+    for line, expected_line in zip(without_machine(lines), without_machine(before), strict=True):
+        assert line == pytest.approx(expected_line, rel=1e-3, abs=0.3)  # two images of 797 on the edge
 
 
-def test_evaluation_alone_gives_the_result_of_the_run(train_net, tmp_path):
-    train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=60")
-    expected = json.loads((tmp_path / "run" / "summary.json").read_text())
-    code, output, _ = train_net("--config", DIGITS, "--eval-only", f"output_dir={tmp_path}/run")
-    assert code == 0
-    results = json.loads(output[output.index("{") :])
-    assert {name: results[name] for name in ("top1", "top5", "images")} == {
-        name: expected[name] for name in ("top1", "top5", "images")
+def test_weights_and_their_average_are_evaluated_alone_as_in_the_run(train_net, tmp_path):
+    """The average is switched on for a run that goes on: it starts with its weights."""
+    run, averaging = ("--config", DIGITS, f"output_dir={tmp_path}/run"), ("ema.enabled=true", "ema.decay=0.9")
+    assert train_net(*run, "train.max_iters=60")[0] == 0
+    assert train_net(*run, "--resume", "train.max_iters=61", *averaging)[0] == 0
+    end = summary(tmp_path / "run")
+    assert end["ema_top1"] == pytest.approx(end["top1"], abs=5)
+    code, output, _ = train_net(*run, "--eval-only", *averaging)
+    results = printed_json(output)
+    assert code == 0 and results["images"] == 797
+    assert {name: results[name] for name in ("top1", "top5", "ema_top1")} == {
+        name: end[name] for name in ("top1", "top5", "ema_top1")
     }
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     for key in ("evaluation.checkpoint", "model.checkpoint"):
-        _, again, _ = train_net("--config", DIGITS, "--eval-only", f"{key}={last}", f"output_dir={tmp_path}/no")
-        assert json.loads(again[again.index("{") :]) == results
+        again = train_net("--config", DIGITS, "--eval-only", f"{key}={last}", f"output_dir={tmp_path}/no")[1]
+        assert printed_json(again) == results
 
 
-def test_the_average_of_the_weights_is_evaluated_too_and_starts_with_a_resumed_run(train_net, tmp_path):
-    run = ["--config", DIGITS, f"output_dir={tmp_path}/run"]
-    assert train_net(*run, "train.max_iters=60")[0] == 0
-    averaging = ["ema.enabled=true", "ema.decay=0.9"]
-    assert train_net(*run, "--resume", "train.max_iters=61", *averaging)[0] == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["ema_top1"] == pytest.approx(summary["top1"], abs=5)  # an average of trained weights from the start
-    _, output, _ = train_net(*run, "--eval-only", *averaging)
-    results = json.loads(output[output.index("{") :])
-    assert results["ema_top1"] == summary["ema_top1"] and results["top1"] == summary["top1"]
-
-
-def test_processes_that_do_not_share_the_run_folder_do_not_resume(command, torchrun, train_net, tmp_path):
-    assert train_net("--config", DIGITS, f"output_dir={tmp_path}/rank0", "train.max_iters=5")[0] == 0
-    script = tmp_path / "node.sh"  # each process has a folder of its own, as nodes without a shared disk
-    train = f"{sys.executable} {TRAIN_NET} --config {DIGITS} --resume train.max_iters=10"
-    script.write_text(f"exec {train} output_dir={tmp_path}/rank$RANK")
-    finished = command(*torchrun, "--no-python", "bash", script)
-    assert finished.returncode != 0
-    assert "last.pt exists for 1 of 2 processes only: all must share output_dir" in finished.stderr
-    assert not (tmp_path / "rank1").exists()
-
-
-@pytest.mark.parametrize("model", ["vit", "swin"])
-def test_two_processes_train_and_count_every_image_once(command, torchrun, train_net, tmp_path, model):
-    config = ROOT / "configs" / f"digits_{model}.yaml"
-    result = command(*torchrun, TRAIN_NET, "--config", config, f"output_dir={tmp_path}/run", "train.max_iters=40")
+def test_two_processes_train_and_count_every_image_once(command, torchrun, train_net, tmp_path):
+    """A Swin: its main model does not use the mask token."""
+    config = ROOT / "configs" / "digits_swin.yaml"
+    result = command(*torchrun, TRAIN_NET, "--config", config, f"output_dir={tmp_path}/run", "train.max_iters=20")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("held-out top-1") == 1  # one process reports
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["images"] == 797
-    _, output, _ = train_net("--config", config, "--eval-only", f"output_dir={tmp_path}/run")
-    alone = json.loads(output[output.index("{") :])
-    assert alone["top1"] == pytest.approx(summary["top1"], abs=0.13)  # one image of 797 on the edge
-    assert alone["images"] == 797
+    end = summary(tmp_path / "run")
+    alone = printed_json(train_net("--config", config, "--eval-only", f"output_dir={tmp_path}/run")[1])
+    assert alone["images"] == end["images"] == 797
+    assert alone["top1"] == pytest.approx(end["top1"], abs=0.13)  # one image of 797 on the edge
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision(train_net, tmp_path, amp):
-    code, _, _ = train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=20", f"train.amp={amp}")
-    assert code == 0
-    assert metrics(tmp_path / "run")[-1]["main_loss"] < 2.4
+    run = ("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=3", "log.period=1", f"train.amp={amp}")
+    assert train_net(*run)[0] == 0 and records(tmp_path / "run")[-1]["main_loss"] < 2.6
     log = (tmp_path / "run" / "log.txt").read_text()
     assert ("on this CPU the run uses float32" in log) == (amp == "fp16" and not torch.cuda.is_available())
-
-
-def test_a_plugin_file_brings_a_new_augmentation(command, tmp_path):
-    (tmp_path / "my_augmentations.py").write_text(
-        textwrap.dedent("""
-        import torch
-        import augsub
-
-        @augsub.register("token_noise")
-        class TokenNoise(augsub.SubModelAugmentation):
-            sites = ("tokens",)
-
-            def tokens(self, tokens):
-                tokens.values = tokens.values + self.ratio * torch.randn_like(tokens.values)
-                return tokens
-        """)
-    )
-    arguments = [
-        "plugins=[my_augmentations]",
-        "augsub.sub_models=[{weight: 0.5, augmentations: [{name: token_noise, ratio: 0.3}]}]",
-        "train.max_iters=20",
-    ]
-    result = command(sys.executable, TRAIN_NET, "--config", DIGITS, *arguments, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "sub_loss" in metrics(tmp_path / "runs" / "digits_vit")[-1]
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        ["--config", ROOT / "configs/swin_b.yaml", "model.name=swin_tiny_patch4_window7_224", "data.image_size=64",
-         "augsub.sub_models=[{augmentations: [{name: masking, ratio: 0.5, cell: 16}]}]"],
-        ["--config", ROOT / "configs/resnet50.yaml", "model.name=resnet18", "data.image_size=64"],
-        ["--config", ROOT / "configs/deit3_b_400e.yaml", "model.name=deit3_small_patch16_224", "data.image_size=64",
-         "model.kwargs={init_values: 1.0e-4, depth: 2}"],
+        ("swin_b", "swin_tiny_patch4_window7_224", "model.kwargs={depths: [1, 1, 1, 1]}",
+         "augsub.sub_models=[{augmentations: [{name: masking, ratio: 0.5, cell: 16}]}]"),
+        ("resnet50", "resnet18"),
+        ("deit3_b_400e", "deit3_small_patch16_224", "model.kwargs={init_values: 1.0e-4, depth: 2}"),
     ],
     ids=["swin", "resnet", "vit"],
 )  # fmt: skip
 def test_an_image_folder_trains_with_the_imagenet_recipes(train_net, image_folder, tmp_path, model):
     """The recipes' transforms, mixing, losses and optimisers, on smaller models and images."""
+    recipe, name, *settings = model
     code, _, error = train_net(
-        *model, f"data.root={image_folder}", f"output_dir={tmp_path}/run", "data.workers=2", "train.global_batch=8",
-        "train.max_iters=2", "train.epochs=30",
+        "--config", recipe, f"model.name={name}", "data.image_size=64", f"data.root={image_folder}",
+        f"output_dir={tmp_path}/run", "data.workers=2", "train.global_batch=8", "train.max_iters=2", "train.epochs=30",
+        *settings,
     )  # fmt: skip
     assert code == 0, error
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"] == 9
+    assert summary(tmp_path / "run")["images"] == 9
 
 
 @pytest.mark.slow
@@ -242,45 +280,107 @@ def test_compiled_training_is_the_same_training(command, torchrun, tmp_path, str
     """With a lower precision, checkpointing and an average, which all take part in what is compiled."""
     launcher = [sys.executable] if strategy is None else torchrun
     options = ["train.max_iters=40", "train.amp=bf16", "train.grad_checkpointing=true"]
-    options += ["ema.enabled=true", "ema.decay=0.9"]
-    options += [f"distributed.strategy={strategy}"] if strategy else []
+    options += ["ema.enabled=true", "ema.decay=0.9", *([f"distributed.strategy={strategy}"] if strategy else [])]
     for compile in ("false", "true"):
         finished = command(
             *launcher, TRAIN_NET, "--config", DIGITS, f"output_dir={tmp_path}/{compile}", *options,
             f"train.compile={compile}", timeout=900,
         )  # fmt: skip
         assert finished.returncode == 0, finished.stderr
-    eager, compiled = metrics(tmp_path / "false"), metrics(tmp_path / "true")
     # compiled kernels draw other random masks, so the comparison is of learning, not of bits
-    assert compiled[-1]["main_loss"] == pytest.approx(eager[-1]["main_loss"], rel=0.1)
-    ends = [json.loads((tmp_path / compile / "summary.json").read_text()) for compile in ("false", "true")]
-    assert ends[1]["ema_top1"] == pytest.approx(ends[0]["ema_top1"], abs=5)
+    eager, compiled = (summary(tmp_path / compile) for compile in ("false", "true"))
+    assert compiled["main_loss"] == pytest.approx(eager["main_loss"], rel=0.1)
+    assert compiled["ema_top1"] == pytest.approx(eager["ema_top1"], abs=5)
 
 
 def test_channels_last_changes_rounding_alone(train_net, tmp_path):
-    config = DIGITS.with_name("digits_resnet.yaml")
     for layout in ("false", "true"):
-        assert train_net(
-            "--config", config, f"output_dir={tmp_path}/{layout}", "train.max_iters=20", f"train.channels_last={layout}"
-        )[0] == 0  # fmt: skip
-    usual, channels_last = metrics(tmp_path / "false"), metrics(tmp_path / "true")
-    assert channels_last[-1]["main_loss"] == pytest.approx(usual[-1]["main_loss"], rel=1e-3)
-    assert channels_last[-1]["main_loss"] != usual[-1]["main_loss"]  # or the layout would not be in use
+        run = (f"output_dir={tmp_path}/{layout}", "train.max_iters=5", f"train.channels_last={layout}", "log.period=5")
+        assert train_net("--config", "digits_resnet", *run)[0] == 0
+    usual, channels_last = (records(tmp_path / layout)[-1]["main_loss"] for layout in ("false", "true"))
+    assert channels_last == pytest.approx(usual, rel=1e-3)
+    assert channels_last != usual  # or the layout would not be in use
+
+
+@pytest.mark.parametrize("augmentation", ["masking", "random_crop"])
+def test_statistics_of_frozen_layers_stay(train_net, tmp_path, augmentation):
+    """Over steps, sub-models and an evaluation, which puts the whole model back into training mode."""
+    sub_model = f"augsub.sub_models=[{{augmentations: [{{name: {augmentation}, ratio: 0.5}}]}}]"
+    run = (sub_model, "data.image_size=64", "train.global_batch=300", "train.max_iters=4")  # an epoch has three steps
+    frozen = "model.frozen=[layer1,bn1]"
+    assert train_net("--config", "digits_resnet", f"output_dir={tmp_path}/run", *run, frozen)[0] == 0
+    for name, value in load(tmp_path / "run" / "checkpoints" / "last.pt")["model"].items():
+        if "running_" in name:
+            initial = torch.full_like(value, float(name.endswith("var")))
+            assert torch.equal(value, initial) == name.startswith(("layer1.", "bn1.")), name
+
+
+def test_a_profile_is_a_trace_of_five_steps_and_a_table(train_net, tmp_path):
+    run = (*SHORT, f"output_dir={tmp_path}/run", "train.max_iters=12", "train.profile=true")
+    assert train_net(*run)[0] == 0
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert len({event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}) == 5
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" and event.get("ph") == "X" for event in events) >= 5
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"5 steps profiled, trace in {tmp_path / 'run' / 'trace.json'}" in log and "aten::addmm" in log
+    assert train_net(*run[:-2], "train.max_iters=15", "train.profile=true", "--resume")[0] == 0
+    said = "nothing was recorded, that takes 10 steps in one go and the run had 3 left"
+    assert said in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_bar_says_how_far_how_long_how_fast_and_how_good(tmp_path):
+    """On a terminal that does not tell its size."""
+    main, end = pty.openpty()
+    run = (*SHORT, f"output_dir={tmp_path}/run", "train.max_iters=60", "log.period=10")
+    process = subprocess.Popen(
+        [sys.executable, TRAIN_NET, *map(str, run)], stdin=end, stdout=end, stderr=end, close_fds=True,
+        env={**os.environ, "COLUMNS": "", "LINES": ""},
+    )  # fmt: skip
+    os.close(end)
+    output = b""
+    while select.select([main], [], [], 120)[0]:
+        try:
+            output += os.read(main, 65536)
+        except OSError:  # Linux says so that the other end is closed
+            break
+    assert process.wait(timeout=60) == 0
+    os.close(main)
+    shown = output.decode()
+    bars = [line for line in re.split(r"[\r\n]+", shown) if re.match(r" *\d+/60 \|", line)]
+    assert bars and max(map(len, bars)) < 80
+    full = re.compile(r"(\d+)/60 \|.+\| \d\d:\d\d left, loss ([\d.]+), lr ([\d.e-]+), (\d+) images/s, (\d+) MiB")
+    found = [match for match in map(full.search, bars) if match]
+    by_loss = {f"{record['loss']:.3f}": record for record in records(tmp_path / "run")}
+    assert found
+    for match in found:
+        record = by_loss[match[2]]  # of a record, not of the step itself
+        assert record["iteration"] <= int(match[1]) + 1
+        assert (match[4], match[5]) == (f"{record['images_per_second']:.0f}", f"{record['memory']:.0f}")
+    assert len(re.findall(r"iteration \d+  main_loss .* MiB  \d\d:\d\d left", shown)) == 6
 
 
 def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
     code, output, _ = train_net("--config", DIGITS, "--print-config", "seed=4")
-    assert code == 0
-    printed = yaml.safe_load(output)
-    assert printed["seed"] == 4 and printed["augsub"]["sub_models"][0]["augmentations"][0]["name"] == "masking"
+    assert code == 0 and yaml.safe_load(output)["seed"] == 4
     (tmp_path / "printed.yaml").write_text(output)
     assert train_net("--config", tmp_path / "printed.yaml", "--print-config")[1] == output
 
 
 def test_an_override_may_follow_resume_with_or_without_auto(train_net, tmp_path):
-    run = ["--config", DIGITS, f"output_dir={tmp_path}/run"]
-    for iterations, resume in enumerate((["--resume"], ["--resume", "auto"], ["--resume=auto"]), start=2):
-        assert train_net(*run, *resume, f"train.max_iters={iterations}")[0] == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 4
+    for resume in (["--resume"], ["--resume", "auto"], ["--resume=auto"]):
+        output = train_net("--config", DIGITS, *resume, "train.max_iters=7", "--print-config")[1]
+        assert yaml.safe_load(output)["train"]["max_iters"] == 7
     with pytest.raises(SystemExit):
-        train_net(*run, "--resume", "never")
+        train_net("--config", DIGITS, "--resume", "never", "--print-config")
+
+
+def test_help_fits_into_a_terminal(train_net, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        train_net("--help")
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(word in text for word in ("--dry-run", "the run:", "instead of training:", "engine/config.py"))
+    assert re.findall(r"^  (\d+) ", text.partition("exit codes:")[2], re.MULTILINE) == ["0", "2", "75", "130"]
+    examples = textwrap.dedent(text.partition("examples:\n")[2].partition("\n\n")[0])
+    assert all((ROOT / "configs" / f"{name}.yaml").exists() for name in re.findall(r"--config (\w+)", examples))
