@@ -15,7 +15,7 @@ from torch.distributed.tensor import distribute_tensor
 from engine import atomic, checkpoint_file, sharded_checkpoint
 from engine.checkpoint_file import join_tensors, split_tensors
 from engine.distributed import Process
-from engine.errors import InputError, RunError
+from engine.errors import InputError
 from engine.run_folder import RunFolder
 from engine.sharded_checkpoint import Shardings, unsharded
 
@@ -191,7 +191,7 @@ class CheckpointStore:
     def _put(self, staged: Path, names: list[Path]) -> None:
         """Let `last` and other names mean a complete checkpoint, and remove what is not kept."""
         folder = self._folder
-        try:
+        with checkpoint_file.writing(folder.last):
             if folder.last.exists() and not self._is_last_damaged:
                 atomic.link(folder.last.resolve(), folder.previous)
             for name in (folder.last, *names):
@@ -199,16 +199,11 @@ class CheckpointStore:
             self._is_last_damaged = False
             for old in folder.list_numbered()[: -self._keep] if self._keep else ():
                 old.unlink()
-            self._remove_unnamed_shards()
-        except OSError as error:
-            raise RunError(checkpoint_file.cannot_write(folder.last, error)) from error
-
-    def _remove_unnamed_shards(self) -> None:
-        """Those of killed saves too: when one is complete, no other is being written."""
-        named = {path.resolve() for path in self._folder.checkpoints.glob("*.pt")}
-        for shards in self._folder.all_shards():
-            if shards.resolve() not in named:
-                shutil.rmtree(shards)
+            # unnamed shards, those of killed saves too: when one is complete, no other is being written
+            named = {path.resolve() for path in folder.checkpoints.glob("*.pt")}
+            for shards in folder.all_shards():
+                if shards.resolve() not in named:
+                    shutil.rmtree(shards)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pickle
 import warnings
 import zipfile
 from argparse import Namespace
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import atomic
-from engine.errors import InputError, RunError, first_line
+from engine.errors import InputError, first_line, writing_errors
 
 TensorPath = tuple[Any, ...]  # the keys that lead to a tensor in nested dictionaries
 
@@ -54,11 +55,14 @@ def save(state: dict[str, Any], path: Path, known_as: Path | None = None) -> Non
     Raises:
         RunError: the disk refuses; what was there before stays.
     """
-    try:
-        with atomic.new_content(path) as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        raise RunError(cannot_write(known_as or path, error)) from error
+    with writing(known_as or path), atomic.new_content(path) as file:
+        torch.save(state, file)
+
+
+def writing(path: Path) -> AbstractContextManager[None]:
+    """What to tell the user when a save fails."""
+    remedy = "Make room or give write access, then continue with --resume"
+    return writing_errors(f"checkpoint {path}", f"; the one before it is still there. {remedy}")
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -106,18 +110,6 @@ def verify(path: Path) -> None:
                 raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} does not fit")
     except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"checkpoint {path} is damaged or no checkpoint: {error}") from error
-
-
-def cannot_write(path: Path, error: BaseException) -> str:
-    """What to tell the user when a save fails."""
-    system_error: BaseException | None = error
-    while system_error is not None and not isinstance(system_error, OSError):
-        system_error = system_error.__context__  # torch hides it behind an error of its own
-    reason = " ".join(str(error).split()) if system_error is None else system_error.strerror
-    return (
-        f"checkpoint {path} cannot be written: {reason}; the one before it is still there. "
-        "Make room or give write access, then continue with --resume"
-    )
 
 
 def _refusal(path: Path, error: Exception) -> str:

@@ -48,8 +48,13 @@ def writing_errors(place: str | Path, remedy: str = "") -> Iterator[None]:
     """Report that something cannot be written, and what the user can do about it."""
     try:
         yield
-    except OSError as error:
-        raise RunError(f"{place} cannot be written: {error.strerror or error}{remedy}") from error
+    except (OSError, RuntimeError) as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__context__  # torch hides it behind an error of its own
+        if reason is None:
+            raise
+        raise RunError(f"{place} cannot be written: {reason.strerror or reason}{remedy}") from error
 
 
 @contextmanager

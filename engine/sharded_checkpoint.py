@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from engine import atomic, checkpoint_file
 from engine.checkpoint_file import TensorPath, join_tensors, split_tensors
 from engine.distributed import Process
-from engine.errors import InputError, RunError, first_line
+from engine.errors import InputError, first_line
 
 PLAIN = "state.pt"  # everything but tensors, where the tensors belong, and the checksums of the other files
 CHUNK = 1 << 24  # bytes read at once
@@ -73,20 +73,23 @@ def save(state: dict[str, Any], folder: Path, process: Process) -> None:
     tensors, plain = split_tensors(state)
     keys = {"/".join(map(str, path)): path for path in tensors}
     temporary = atomic.temporary_name(folder)
-    try:
+    with checkpoint_file.writing(folder):
         if process.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         process.barrier()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled", category=UserWarning)
-            dcp.save(
-                {key: tensors[path] for key, path in keys.items()},
-                storage_writer=dcp.FileSystemWriter(temporary),
-                # what all processes have is saved as the main process has it
-                planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-                no_dist=process.world_size == 1,
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*torch.distributed is disabled", category=UserWarning)
+                dcp.save(
+                    {key: tensors[path] for key, path in keys.items()},
+                    storage_writer=dcp.FileSystemWriter(temporary),
+                    # what all processes have is saved as the main process has it
+                    planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+                    no_dist=process.world_size == 1,
+                )
+        except dcp.CheckpointException as error:
+            raise OSError(first_line(_cause(error))) from error
         own = {path.name: _checksum(path) for path in sorted(temporary.glob(f"__{process.rank}_*"))}
         if process.is_main:
             own[".metadata"] = _checksum(temporary / ".metadata")
@@ -97,8 +100,6 @@ def save(state: dict[str, Any], folder: Path, process: Process) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             atomic.put_in_place(temporary, folder)
         process.barrier()
-    except (OSError, dcp.CheckpointException) as error:
-        raise RunError(checkpoint_file.cannot_write(folder, _cause(error))) from error
 
 
 def load(folder: Path, shardings: Shardings = unsharded) -> dict[str, Any]:
