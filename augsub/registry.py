@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fvcore.common.registry import Registry
@@ -13,6 +13,12 @@ from augsub.augmentation import Compose, SubModelAugmentation
 
 AugmentationClass = TypeVar("AugmentationClass", bound=type[SubModelAugmentation])
 AugmentationSpec = str | Mapping[str, Any] | SubModelAugmentation | Sequence[Any]  # a sequence of these
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name nearest to a wrong one, as the end of a message; empty if none is near."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {match[0]!r}?" if match else ""
 
 
 class AugmentationRegistry(Registry):  # type: ignore[misc]  # fvcore is untyped
@@ -34,17 +40,14 @@ class AugmentationRegistry(Registry):  # type: ignore[misc]  # fvcore is untyped
         """The class registered under `name`; ValueError with the known names otherwise."""
         name = self._aliases.get(name, name)
         if name not in self:
-            raise ValueError(f"unknown augmentation {name!r}{self._suggestion(name)}; known: {', '.join(self.names())}")
+            nearest = did_you_mean(name, [*self.names(), *self._aliases])
+            raise ValueError(f"unknown augmentation {name!r}{nearest}; known: {', '.join(self.names())}")
         augmentation: type[SubModelAugmentation] = super().get(name)
         return augmentation
 
     def names(self) -> list[str]:
         """Registered names without aliases, sorted."""
         return sorted(name for name, _ in self)
-
-    def _suggestion(self, name: str) -> str:
-        match = difflib.get_close_matches(name, [*self.names(), *self._aliases], n=1)
-        return f", did you mean {match[0]!r}?" if match else ""
 
 
 AUGSUB_REGISTRY = AugmentationRegistry("AUGSUB")

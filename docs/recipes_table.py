@@ -21,7 +21,7 @@ def rows() -> list[list[object]]:
         train, paper = config.train, config.published
         if paper.baseline is None:
             continue
-        accumulation, (complexity, _) = accumulation_for(train, paper.gpus), analyze_configured(config)
+        accumulation, complexity = accumulation_for(train, paper.gpus), analyze_configured(config)
         batches = [train.global_batch // paper.gpus // accumulation, accumulation, train.global_batch]
         found.append([
             f"[{path.stem}](../configs/{path.name})", config.model.name, config.data.image_size, paper.baseline,

@@ -53,8 +53,7 @@ from engine.sharded_checkpoint import shardings_of
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
 from engine.writers import LogFile
-from models.blocks import innermost_blocks
-from models.build import check_image_shape
+from models.build import check_image_shape, innermost_blocks
 from models.initialise import frozen_batchnorms
 from models.param_groups import param_groups
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.optim import Optimizer
 
+from augsub.registry import did_you_mean
 from engine.checkpoint import check_structure
 from engine.config import OptimizerConfig, ScheduleConfig
 from engine.errors import InputError, input_errors
@@ -28,10 +28,9 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
     """timm's optimiser over parameter groups with their own `weight_decay` and `lr_scale`."""
     known = list_optimizers()
     if config.name not in known:
-        match = difflib.get_close_matches(config.name, known, n=1)
         raise InputError(
             f"optimizer.name = {config.name}: timm has no such optimiser"
-            f"{f', did you mean {match[0]}?' if match else ''} (timm.optim.list_optimizers() names them all)"
+            f"{did_you_mean(config.name, known)} (timm.optim.list_optimizers() names them all)"
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     arguments = {name: value for name, value in optional.items() if value is not None}

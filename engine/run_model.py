@@ -16,8 +16,7 @@ from engine.data import DataSource
 from engine.data_rules import check_classes
 from engine.distributed import Process, synchronise_batchnorm
 from engine.errors import InputError, input_errors
-from models.blocks import checkpoint_gradients
-from models.build import create_model, image_settings
+from models.build import checkpoint_gradients, create_model, image_settings
 from models.initialise import freeze, make_drop_path_uniform, restart, start_class_token, start_head
 from models.weights import head_tensors, load_weights
 

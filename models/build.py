@@ -1,8 +1,7 @@
-"""A timm model by name, patched for sub-model augmentation and checked on the image size."""
+"""A timm model by name, patched for sub-model augmentation and checked on the image size; the blocks it repeats."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import re
@@ -20,10 +19,11 @@ import timm
 import torch
 from timm.layers import to_2tuple
 from timm.models import parse_model_name
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import augsub
+from augsub.registry import did_you_mean
 
 LOGGER = logging.getLogger("models")
 TIMM_KEYS = {  # of a transform, by their names in a configuration
@@ -58,12 +58,9 @@ def create_model(
         ValueError: unknown name (the nearest one is named), an argument the model does not take,
             or pretrained weights that cannot be had.
     """
-    _check_name(name)
     given = {"num_classes": num_classes, "img_size": image_size}
     arguments = {"in_chans": in_chans, **kwargs}
     arguments |= {argument: value for argument, value in given.items() if value is not None}
-    if pretrained:
-        _look_in_the_cache_if_offline()
     try:
         return _create(name, pretrained, arguments)
     except TypeError:
@@ -74,6 +71,12 @@ def create_model(
 def build_model(name: str, **arguments: Any) -> nn.Module:
     """What `create_model` makes, patched for sub-model augmentation."""
     return augsub.patch(create_model(name, **arguments))
+
+
+def build_on_meta(name: str, **arguments: Any) -> nn.Module:
+    """What `create_model` makes, with its structure and no memory for weights."""
+    with torch.device("meta"):
+        return create_model(name, **arguments)
 
 
 @dataclass(frozen=True)
@@ -104,17 +107,6 @@ def image_settings(name: str) -> ImageSettings:
     )
 
 
-def build_on_meta(name: str) -> nn.Module:
-    """A timm model as timm builds it, with its structure and no memory for weights.
-
-    Raises:
-        ValueError: unknown name, or one of a hub that cannot be reached.
-    """
-    _check_name(name)
-    with torch.device("meta"):
-        return _create(name, False, {})
-
-
 def takes_image_size(name: str, image_size: int, **arguments: Any) -> bool:
     """Whether a timm model is built for one size, so that `timm.create_model` must be told it (`img_size`)."""
     try:
@@ -125,19 +117,12 @@ def takes_image_size(name: str, image_size: int, **arguments: Any) -> bool:
     return True
 
 
-def _check_name(name: str) -> None:
-    """Raise ValueError if timm cannot know the model; the nearest name is said."""
-    source, _ = parse_model_name(name)
-    if source == "hf-hub":
-        _look_in_the_cache_if_offline()
-    if source is None and not timm.is_model(name):
-        match = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ValueError(f"timm has no model {name!r}{f', did you mean {match[0]!r}?' if match else ''}")
-
-
 def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    source, _ = parse_model_name(name)
+    if source is None and not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _hub_or_its_cache(pretrained or source == "hf-hub"):
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # of a file that is refused
             return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # what is wrong with an argument shows wherever the model's code uses it
@@ -153,20 +138,22 @@ def _nearest_argument(name: str, error: Exception) -> str:
     if refused is None:
         return ""
     classes = type(build_on_meta(name)).__mro__[:-1]
-    known = {argument for each in classes for argument in inspect.signature(each.__init__).parameters}
-    match = difflib.get_close_matches(refused[1], known, n=1)
-    return f", did you mean {match[0]!r}?" if match else ""
+    return did_you_mean(refused[1], {key: 0 for each in classes for key in inspect.signature(each.__init__).parameters})
 
 
-def _look_in_the_cache_if_offline() -> None:
-    """Without this, the hub's client tries for most of a minute to reach a host that has no address here."""
-    host = urlparse(huggingface_hub.constants.ENDPOINT).hostname
-    if urllib.request.getproxies():
-        return
+@contextmanager
+def _hub_or_its_cache(is_needed: bool) -> Iterator[None]:
+    """Where the hub has no address, its client looks in its cache alone, and does not try for most of a minute."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    if is_needed and not urllib.request.getproxies():
+        try:
+            socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, None)
+        except OSError:
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def check_image_shape(
@@ -192,7 +179,7 @@ def check_image_shape(
         LOGGER.warning(
             "%s pixels are no multiple of the patch size %s: the rest is padded or not seen", size, patch_size
         )
-    weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    weights = meta_weights(model)
     images = torch.empty(batch, *image_shape, device="meta")
     for augmentation in (None, *augmentations):
         try:
@@ -203,6 +190,11 @@ def check_image_shape(
         if getattr(logits, "ndim", None) != 2:
             found = getattr(logits, "shape", type(logits).__name__)
             raise ValueError(f"the model is no classifier: its output is {found}, no logits (B, K)")
+
+
+def meta_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers without values and gradients, for `torch.func.functional_call`."""
+    return {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 @contextmanager
@@ -220,3 +212,31 @@ def _unsynchronised(model: nn.Module) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def innermost_blocks(model: nn.Module) -> list[nn.Module]:
+    """Entries of the model's lists of modules that are composed and hold no such entries themselves.
+
+    Transformer blocks of a ViT, blocks of all stages of a Swin Transformer, bottlenecks of a ResNet: what is sharded,
+    or computed again in backward, as a whole.
+    """
+    blocks = {
+        id(entry): entry
+        for container in model.modules()
+        if isinstance(container, (nn.Sequential, nn.ModuleList))
+        for entry in container
+        if not isinstance(entry, (nn.Sequential, nn.ModuleList)) and any(entry.children())
+    }
+    return [block for block in blocks.values() if not any(id(part) in blocks for part in list(block.modules())[1:])]
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Keep only the inputs of the blocks for backward, as timm does it.
+
+    Raises:
+        ValueError: the model has no such mode.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ValueError("this model cannot checkpoint gradients") from error

@@ -1,16 +1,47 @@
-"""What a model costs: parameters, FLOPs of main model and sub-models, activations, cost of a training step."""
+"""What a model costs: parameters, FLOPs of main model and sub-models, activations, cost of a training step.
+
+One FLOP is one multiply-add, as in the papers. Shapes are all that counts, so that forwards run on meta tensors, which
+have nothing else; what an operation costs is what fvcore counts for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 import augsub
-from models.build import check_image_shape
-from models.flop_counting import ForwardCost, count_forward, count_parameters
+from models.build import check_image_shape, meta_weights
+
+MEGA, GIGA = 1e6, 1e9
+Formula = Callable[[Sequence[Any], Any], float]  # of an operation's arguments and its output
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """What one forward computes.
+
+    Attributes:
+        flops: multiply-adds.
+        activations: values that convolutions, linear layers, attention and recurrent layers put out.
+        flops_by_module: multiply-adds by name of the module; "" is the whole model.
+        uncounted: operations without a formula, by name, with the number of their calls.
+    """
+
+    flops: int
+    activations: int
+    flops_by_module: dict[str, int]
+    uncounted: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -18,16 +49,21 @@ class Complexity:
     """Cost of one model for one image.
 
     Attributes:
-        params: parameters of the model, without what `augsub.patch` adds.
-        params_by_module: the same by name of the module; "" is the whole model.
+        params_by_module: parameters by name of the module, without what `augsub.patch` adds; "" is the whole model.
         main: the main model's forward.
+        augmentations: one for each sub-model.
         subs: the forward of each sub-model.
     """
 
-    params: int
     params_by_module: dict[str, int]
     main: ForwardCost
+    augmentations: tuple[augsub.SubModelAugmentation, ...]
     subs: tuple[ForwardCost, ...]
+
+    @property
+    def params(self) -> int:
+        """Parameters of the model."""
+        return self.params_by_module[""]
 
     @property
     def sub_flops(self) -> int:
@@ -41,10 +77,9 @@ class Complexity:
 
     @property
     def uncounted(self) -> dict[str, int]:
-        """Ops of any of these forwards that have no FLOP handler, with the number of their calls."""
-        forwards = (self.main, *self.subs)
-        names = sorted({name for forward in forwards for name in forward.uncounted})
-        return {name: sum(forward.uncounted.get(name, 0) for forward in forwards) for name in names}
+        """Operations of any of these forwards that have no formula, with the number of their calls."""
+        calls = sum((Counter(forward.uncounted) for forward in (self.main, *self.subs)), Counter[str]())
+        return dict(sorted(calls.items()))
 
     def as_dict(self) -> dict[str, float]:
         """The figures as plain numbers."""
@@ -56,6 +91,25 @@ class Complexity:
             "activations": self.main.activations,
         }
 
+    def cost_rows(self) -> list[tuple[str, str]]:
+        """Parameters and FLOPs for people, (name, value)."""
+        main = self.main.flops
+        subs = [
+            (f"sub-model {augmentation}", f"{figure(sub.flops, GIGA)} GFLOPs, {sub.flops / main:.3f} of main")
+            for augmentation, sub in zip(self.augmentations, self.subs, strict=True)
+        ]
+        return [
+            ("parameters", f"{figure(self.params, MEGA)} M"),
+            ("main model", f"{figure(main, GIGA)} GFLOPs"),
+            *subs,
+            ("training cost", f"{self.training_cost:.3f} of plain training"),
+        ]
+
+
+def figure(count: int, unit: float) -> str:
+    """Four significant digits."""
+    return f"{count / unit:.4g}"
+
 
 def analyze(
     model: nn.Module,
@@ -65,20 +119,143 @@ def analyze(
     """Count one forward of the main model and of each sub-model, all in evaluation mode.
 
     Args:
-        model: a model that is not patched; it is put into evaluation mode.
+        model: a model that is not patched, on any device; it is put into evaluation mode.
         image_shape: (C, H, W).
         augmentations: one for each sub-model.
 
     Raises:
         ValueError: if an augmentation has no site in the model, or images of that shape do not fit.
     """
-    images = torch.zeros(1, *image_shape)
-    params_by_module = count_parameters(model.eval())
+    modules = dict(model.eval().named_modules())
+    params = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()}
     augsub.patch(model)
     try:
         check_image_shape(model, image_shape, augmentations)
-        main = count_forward(model, images)
-        subs = tuple(count_forward(model, images, augmentation) for augmentation in augmentations)
+        main, *subs = (count_forward(model, (1, *image_shape), augmentation) for augmentation in (None, *augmentations))
     finally:
         augsub.unpatch(model)
-    return Complexity(params_by_module[""], params_by_module, main, subs)
+    return Complexity(params, main, tuple(augmentations), tuple(subs))
+
+
+def count_forward(
+    model: nn.Module, shape: Sequence[int], augmentation: augsub.SubModelAugmentation | None = None
+) -> ForwardCost:
+    """Count one forward, of the main model or of the sub-model that an augmentation makes.
+
+    Args:
+        model: any model in evaluation mode, a patched one if there is an augmentation.
+        shape: of the input, (B, C, H, W) of images.
+        augmentation: None for the main model.
+    """
+    arguments = {} if augmentation is None else {"augsub": augmentation}
+    weights, inputs = meta_weights(model), (torch.empty(*shape, device="meta"),)
+    with torch.inference_mode(), ModuleTracker() as tracker, _ForwardCounter(tracker) as counter:
+        functional_call(model, weights, inputs, arguments)
+    by_module = dict.fromkeys((name for name, _ in model.named_modules()), 0)
+    for place, flops in counter.flops.items():
+        by_module[place.partition(".")[2]] = round(flops)  # the first part is the model's class
+    return ForwardCost(by_module[""], counter.activations, by_module, dict(counter.uncounted))
+
+
+def count_with_torch(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of one image's forward by torch's own counter, which knows matrix products only.
+
+    Attention is taken apart into such products: not every torch knows its fused CPU kernel.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        functional_call(model, meta_weights(model), (torch.empty(1, *image_shape, device="meta"),))
+    return counter.get_total_flops() // 2  # it counts multiplications and additions
+
+
+class _ForwardCounter(TorchDispatchMode):
+    """Counts what runs inside: of composed operations those with a formula as they are, the others by their parts.
+
+    In inference mode they arrive here before they are taken apart.
+    """
+
+    def __init__(self, tracker: ModuleTracker) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()  # by class and name of the module, "ResNet.layer1.0"
+        self.activations = 0
+        self.uncounted: Counter[str] = Counter()
+        self._tracker = tracker
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name not in FLOPS:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        output = func(*args, **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        if name in FLOPS:
+            for module in self._tracker.parents - {"Global"}:
+                self.flops[module] += FLOPS[name](args, first)
+            self.activations += first.numel() if name in MATRIX_PRODUCTS else 0
+        elif isinstance(first, Tensor) and first.is_floating_point() and not (func.is_view or name in MOVES):
+            self.uncounted[name] += 1
+        return output
+
+
+def _product(factor: int) -> Formula:
+    """A matrix product, whose argument of that number has the dimension that is summed over as its last."""
+    return lambda args, output: output.numel() * args[factor].shape[-1]
+
+
+def _convolution(args: Sequence[Any], output: Tensor) -> float:
+    """Every weight once per position: of the output, of a transposed convolution of the input."""
+    images, weight, transposed = args[0], args[1], args[6]
+    return len(images) * weight.numel() * prod((images if transposed else output).shape[2:])
+
+
+def _attention(args: Sequence[Any], output: Tensor) -> float:
+    """softmax(Q K^T) V for Q (..., L, E), K (..., S, E), V (..., S, F)."""
+    query, key, value = args[:3]
+    return prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _lstm(args: Sequence[Any], output: Tensor) -> float:
+    """Every weight matrix of every layer and direction once per position."""
+    return prod(args[0].shape[:-1]) * sum(weight.numel() for weight in args[2] if weight.ndim == 2)
+
+
+def _norm(weight: int, of_input: int = 5) -> Formula:
+    """A norm whose argument of that number is its weight, one multiply-add less without one."""
+    return lambda args, output: args[0].numel() * (of_input - (args[weight] is None))
+
+
+def _elementwise(of_input: int, of_output: int) -> Formula:
+    """So many for each value of the input and of the output."""
+    return lambda args, output: of_input * args[0].numel() + of_output * output.numel()
+
+
+MATRIX_PRODUCTS: dict[str, Formula] = {
+    **dict.fromkeys(("linear", "matmul", "mm", "bmm"), _product(0)),
+    **dict.fromkeys(("addmm", "baddbmm"), _product(1)),
+    "convolution": _convolution,
+    "scaled_dot_product_attention": _attention,
+    "lstm": _lstm,
+}
+FLOPS: dict[str, Formula] = {
+    **MATRIX_PRODUCTS,
+    "batch_norm": _norm(1, of_input=2),  # with running statistics
+    "layer_norm": _norm(2),
+    "group_norm": _norm(2),
+    "instance_norm": _norm(1),
+    "adaptive_avg_pool2d": _elementwise(1, 0),
+    "upsample_nearest2d": _elementwise(0, 1),
+    "upsample_bilinear2d": _elementwise(0, 4),
+    "upsample_bicubic2d": _elementwise(0, 16),  # 4 x 4 neighbours
+    "grid_sampler": _elementwise(0, 4),
+    "im2col": _elementwise(0, 0),  # copies values
+    "col2im": _elementwise(1, 0),  # adds up every value once
+}
+MOVES = {  # make and move values, and compute none
+    *("arange", "zeros", "ones", "full", "empty", "scalar_tensor", "linspace", "eye", "rand"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "full_like", "empty_like"),
+    *("cat", "stack", "clone", "copy_", "_to_copy", "fill_", "zero_", "lift_fresh", "lift_fresh_copy"),
+    *("index", "_unsafe_index", "index_select", "index_put_", "gather", "scatter", "masked_fill", "masked_fill_"),
+    *("where", "roll", "flip", "repeat", "constant_pad_nd", "reflection_pad2d", "_unsafe_view", "as_strided_"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "embedding", "tril", "triu"),
+}

@@ -1,9 +1,13 @@
-"""What a model and its sub-models compute: of a configuration, with or without its data, and of any timm model."""
+"""What models and their sub-models compute, of a configuration or of any timm model, and the tables of it."""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
+
+import torch
+from tabulate import tabulate
 
 import augsub
 from engine.config import Config
@@ -11,32 +15,42 @@ from engine.data import IMAGENET, DataSource
 from engine.defaults import build_sub_models, complete, open_source
 from engine.errors import InputError, input_errors
 from engine.run_model import create_configured_model
-from models.build import create_model
-from models.complexity import Complexity, analyze
+from engine.table import text_table
+from models.build import build_on_meta
+from models.complexity import GIGA, MEGA, Complexity, analyze, count_with_torch, figure
 
-DEFAULT_AUGSUB, DEFAULT_RATIO = "masking", 0.5
-Analysis = tuple[Complexity, list[augsub.SubModelAugmentation]]
+COMPARED = (augsub.build("masking", ratio=0.5), augsub.build("random_crop", ratio=0.5))
+PUBLISHED = {  # (parameters in millions, multiply-adds in billions) for 224 x 224 pixels and 1000 classes
+    "ViT-S/16": ("vit_small_patch16_224", 22.0, 4.6),  # DeiT-III, arXiv 2204.07118, as ViT-B, -L and -H
+    "ViT-B/16": ("vit_base_patch16_224", 86.6, 17.5),
+    "ViT-L/16": ("vit_large_patch16_224", 304.4, 61.6),
+    "ViT-H/14": ("vit_huge_patch14_224", 632.1, 167.4),
+    "Swin-T": ("swin_tiny_patch4_window7_224", 28.3, 4.5),  # Swin, arXiv 2103.14030, as Swin-S and -B
+    "Swin-S": ("swin_small_patch4_window7_224", 49.6, 8.7),
+    "Swin-B": ("swin_base_patch4_window7_224", 87.9, 15.4),
+    "ResNet-50": ("resnet50", 25.6, 4.1),  # torchvision's table of weights, as ResNet-101 and -152
+    "ResNet-101": ("resnet101", 44.5, 7.9),
+    "ResNet-152": ("resnet152", 60.2, 11.6),
+}
 
 
-def analyze_named(name: str, augmentation: str | None, ratio: float | None) -> Analysis:
+def analyze_named(name: str, augmentation: str, ratio: float) -> Complexity:
     """A timm model as timm builds it, and one sub-model."""
-    augmentation = DEFAULT_AUGSUB if augmentation is None else augmentation
-    ratio = DEFAULT_RATIO if ratio is None else ratio
     with input_errors("--model"):
-        model = create_model(name)
+        model = build_on_meta(name)
     with input_errors(f"--augsub {augmentation} --ratio {ratio} for {name}"):
-        augmentations = [augsub.build(augmentation, ratio=ratio)]
-        return analyze(model, model.pretrained_cfg["input_size"], augmentations), augmentations
+        return analyze(model, model.pretrained_cfg["input_size"], [augsub.build(augmentation, ratio=ratio)])
 
 
-def analyze_configured(config: Config) -> Analysis:
+def analyze_configured(config: Config) -> Complexity:
     """The model and the sub-models of a configuration; no data and no weights are needed."""
     config = complete(config)
     source = data_source(config)
-    model = create_configured_model(config, source)
+    with torch.device("meta"):
+        model = create_configured_model(config, source)
     augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
     with input_errors(f"augsub.sub_models with model.name = {config.model.name}"):
-        return analyze(model, source.image_shape(config.data.image_size), augmentations), augmentations
+        return analyze(model, source.image_shape(config.data.image_size), augmentations)
 
 
 def data_source(config: Config) -> DataSource:
@@ -52,3 +66,64 @@ def data_source(config: Config) -> DataSource:
 def _note(text: str) -> None:
     """Say something once."""
     print(text, file=sys.stderr)
+
+
+def model_tables(title: str, complexity: Complexity, depth: int) -> str:
+    """One model: its figures, its modules down to `depth` levels, and what the FLOPs leave out."""
+    forwards = (complexity.main, *complexity.subs)
+    activations = ("activations", f"{figure(complexity.main.activations, MEGA)} M")
+    rows = [
+        [name or "(model)", figure(params, MEGA), *(figure(cost.flops_by_module[name], GIGA) for cost in forwards)]
+        for name, params in complexity.params_by_module.items()
+        if not name or name.count(".") < depth
+    ]
+    subs = [f"{augmentation}, GFLOPs" for augmentation in complexity.augmentations]
+    modules = _table(["module", "parameters, M", "main, GFLOPs", *subs], rows)
+    uncounted = ", ".join(f"{name} ({calls})" for name, calls in complexity.uncounted.items())
+    return (
+        f"{title}, one image\n{text_table([*complexity.cost_rows(), activations])}\n\n{modules}\n\n"
+        f"not counted in the FLOPs (number of calls): {uncounted or 'nothing'}"
+    )
+
+
+def comparison_table(models: Mapping[str, Complexity]) -> str:
+    """One line per model, by title."""
+    rows = [
+        [
+            title,
+            figure(complexity.params, MEGA),
+            figure(complexity.main.flops, GIGA),
+            ", ".join(map(str, complexity.augmentations)) or "none",
+            figure(complexity.sub_flops, GIGA),
+            f"{complexity.training_cost:.3f}",
+            figure(complexity.main.activations, MEGA),
+        ]
+        for title, complexity in models.items()
+    ]
+    header = ["", "parameters, M", "main, GFLOPs", "sub-models", "subs, GFLOPs", "training cost", "activations, M"]
+    return _table(header, rows)
+
+
+def literature_table() -> str:
+    """Well-known models beside their published figures, torch's own count, and the cost of their sub-models."""
+    rows = []
+    for title, (name, mega_params, giga_flops) in PUBLISHED.items():
+        model = build_on_meta(name, num_classes=1000)  # timm's ViT-H/14 has no classifier by default
+        complexity = analyze(model, (3, 224, 224), COMPARED)
+        flops = complexity.main.flops
+        rows.append([
+            title,
+            figure(complexity.params, MEGA),
+            f"{mega_params:.1f}",
+            figure(flops, GIGA),
+            f"{giga_flops:.1f}",
+            figure(count_with_torch(model, (3, 224, 224)), GIGA),
+            *(f"{sub.flops / flops:.3f}" for sub in complexity.subs),
+        ])  # fmt: skip
+    subs = [f"{augmentation}, of main" for augmentation in COMPARED]
+    return _table(["", "parameters, M", "published", "GFLOPs", "published", "by torch", *subs], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    align = ("left", *["right"] * (len(header) - 1))
+    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True, colalign=align)

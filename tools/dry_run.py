@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from engine.checkpoint import load_metadata
@@ -23,7 +24,6 @@ from engine.table import readable, text_table
 from engine.trainer import Trainer
 from models.activation_memory import activation_memory
 from models.complexity import analyze
-from models.complexity_tables import cost_rows
 from tools.scaling import NeedsValuesError, Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
@@ -95,8 +95,9 @@ def _data_rows(config: Config, source: DataSource) -> Rows:
 
 def _cost_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     augmentations = [sub_model.augmentation for sub_model in trainer.objective.sub_models]
-    model = create_configured_model(config, source)
-    return cost_rows(analyze(model, source.image_shape(config.data.image_size), augmentations), augmentations)
+    with torch.device("meta"):
+        model = create_configured_model(config, source)
+    return analyze(model, source.image_shape(config.data.image_size), augmentations).cost_rows()
 
 
 def _length_rows(config: Config, trainer: Trainer) -> Rows:

@@ -31,7 +31,7 @@ from engine.errors import InputError, input_errors
 from engine.json_text import to_json
 from engine.run_model import build_run_model
 from engine.table import markdown_table, readable
-from models.blocks import innermost_blocks
+from models.build import innermost_blocks
 from tools.analysis import data_source
 
 OF_A_MODEL = CONFIGS / "_base_" / "imagenet.yaml"  # what --model is trained with

@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError, TCPStore
 import engine.distributed
 from engine.distributed import ADDRESS, Agreement, Process, fresh_store, synchronise_batchnorm
 from engine.errors import InputError
-from models.blocks import checkpoint_gradients, innermost_blocks
+from models.build import checkpoint_gradients, innermost_blocks
 
 HOST = "127.0.0.1"
 MINUTE = timedelta(minutes=1)

@@ -61,7 +61,7 @@ class Closing(torch.optim.SGD):
 def test_an_optimiser_that_is_unknown_or_needs_more_than_gradients_is_refused(monkeypatch):
     default_registry.register(OptimInfo("closing", Closing, "computes the loss again"))
     refused = {
-        "admw": "timm has no such optimiser, did you mean adamw",
+        "admw": "timm has no such optimiser, did you mean 'adamw'",
         "adahessian": "needs the gradient's own graph",
         "closing": "its step needs a closure",
     }

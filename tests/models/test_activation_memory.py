@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import augsub
 from models.activation_memory import activation_memory
-from models.blocks import checkpoint_gradients
+from models.build import checkpoint_gradients
 
 SHAPE = (3, 32, 32)
 AUTOCAST = {"float32": nullcontext, "bf16": partial(torch.autocast, "cpu", dtype=torch.bfloat16)}

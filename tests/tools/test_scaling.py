@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augsub
 import tools.scaling
 from engine.distributed import Process, local, replicate, shard
-from models.blocks import innermost_blocks
-from models.build import build_model
+from models.build import build_model, innermost_blocks
 from tools.scaling import STRATEGIES, Step, Strategy, Traffic, memory, traffic
 
 DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT = STRATEGIES

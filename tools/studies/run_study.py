@@ -39,7 +39,7 @@ def run_study(path: Path, jobs: int) -> list[Path]:
 def _flops_per_image(variant: Variant, path: Path) -> int:
     """Multiply-adds of all forwards of a step, per image; what a model or an augmentation refuses is refused here."""
     with errors_at(f"{path}: ways: {variant.way}"):
-        complexity, _ = analyze_configured(load_config(variant.config, variant.overrides))
+        complexity = analyze_configured(load_config(variant.config, variant.overrides))
     return complexity.main.flops + complexity.sub_flops
 
 
