@@ -61,7 +61,7 @@ BAD_INPUT = [
         "16 x 16 pixels do not",
     ),
     (["train.global_batch=1001"], "more than the 1000 training images"),
-    (["optimizer.name=admw"], "did you mean adamw"),
+    (["optimizer.name=admw"], "did you mean 'adamw'"),
     (["optimizer.name=adahessian"], "optimizer.name = adahessian: needs the gradient's own graph"),
     (["optimizer.kwargs={momentun: 0.9}"], "momentun"),
     (["plugins=[no_such_module]"], "plugins: no_such_module cannot be imported"),
