@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -101,6 +104,23 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def labels() -> torch.Tensor:
     return torch.tensor([0, 3, 5, 9])
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call main() of a tool with arguments; returns (exit code, standard output, standard error).
+
+    No loader worker may be left.
+    """
+
+    def run(tool: ModuleType, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [Path(tool.__file__).name, *map(str, arguments)])
+        code = tool.main()
+        assert not multiprocessing.active_children()
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -1,28 +1,38 @@
-"""Pages of the documentation: their Python runs as it stands, their links exist, their figures are those measured."""
+"""README and docs: their Python runs as it stands, commands and links name what exists, figures are those measured."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import io
 import os
 import pydoc
 import re
+import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import timm
+import torch
 
 import augsub
+from engine.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-HOW_TO = sorted((DOCS / "howto").glob("*.md"))
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 ACCURACY = r"\d\d\.\d\d ± \d\.\d\d"
+FILE = r"# (\w+\.py)\n"  # the first line of code that is a file of its own
+OPTION = r"(?<![\w-])--[a-z][a-z-]*"
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```(?:{language})\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def cells(line: str) -> list[str]:
@@ -33,45 +43,87 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def tool_commands(page: Path) -> list[str]:
+    """Every command of our tools in the page's shell blocks, from the name of the tool on."""
+    found = []
+    for block in code_blocks(page, "bash|console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.search(r"^(?:\$ )?(?:python|torchrun .*?) ?(tools/[\w/]+\.py.*)", line)
+            found += [command[1]] if command else []
+    return found
+
+
 BLOCKS = [
     pytest.param(code, id=f"{name(page)}-{number}")
     for page in PAGES
     for number, code in enumerate(code_blocks(page, "python"))
-    if page.parent != ROOT
+    if not re.match(FILE, code)
 ]
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_the_python_runs_as_it_stands(code, tmp_path):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_the_python_runs_as_it_stands(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("page", HOW_TO, ids=name)
-def test_a_how_to_is_a_file_and_the_commands_that_use_it(page, tmp_path):
-    (code,), (commands,) = code_blocks(page, "python"), code_blocks(page, "bash")
-    (tmp_path / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
-    commands = commands.replace("python tools", f"{sys.executable} {ROOT}/tools")
-    shortly = "set -e\n" + commands.replace("train_net.py", "train_net.py train.max_iters=20")
-    result = subprocess.run(shortly, shell=True, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("page", [README, *sorted((DOCS / "howto").glob("*.md"))], ids=name)
+def test_a_file_of_python_trains_with_the_command_that_names_it(page, tmp_path, monkeypatch, call):
+    (code,) = [code for code in code_blocks(page, "python") if re.match(FILE, code)]
+    (tmp_path / re.match(FILE, code)[1]).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    for command in tool_commands(page):
+        if "plugins=" in command or page != README:
+            tool, *arguments = shlex.split(command.replace("configs/", f"{ROOT}/configs/"), comments=True)
+            shortly = ["train.max_iters=20"] if "train_net" in tool else []
+            ended, _, error = call(module_of(tool), *arguments, *shortly)
+            assert ended == 0, error
     (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
     assert ("distance" in metrics.read_text()) == (page.stem == "hook")
 
 
+def module_of(tool: str) -> ModuleType:
+    return importlib.import_module(tool.removesuffix(".py").replace("/", "."))
+
+
+@cache
+def options(tool: str) -> set[str]:
+    module, shown = module_of(tool), io.StringIO()
+    with redirect_stdout(shown), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", [tool, "--help"])
+        module.main()
+    return set(re.findall(OPTION, shown.getvalue()))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_exist(page):
+def test_commands_and_links_name_what_exists(page):
+    for command in tool_commands(page):
+        tool, *arguments = shlex.split(command, comments=True)
+        assert set(re.findall(OPTION, " ".join(arguments))) <= options(tool), command
+        if page.parent.name != "howto" and "--config" in arguments and "NAME" not in arguments:
+            overrides = [word for word in arguments if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+            load_config(arguments[arguments.index("--config") + 1], overrides)
+        # zsh refuses an unquoted `key=[]`, for which no file is found
+        words = shlex.split(command, comments=True, posix=False)
+        assert not [word for word in words if re.match(r"[\w.]+=[\[{]", word)], command
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([\w-]+)\b(?=`|\s+#)", page.read_text())) <= set(targets)
     links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
     assert [link for link in links if not os.path.exists(page.parent / link)] == []
 
 
-def test_every_picture_is_shown_somewhere():
-    shown = {
+def test_every_config_and_every_picture_is_shown_somewhere():
+    text = README.read_text() + (DOCS / "recipes.md").read_text()
+    assert sum(len(tool_commands(page)) for page in PAGES) > 30 and {"digits_vit.yaml", "swin_b.yaml"} <= set(
+        re.findall(r"`(?:configs/)?(\w+\.yaml)`", text)
+    )
+    assert [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in text] == []
+    pictures = {
         (page.parent / link).resolve()
         for page in PAGES
         for link in re.findall(r"!\[[^]]*\]\(([^)]+)", page.read_text())
     }
-    assert {path.resolve() for path in DOCS.rglob("*.png")} <= shown
+    assert {path.resolve() for path in DOCS.rglob("*.png")} <= pictures
 
 
 def test_every_augmentation_has_a_card_with_the_same_headings():
@@ -114,6 +166,43 @@ def test_the_costs_on_the_cards_are_those_of_the_benchmark():
         figure for page in DOCS.glob("augmentations/*.md") for figure in re.findall(r"\b1\.\d{3}\b", page.read_text())
     ]
     assert len(quoted) == 8 and [figure for figure in quoted if figure not in performance] == []
+
+
+def test_the_readme_quotes_what_the_pages_have():
+    readme = README.read_text()
+    (run,) = code_blocks(README, "console")
+    assert "held-out top-1" in run and run in (DOCS / "first_run.md").read_text()
+    study = (DOCS / "study_families.md").read_text().partition("## What can")[0]
+    measured = {tuple(cells(line)[:2]): cells(line) for line in study.splitlines()}
+    quoted = [cells(line) for line in readme.splitlines() if line.startswith("| digits_")]
+    assert len(quoted) == 6
+    for model, training, accuracy, difference, cost in quoted:
+        row = measured[model, training]
+        assert [accuracy, difference, cost] == [row[3], row[4], row[8]]
+    section = readme.partition("On an NVIDIA H200")[2].partition("## What it does")[0]
+    figures = re.findall(r"\b1\.\d{3}\b|\d+ images/s|(?<=step )\d+", section)
+    performance = (DOCS / "performance.md").read_text()
+    assert len(figures) == 14 and [figure for figure in figures if figure not in performance] == []
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """As the README says it, on two micro-batches; a ratio of 0 draws nothing."""
+    (spelling,) = re.findall(r"\*\*Accumulation\*\*.*?backward=(lambda loss: [^`]*)\)`", README.read_text())
+    loop = [line for line in code_blocks(README, "python")[0].splitlines() if line.strip()]
+    assert "objective.backward" in "".join(loop) and len(loop) < 15
+    torch.manual_seed(0)
+    model = augsub.patch(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_classes=5))
+    objective = augsub.SubModelObjective(torch.nn.CrossEntropyLoss(), [augsub.SubModel("masking", ratio=0.0)])
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
+    objective.prepare(model)
+    objective.backward(model, images, labels)
+    whole = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    backward = eval(spelling, {"n": 2})
+    objective.backward(model, images[:4], labels[:4], backward=backward, sync=False)
+    objective.backward(model, images[4:], labels[4:], backward=backward)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, whole[name], rtol=1e-4, atol=1e-6)
 
 
 def test_pages_show_what_their_commands_print():

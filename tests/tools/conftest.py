@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,23 +14,6 @@ import tools.train_net
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call main() of a tool with arguments; returns (exit code, standard output, standard error).
-
-    No loader worker may be left.
-    """
-
-    def run(tool: ModuleType, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [Path(tool.__file__).name, *map(str, arguments)])
-        code = tool.main()
-        assert not multiprocessing.active_children()
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture
