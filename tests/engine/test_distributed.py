@@ -1,20 +1,28 @@
-"""Several processes, as far as one can tell: where they meet, what they agree on, how a model is prepared for them."""
+"""Several processes: where they meet, what they know of each other, how a model is prepared for them."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import DistNetworkError, TCPStore
 
 import engine.distributed
 from engine.distributed import ADDRESS, Agreement, Process, fresh_store, synchronise_batchnorm
-from engine.errors import InputError
+from engine.errors import InputError, NonFiniteLossError
+from engine.hooks.training import NaNGuard, SameBatchNormStatistics
+from engine.metrics import RunningMeans
+from engine.precision import Precision
 from models.build import checkpoint_gradients, innermost_blocks
 
 HOST = "127.0.0.1"
@@ -47,6 +55,68 @@ def test_a_dead_process_is_not_met(agent):
 def test_without_a_main_process_it_ends(agent):
     with pytest.raises(DistNetworkError):
         fresh_store(agent, HOST, 1, timedelta(milliseconds=300))
+
+
+def one_of_two(rank: int, store: Path, answers: multiprocessing.Queue) -> None:
+    """What a process learns of the other one, each thing by itself."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    process = Process(rank, 2, CPU, dist.new_group(backend="gloo"))
+    found = {
+        "sum": process.sum(torch.tensor(1 + rank)).item(),
+        "min": process.min(torch.tensor(5 - rank)).item(),
+        "gather": process.gather({"rank": rank}),
+        "broadcast": process.broadcast(f"of {rank}"),
+        "agree": (process.agree(True, "both"), process.agree(False, "none")),
+    }
+    with pytest.raises(InputError, match="one for 1 of 2 processes only"):
+        process.agree(rank == 1, "one")
+    agreement = Agreement(process)
+    found["asked"] = [agreement.ask(wanted) for wanted in (False, rank == 1, False, False)]
+    agreement.finish()
+
+    means, resumed = RunningMeans(process), RunningMeans(process)
+    for value in (1.0, 2.0):
+        means.add({"loss": torch.tensor(value + 10 * rank)})
+    resumed.load_state_dict(means.state_dict())
+    found["means"] = (resumed.state_dict()["sums_by_rank"], means.read())
+
+    layer = nn.BatchNorm1d(2)
+    layer.running_mean.fill_(7.0 + rank)
+    SameBatchNormStatistics(layer).before_step()
+    found["statistics"] = layer.running_mean.tolist()
+
+    guard = NaNGuard(period=1)
+    guard.trainer = SimpleNamespace(process=process, precision=Precision("off", CPU), iteration=3)
+    guard.before_train()
+    guard.trainer.last_loss = torch.tensor(math.nan if rank == 1 else 1.0)
+    with pytest.raises(NonFiniteLossError, match="not finite at iteration 3"):
+        guard.after_step()
+    answers.put((rank, found))
+    dist.destroy_process_group()
+
+
+def test_two_processes_know_the_same(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=one_of_two, args=(rank, tmp_path / "store", answers), daemon=True) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert found[0] == found[1]
+    assert found[0] == {
+        "sum": 3,
+        "min": 4,
+        "gather": [{"rank": 0}, {"rank": 1}],
+        "broadcast": "of 0",
+        "agree": (True, False),
+        "asked": [False, False, True, False],  # a step later
+        "means": ([[3.0], [23.0]], {"loss": 6.5}),
+        "statistics": [7.0, 7.0],
+    }
 
 
 def test_in_a_single_process_the_answer_is_immediate():

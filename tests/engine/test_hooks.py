@@ -14,13 +14,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.checkpoint import CheckpointStore, load
+from engine.config import Config, LogConfig, TrainConfig
 from engine.distributed import Process
 from engine.errors import NonFiniteLossError, Preempted
 from engine.evaluation import evaluate
 from engine.hooks import HOOK_REGISTRY, build_own_hooks
-from engine.hooks.reporting import Evaluation
+from engine.hooks.reporting import Evaluation, WriteRecords
 from engine.hooks.saving import Checkpoint, Preemption
 from engine.hooks.training import ExponentialMovingAverage, FrozenStatistics, NaNGuard
+from engine.metrics import RunningMeans
 from engine.precision import Precision
 from engine.run_folder import RunFolder
 from engine.train_loop import HookBase, TrainerBase
@@ -132,6 +134,40 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
     for spoilt in ({"best": {"value": 1.0}, "latest": {}}, {"best": {}, "latest": {"top1": "x"}}):
         with pytest.raises(ValueError, match=r"is more than numbers|is not complete"):
             resumed.load_state_dict(spoilt)
+
+
+def test_a_record_has_the_means_since_the_last_one_and_what_hooks_found(tmp_path):
+    class Found(HookBase):
+        def after_step(self):
+            if self.trainer.iteration == 5:
+                self.trainer.results["distance"] = 0.5
+
+    class Watch(HookBase):
+        def after_step(self):
+            if writing.latest is not None and writing.latest["iteration"] == self.trainer.iteration:
+                seen.append(writing.latest)
+
+    class Measured(Loop):
+        def run_step(self):
+            super().run_step()
+            self.means.add({"loss": self.last_loss})
+
+    seen: list[dict] = []
+    loop = Measured([0.0] * 7, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0])
+    loop.means = RunningMeans(ALONE)
+    loop.optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.4}, {"lr": 0.2}])
+    config = Config(log=LogConfig(period=3), train=TrainConfig(global_batch=16))
+    writing = WriteRecords(config, RunFolder(tmp_path))
+    loop.process = Process(rank=1, world_size=1, device=CPU)  # one without writers
+    train(loop, Found(), writing, Watch())
+    assert [(record["iteration"], record["epoch"], record["loss"]) for record in seen] == [
+        (3, 1.5, 2.0),
+        (5, 2.5, 4.5),
+        (6, 3.0, 6.0),
+        (7, 3.5, 8.0),
+    ]
+    assert [record.get("distance") for record in seen] == [None, 0.5, None, None]
+    assert all(record["lr"] == 0.4 and record["images_per_second"] > 0 for record in seen)
 
 
 def saving_hooks(folder: RunFolder, period: int, minutes: float | None = None, guard_period: int = 1) -> tuple:
