@@ -22,6 +22,10 @@ from engine.command_line import launched_processes
 from engine.config import DistributedConfig
 from engine.errors import InputError, Preempted, RunError, first_line
 
+ADDRESS = "augsub/port"  # of the main process's store, in the agent's
+PATIENCE = timedelta(seconds=2)  # for one attempt to connect, which a dead process's port refuses
+PAUSE = 0.1  # seconds between attempts
+
 
 @dataclass(frozen=True)
 class Process:
@@ -165,11 +169,6 @@ def _leaving_together(control: dist.ProcessGroup) -> Iterator[None]:
         dist.barrier(group=control)
         raise
     dist.barrier(group=control)
-
-
-ADDRESS = "augsub/port"  # of the main process's store, in the agent's
-PATIENCE = timedelta(seconds=2)  # for one attempt to connect, which a dead process's port refuses
-PAUSE = 0.1  # seconds between attempts
 
 
 def is_restartable() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -15,8 +16,10 @@ from matplotlib.ticker import LogFormatter
 
 from engine import atomic
 from engine.errors import input_errors, writing_errors
-from engine.optim import WarmupCosine
 from engine.writers import Record
+
+if TYPE_CHECKING:
+    from engine.optim import WarmupCosine  # who draws something else does not wait for timm
 
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a run or a class is a $
 # Okabe and Ito's palette, for colour-blind readers too; their yellow is too pale for lines

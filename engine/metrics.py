@@ -13,6 +13,9 @@ from torch import Tensor
 
 from engine.distributed import Process
 
+MIB = 1024**2
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss, see getrusage(2)
+
 
 class RunningMeans:
     """Means of named scalars since they were last read, over all processes."""
@@ -49,10 +52,6 @@ class RunningMeans:
         sums = (by_rank[self._process.rank] if is_same else by_rank.mean(dim=0)).to(self._process.device)
         self._sums = dict(zip(state["names"], sums, strict=True))
         self._count = state["count"]
-
-
-MIB = 1024**2
-MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss, see getrusage(2)
 
 
 def peak_memory(device: torch.device) -> float:
