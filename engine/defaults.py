@@ -20,9 +20,10 @@ import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata
 from engine.config import Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
-from engine.data import DataSource, build_loaders, build_source
-from engine.data.batch_sizes import batch_for
-from engine.data_rules import check_resumed
+from engine.data.datasets import build_source
+from engine.data.loaders import batch_for, build_loaders
+from engine.data.rules import check_resumed
+from engine.data.source import DataSource
 from engine.distributed import Process, is_sharded, replicate, shard
 from engine.errors import InputError, input_errors, memory_errors
 from engine.hooks import build_own_hooks

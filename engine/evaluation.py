@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from augsub.augmentation import SubModelAugmentation
-from engine.data import IGNORED
+from engine.data.stream import IGNORED
 from engine.distributed import Process
 from engine.errors import InputError, RunError
 from engine.precision import Precision

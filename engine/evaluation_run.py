@@ -19,9 +19,11 @@ import augsub
 from engine.checkpoint import load, load_metadata
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config
 from engine.config_file import parse_config
-from engine.data import BadFiles, DataSource, build_held_out, build_held_out_source
+from engine.data.datasets import build_held_out_source
 from engine.data.imagenet_family import Benchmark, open_variant, synsets
-from engine.data_rules import check_classes
+from engine.data.loaders import BadFiles, build_held_out
+from engine.data.rules import check_classes
+from engine.data.source import DataSource
 from engine.defaults import build_precision, complete, log_left_out
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors

@@ -12,8 +12,8 @@ from torch import nn
 import augsub
 from engine.checkpoint import load
 from engine.config import MODELS_TRANSFORM, Config
-from engine.data import DataSource
-from engine.data_rules import check_classes
+from engine.data.rules import check_classes
+from engine.data.source import DataSource
 from engine.distributed import Process, synchronise_batchnorm
 from engine.errors import InputError, input_errors
 from models.build import checkpoint_gradients, create_model, image_settings

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from augsub.objective import ObjectiveOutput, SubModelObjective
 from engine.checkpoint import check_structure
-from engine.data import DataLoaders
+from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.metrics import RunningMeans

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import augsub
-from engine.data.digits import build_digits
+from engine.data.source import build_digits
 
 DIGITS = build_digits(image_size=8)  # images (1, 8, 8), labels
 EPOCHS = 20

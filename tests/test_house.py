@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,21 @@ def test_every_config_loads_and_prints_itself(path, tmp_path):
     copy = tmp_path / path.name
     copy.write_text(to_yaml(config))
     assert load_config(copy) == config
+
+
+def test_importing_the_project_changes_nothing_of_other_libraries():
+    """In a process of its own: whatever a test has imported would be changed already."""
+    modules = ", ".join(name(path).removesuffix(".py").replace("/", ".") for path in FILES if path.stem != "__init__")
+    code = f"""
+import importlib, PIL.ImageFile, PIL.Image, huggingface_hub.constants, timm.data.auto_augment
+import timm, torch
+def state():
+    ops = dict(timm.data.auto_augment.NAME_TO_OP)
+    return ops, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, PIL.Image.MAX_IMAGE_PIXELS, vars(huggingface_hub.constants).copy()
+before = state()
+for name in "{modules}".split(", "):
+    importlib.import_module(name)
+assert state() == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 import augsub
 from engine.config import Config
-from engine.data import IMAGENET, DataSource
+from engine.data.source import IMAGENET, DataSource
 from engine.defaults import build_sub_models, complete, open_source
 from engine.errors import InputError, input_errors
 from engine.run_model import create_configured_model

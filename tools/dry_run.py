@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.checkpoint import load_metadata
 from engine.config import Config
 from engine.config_file import CONFIGS, changes_on_resume, load_config
-from engine.data import IMAGENET, DataSource
+from engine.data.source import IMAGENET, DataSource
 from engine.defaults import build_trainer, log_warnings, open_source, open_store, resolve, saved_config
 from engine.distributed import Process, is_sharded
 from engine.errors import InputError

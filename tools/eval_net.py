@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     ratios = parse_ratios(arguments.ratios)
     # here: these bring torch and timm, for which a typo need not wait
-    from engine.data import worker_deaths
     from engine.data.imagenet_family import VARIANT_SETTINGS
+    from engine.data.loaders import worker_deaths
     from engine.defaults import complete
     from engine.distributed import process_group
     from engine.evaluation_report import tables, write

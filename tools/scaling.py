@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from engine.command_line import exit_code, tool_parser
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
-from engine.data import DataSource
-from engine.data.batch_sizes import accumulation_for
+from engine.data.loaders import accumulation_for
+from engine.data.source import DataSource
 from engine.defaults import build_model_optimizer, build_objective, complete
 from engine.distributed import Process
 from engine.errors import InputError, input_errors

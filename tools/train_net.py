@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(to_yaml(config), end="")
         return
     # here: these bring torch and timm, for which a typo need not wait
-    from engine.data import worker_deaths
+    from engine.data.loaders import worker_deaths
     from engine.defaults import train
     from engine.distributed import process_group
     from engine.evaluation_run import evaluate_only

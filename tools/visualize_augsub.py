@@ -31,12 +31,9 @@ import augsub
 from engine.command_line import as_path, exit_code, located, tool_parser
 from engine.config import TransformConfig
 from engine.config_file import load_config
-from engine.data import IMAGENET, DataSource
-from engine.data.bad_files import UnreadableImage
-from engine.data.decoding import DecodingError, decode, reason_of
-from engine.data.delivery import Delivery, Normalise, build_delivery
-from engine.data.folder import is_image, natural_order
-from engine.data.transforms import build_eval_transform, normalisation
+from engine.data.files import DecodingError, UnreadableImage, decode, is_image, natural_order, reason_of
+from engine.data.source import IMAGENET, DataSource
+from engine.data.transforms import Delivery, Normalise, build_delivery, build_eval_transform, normalisation
 from engine.defaults import build_sub_models, complete
 from engine.errors import InputError, input_errors
 from engine.paths import readable
@@ -120,7 +117,7 @@ def held_out_images(source: DataSource, deliver: Delivery) -> list[NamedImage]:
     try:
         images, _ = deliver(*default_collate([source.held_out[index] for index in indices]))
     except UnreadableImage as error:
-        name, reason = error.bad_file
+        name, reason = error.args
         raise InputError(f"{name} cannot be read: {reason}") from error
     return [(f"held-out image {index}", image) for index, image in zip(indices, images, strict=True)]
 

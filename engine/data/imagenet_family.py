@@ -35,11 +35,10 @@ from timm.data import ImageDataset, ImageNetInfo
 from torch import Tensor
 
 from engine.config import Config
-from engine.data.files import naming_bad_files
-from engine.data.folder import ImageFolder, ImageList, class_folders, is_image
-from engine.data.held_out import IGNORED
-from engine.data.images import root_of, split_folder
+from engine.data.datasets import root_of, split_folder
+from engine.data.files import ImageFolder, ImageList, class_folders, is_image, naming_bad_files
 from engine.data.source import DataSource
+from engine.data.stream import IGNORED
 from engine.data.transforms import build_eval_transform
 from engine.errors import InputError
 

@@ -1,16 +1,25 @@
-"""A pair of data sets, for training and for evaluation, and what a model must know of them."""
+"""A pair of data sets, for training and for evaluation, and what a model must know of them; two that need no files."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
 
-from engine.data.fingerprint import fingerprint
+from engine.seeding import derive_seed
+
+TRAIN_DIGITS = 1000  # the other 797 are held out
+DIGITS_SPLIT_SEED = 0  # part of the data set's definition, not of a run
+BRIGHTEST_DIGIT = 16.0  # pixels are counts from 0 to 16
+SYNTHETIC_CLASSES = 10
 
 
 @dataclass
@@ -61,5 +70,69 @@ class DataSource:
         }
 
 
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """The number of `images`, and a `sha256` over what the data set lists of them.
+
+    Of a folder these are the paths from its root on and the labels, in their order; of a data set of torchvision or
+    Hugging Face the labels; of others nothing, so that their number alone counts. Pixels are not part of it, nor is the
+    place where the data lie.
+    """
+    digest = hashlib.sha256()
+    for line in getattr(dataset, "listing", tuple)():
+        digest.update(line.encode(errors="surrogateescape") + b"\0")  # which no path contains
+    return {"images": len(dataset), "sha256": digest.hexdigest()}
+
+
 # In place of data that is not there, to count and to plan with: it has the size of ImageNet-1k, and no image
 IMAGENET = DataSource(train=range(1_281_167), held_out=range(50_000), num_classes=1000, in_chans=3)
+
+
+def build_digits(image_size: int) -> DataSource:
+    """scikit-learn's bundled handwritten digits: 1797 real images of 8 x 8 pixels in 10 classes, no download.
+
+    The split is fixed; images (1, S, S) are standardised with the training images' mean and deviation.
+    """
+    from sklearn.datasets import load_digits  # here: other data need not wait for scikit-learn
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / BRIGHTEST_DIGIT
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(DIGITS_SPLIT_SEED))
+    train, held_out = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
+    images = (images - images[train].mean()) / images[train].std()
+    if image_size != images.shape[-1]:
+        images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    return DataSource(
+        train=TensorDataset(images[train], labels[train]),
+        held_out=TensorDataset(images[held_out], labels[held_out]),
+        num_classes=10,
+        in_chans=1,
+    )
+
+
+class SyntheticImages(Dataset):
+    """Noise around a brightness that depends on the label; each image is made when it is asked for."""
+
+    def __init__(self, split: int, samples: int, image_size: int) -> None:
+        self._split = split
+        self._samples = samples
+        self._image_size = image_size
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label = index % SYNTHETIC_CLASSES
+        generator = torch.Generator().manual_seed(derive_seed(self._split, index))
+        noise = torch.randn(3, self._image_size, self._image_size, generator=generator)
+        return noise + (label - (SYNTHETIC_CLASSES - 1) / 2) / SYNTHETIC_CLASSES, label
+
+
+def build_synthetic(image_size: int, samples: int) -> DataSource:
+    """Random images with learnable labels, for trying a configuration or a machine; the splits differ."""
+    return DataSource(
+        train=SyntheticImages(0, samples, image_size),
+        held_out=SyntheticImages(1, samples, image_size),
+        num_classes=SYNTHETIC_CLASSES,
+        in_chans=3,
+    )

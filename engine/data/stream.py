@@ -1,4 +1,4 @@
-"""The order of training images, and the randomness of each, as functions of (seed, epoch, position).
+"""The order of images: of training images and their randomness as functions of (seed, epoch, position).
 
 Nothing depends on the number of loader workers or on when the run was resumed; and with the same
 global batch, processes share the same order whatever their number.
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from engine.data.bad_files import BadFile, UnreadableImage
+from engine.data.files import UnreadableImage
 from engine.seeding import derive_seed, preserved_generators, seed_cpu
+
+IGNORED = -1  # label of what is no image: it fills a share, or stands for a file that cannot be read
 
 
 class SampleKey(NamedTuple):
@@ -98,15 +101,49 @@ class SeededDataset(Dataset):
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Any]:
         """A sample for each key, None where all attempts failed, and after them the bad files met."""
-        bad_files: list[BadFile] = []
+        bad_files: list[UnreadableImage] = []
         with preserved_generators():  # with 0 workers these are also the training process's generators
             return [self._readable_item(key, bad_files) for key in keys] + bad_files
 
-    def _readable_item(self, key: SampleKey, bad_files: list[BadFile]) -> Any:
+    def _readable_item(self, key: SampleKey, bad_files: list[UnreadableImage]) -> Any:
         for attempt in range(min(self._attempts, len(self._dataset))):
             seed_cpu(key.seed)
             try:
                 return self._dataset[(key.index + attempt) % len(self._dataset)]
             except UnreadableImage as error:
-                bad_files.append(error.bad_file)
+                bad_files.append(UnreadableImage(*error.args))  # without its traceback
         return None
+
+
+class HeldOutShare(Dataset):
+    """Images rank, rank + world_size, … of a data set, filled up so that all shares are equally long.
+
+    Every process thus makes the same number of forwards, and each image is in one share only.
+
+    Args:
+        blank: stands for what is no image, (C, H, W).
+    """
+
+    def __init__(self, dataset: Dataset, rank: int, world_size: int, blank: Tensor) -> None:
+        self._dataset = dataset
+        self._rank = rank
+        self._world_size = world_size
+        self._blank = blank
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._dataset) / self._world_size)
+
+    def __getitems__(self, positions: list[int]) -> list[Any]:
+        """Pairs (image, label) in the order of `positions`, and after them the bad files among these."""
+        bad_files: list[UnreadableImage] = []
+        return [self._item(position, bad_files) for position in positions] + bad_files
+
+    def _item(self, position: int, bad_files: list[UnreadableImage]) -> tuple[Any, int]:
+        index = self._rank + position * self._world_size
+        if index < len(self._dataset):
+            try:
+                image, label = self._dataset[index]
+                return image, int(label)
+            except UnreadableImage as error:
+                bad_files.append(UnreadableImage(*error.args))
+        return self._blank, IGNORED

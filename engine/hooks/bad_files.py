@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.data import BadFiles
+from engine.data.loaders import BadFiles
 from engine.train_loop import HookBase
 
 

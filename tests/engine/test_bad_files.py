@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config import Config, DataConfig, TransformConfig
-from engine.data import IGNORED, BadFiles, build_held_out, build_loaders
-from engine.data.bad_files import BadFile
-from engine.data.delivery import Normalise
-from engine.data.images import build_images
+from engine.data.datasets import build_images
+from engine.data.loaders import BadFiles, build_held_out, build_loaders
+from engine.data.stream import IGNORED
+from engine.data.transforms import Normalise
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.evaluation import evaluate
@@ -220,26 +220,26 @@ def test_images_that_another_library_opens_are_named_by_their_index(root):
 
 def test_a_resumed_count_goes_on_and_forgives_what_was_repaired(caplog):
     first = BadFiles(allowed=2)
-    first.record([BadFile("a", "x"), BadFile("b", "y"), BadFile("a", "x")])
+    first.record([("a", "x"), ("b", "y"), ("a", "x")])
     resumed = BadFiles(allowed=2)
     resumed.load_state_dict(first.state_dict())
     caplog.clear()
-    resumed.record([BadFile("b", "y")])
+    resumed.record([("b", "y")])
     assert len(resumed) == 2 and not caplog.messages
     with pytest.raises(InputError, match=r"data.bad_files = 2: c cannot be read: z; bad file number 3"):
-        resumed.record([BadFile("c", "z")])
+        resumed.record([("c", "z")])
     stricter = BadFiles(allowed=0)
     stricter.load_state_dict(first.state_dict())
     stricter.record([])  # both were repaired
     with pytest.raises(InputError, match=r"data.bad_files = 0: a cannot be read"):
-        stricter.record([BadFile("a", "x")])
+        stricter.record([("a", "x")])
 
 
 def test_only_the_main_process_logs(caplog):
-    BadFiles(allowed=1, logs=False).record([BadFile("a", "x")])
+    BadFiles(allowed=1, logs=False).record([("a", "x")])
     assert not caplog.messages
     with caplog.at_level(logging.WARNING, "engine"):
-        BadFiles(allowed=1).record([BadFile("a", "x")])
+        BadFiles(allowed=1).record([("a", "x")])
     assert caplog.messages == ["bad file 1 of 1 allowed (data.bad_files): a: x"]
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from engine.data import BadFiles
-from engine.data.batches import Batches, HeldOutLoader, collate
-from engine.data.delivery import Delivery
+from engine.data.loaders import BadFiles, Batches, HeldOutLoader, collate
+from engine.data.transforms import Delivery
 from engine.errors import RunError
 
 AS_THEY_ARE = Delivery(torch.device("cpu"))

@@ -13,11 +13,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import Config, TrainConfig, TransformConfig
-from engine.data.batch_sizes import accumulation_for, batch_for
-from engine.data.digits import build_digits
-from engine.data.held_out import IGNORED
-from engine.data.loaders import build_held_out, build_loaders, build_source
-from engine.data.stream import SeededDataset, TrainingOrder
+from engine.data.datasets import build_source
+from engine.data.loaders import accumulation_for, batch_for, build_held_out, build_loaders
+from engine.data.source import build_digits
+from engine.data.stream import IGNORED, SeededDataset, TrainingOrder
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
 

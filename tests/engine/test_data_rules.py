@@ -14,13 +14,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from engine.config import Config, DataConfig, TransformConfig
-from engine.data import IMAGENET, DataSource
-from engine.data.digits import build_digits
+from engine.data.datasets import build_images
 from engine.data.files import OtherImages
-from engine.data.fingerprint import fingerprint
-from engine.data.images import build_images
-from engine.data.synthetic import build_synthetic
-from engine.data_rules import check_classes, check_resumed
+from engine.data.rules import check_classes, check_resumed
+from engine.data.source import IMAGENET, DataSource, build_digits, build_synthetic, fingerprint
 from engine.errors import InputError
 
 CHECKPOINT = Path("last.pt")

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from timm.data import ImageDataset
 
-from engine.data.decoding import DecodingError, decode
-from engine.data.files import naming_bad_files
+from engine.data.files import DecodingError, decode, naming_bad_files
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS[..., :3])

@@ -10,7 +10,7 @@ from torchvision.transforms import Normalize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config
-from engine.data.delivery import Normalise, build_delivery
+from engine.data.transforms import Normalise, build_delivery
 
 CPU = torch.device("cpu")
 LABELS = torch.arange(16)

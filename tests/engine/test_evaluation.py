@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
 
 import augsub
-from engine.data import IGNORED
+from engine.data.stream import IGNORED
 from engine.distributed import Process
 from engine.errors import InputError, RunError
 from engine.evaluation import Description, Metrics, Result, evaluate, measure

@@ -15,11 +15,8 @@ from timm.data import ImageDataset, create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from engine.config import DataConfig, TransformConfig
-from engine.data.bad_files import UnreadableImage
-from engine.data.decoding import DecodingError
-from engine.data.files import ImageFiles
-from engine.data.folder import ImageFolder, image_suffixes, natural_order
-from engine.data.images import build_images
+from engine.data.datasets import build_images
+from engine.data.files import DecodingError, ImageFiles, ImageFolder, UnreadableImage, image_suffixes, natural_order
 from engine.data.transforms import build_eval_transform
 from engine.errors import InputError
 
@@ -56,7 +53,7 @@ def test_names_that_tie_have_an_order_of_their_own(tmp_path):
     for name in TIED:
         make_class(tmp_path / name, "1.png", "01.png")
     program = (
-        "import sys; from pathlib import Path; from engine.data.folder import ImageFolder; "
+        "import sys; from pathlib import Path; from engine.data.files import ImageFolder; "
         "folder = ImageFolder(Path(sys.argv[1])); print(list(folder.class_to_idx), folder.samples)"
     )
     printed = {
@@ -146,7 +143,7 @@ def test_an_image_that_a_transform_leaves_nothing_of_is_a_bad_file(tmp_path):
     source = build_images(DataConfig(root=str(tmp_path), image_size=32), TransformConfig(eval_crop_mode="border"))
     with pytest.raises(UnreadableImage) as error:
         source.held_out[1]
-    name, reason = error.value.bad_file
+    name, reason = error.value.args
     assert name.endswith("val/bee/0.png")
     assert reason == "6000 x 1 pixels, of which transform.eval_crop_mode=border leaves less than a row"
 

@@ -11,7 +11,7 @@ import torch
 from engine.checkpoint import CheckpointStore
 from engine.config import AugsubConfig, Config, DataConfig, ModelConfig, OptimizerConfig, SubModelConfig
 from engine.config import TrainConfig as Train
-from engine.data import IMAGENET
+from engine.data.source import IMAGENET
 from engine.defaults import build_trainer
 from engine.distributed import Process
 from engine.hooks.training import GradientNorm

@@ -16,9 +16,10 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config
-from engine.data import IGNORED, build_held_out
-from engine.data.delivery import Normalise
 from engine.data.imagenet_family import CORRUPTIONS, VARIANT_SETTINGS, open_variant
+from engine.data.loaders import build_held_out
+from engine.data.stream import IGNORED
+from engine.data.transforms import Normalise
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.evaluation import Metrics, measure

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import auto_augment
 
 from engine.config import DataConfig, TransformConfig
-from engine.data.images import build_held_out_images, build_images
+from engine.data.datasets import build_held_out_images, build_images
 from engine.data.stream import SeededDataset, TrainingOrder
+from engine.data.transforms import build_train_transform
 from engine.errors import InputError
 
 
@@ -123,3 +125,17 @@ def test_grey_images_of_torchvision_become_rgb(tmp_path):
     assert source.train[0][0].shape == (3, 28, 28)
     expected = torch.arange(28 * 28, dtype=torch.int).to(torch.uint8).reshape(1, 28, 28).expand(3, -1, -1)
     assert torch.equal(source.held_out[0][0], expected)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n1", "original", "augmix-m10"])
+def test_no_bits_of_a_pixel_are_black(policy):
+    """RandAugment asks for them at the magnitude 10, which Pillow refuses; timm's own table stays as it is."""
+    parts = build_train_transform(TransformConfig(auto_augment=policy), 8).transforms
+    ops = [
+        op for part in parts for op in (*getattr(part, "ops", ()), *(o for p in getattr(part, "policy", ()) for o in p))
+    ]
+    posterizing = [op for op in ops if op.name.startswith("Posterize")]
+    assert posterizing
+    for op in posterizing:
+        assert op.aug_fn(Image.new("RGB", (4, 4), "white"), 0).getpixel((0, 0)) == (0, 0, 0)
+        assert op.aug_fn is not auto_augment.NAME_TO_OP[op.name]

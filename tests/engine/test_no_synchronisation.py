@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.checkpoint import CheckpointStore
 from engine.config import AugsubConfig, Config, DataConfig, EmaConfig, MixupConfig, ModelConfig, SubModelConfig
 from engine.config import TrainConfig as Train
-from engine.data import IMAGENET
+from engine.data.source import IMAGENET
 from engine.defaults import build_trainer
 from engine.distributed import Process
 from engine.hooks.training import ExponentialMovingAverage, LearningRateSchedule, NaNGuard

@@ -16,7 +16,7 @@ from torch import nn
 import augsub
 from engine.config import Config
 from engine.config_file import load_config
-from engine.data import IMAGENET
+from engine.data.source import IMAGENET
 from engine.optim import WarmupCosine, build_schedule
 from engine.run_model import create_configured_model
 from models.initialise import freeze

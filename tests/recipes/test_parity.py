@@ -11,7 +11,7 @@ from timm.layers import DropPath
 
 import augsub
 from augsub.masking import random_keep
-from engine.data.batch_sizes import accumulation_for
+from engine.data.loaders import accumulation_for
 from engine.data.stream import TrainingOrder
 from models.param_groups import param_groups
 

@@ -16,9 +16,8 @@ from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode
 
 import augsub
-from engine.data import DataSource
-from engine.data.delivery import Normalise, build_delivery
-from engine.data.transforms import build_eval_transform, build_train_transform
+from engine.data.source import DataSource
+from engine.data.transforms import Normalise, build_delivery, build_eval_transform, build_train_transform
 from engine.defaults import build_objective
 from engine.distributed import Process
 from engine.loss import IntegerMixup, build_criterion, build_mixup

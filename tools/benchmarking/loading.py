@@ -15,7 +15,8 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 
 from engine.config_file import load_config
-from engine.data import build_loaders, build_source
+from engine.data.datasets import build_source
+from engine.data.loaders import build_loaders
 from engine.distributed import Process
 from tools.benchmarking.measurements import Measurement, in_turns, ratio_of
 from tools.benchmarking.steps import CONFIG, Timing

@@ -19,7 +19,7 @@ import augsub
 from engine.checkpoint import CheckpointStore
 from engine.config import SubModelConfig
 from engine.config_file import CONFIGS, load_config
-from engine.data import build_source
+from engine.data.datasets import build_source
 from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete
 from engine.distributed import Process
 from engine.errors import InputError

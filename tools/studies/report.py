@@ -10,7 +10,7 @@ import timm
 import torch
 
 from engine import atomic
-from engine.data import build_source
+from engine.data.datasets import build_source
 from engine.errors import writing_errors
 from tools.comparison.pictures import draw_differences, draw_panels
 from tools.comparison.tables import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
-from engine.data import DataSource
+from engine.data.source import DataSource
 from engine.errors import InputError
 
 LOGGER = logging.getLogger("engine")

@@ -9,11 +9,9 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
-from engine.config import DataConfig, TransformConfig
-from engine.data.decoding import to_rgb
-from engine.data.files import naming_bad_files
-from engine.data.folder import ImageFolder
-from engine.data.source import DataSource
+from engine.config import UNTRANSFORMED, Config, DataConfig, TransformConfig
+from engine.data.files import ImageFolder, naming_bad_files, to_rgb
+from engine.data.source import DataSource, build_digits, build_synthetic
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
 from engine.paths import readable
@@ -21,6 +19,23 @@ from engine.paths import readable
 # The names under which the folder of a split is looked for: timm's, and test
 SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
 KINDS = ("torch", "hfds")  # timm's others, hfids, tfds and wds, are streams, in which no image has a number
+
+
+def build_source(config: Config) -> DataSource:
+    """The data set that `data.dataset` names."""
+    data = config.data
+    if data.dataset == "digits":
+        return build_digits(data.image_size)
+    if data.dataset == "synthetic":
+        return build_synthetic(data.image_size, data.synthetic_samples)
+    return build_images(data, config.transform)
+
+
+def build_held_out_source(config: Config) -> DataSource:
+    """The held-out images alone of the data set that `data.dataset` names, of which more need not be there."""
+    if config.data.dataset in UNTRANSFORMED:
+        return build_source(config)
+    return build_held_out_images(config.data, config.transform)
 
 
 def build_images(data: DataConfig, transform: TransformConfig) -> DataSource:
