@@ -40,10 +40,7 @@ WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar")
 NO_EFFECT = ("plugins", "data.workers", "data.bad_files", "data.allow_mismatch", "evaluation.*", "distributed.*")
 LONGEST = 120  # characters of a folder's name
 # a model that no configuration of ours describes sees images as timm says
-MODELS_OWN = f"""
-data: {{image_size: null}}
-transform: {{{", ".join(f"{key}: null" for key in MODELS_TRANSFORM)}}}
-"""
+MODELS_OWN = ("data.image_size=null", *(f"transform.{key}=null" for key in MODELS_TRANSFORM))
 
 
 def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> tuple[Config, Path | None]:
@@ -64,7 +61,7 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
     if model_name is not None:
         if not path.exists():
             raise InputError(f"{what}: no such file of weights for --model {model_name}")
-        config = parse_config(MODELS_OWN, f"--model {model_name}", overrides)
+        config = parse_config("", f"--model {model_name}", [*MODELS_OWN, *overrides])
         config.model.name = model_name
         return config, path
     if path.is_dir() and not (path / PLAIN).exists():
@@ -77,7 +74,7 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
         return parse_config(text, f"the configuration in {path}", [*own, *overrides]), path
     if path.suffix in WEIGHT_FILES or ("/" in what and ":" not in what):
         raise InputError(f"{what}: no such file or folder; a model of a hub is named hf-hub:USER/MODEL")
-    config = parse_config(MODELS_OWN, what, overrides)
+    config = parse_config("", what, [*MODELS_OWN, *overrides])
     config.model.name = what
     return config, None
 

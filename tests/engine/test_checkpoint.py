@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import stat
 from collections import OrderedDict
 from pathlib import Path
@@ -77,13 +78,19 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_before_the_
     assert calls == [(tmp_path / "last.pt").stat().st_size, "rename", "folder"]
 
 
-def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
+class Harmful:
+    """Writes a file when it is unpickled."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (open, (str(self.path), "w"))
+
+
+def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path):
     path = tmp_path / "bad.pt"
-    torch.save({"model": Harmful()}, path)
+    torch.save({"model": Harmful(tmp_path / "executed")}, path)
     with pytest.raises(InputError, match="holds more than tensors"):
         checkpoint_file.load(path)
     assert not (tmp_path / "executed").exists()
@@ -192,6 +199,10 @@ def test_sharded_checkpoints_have_the_same_names_and_leave_nothing_behind(folder
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert store.newest() == folder.previous
+    (folder.best / ".metadata").write_bytes(pickle.dumps(Harmful(folder.path / "executed")))
+    with pytest.raises(InputError, match=r"best\.pt is damaged or no checkpoint: the index names .*open"):
+        load(folder.best)
+    assert not (folder.path / "executed").exists()
 
 
 def test_a_state_is_taken_apart_and_put_together_again():
