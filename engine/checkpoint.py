@@ -127,10 +127,11 @@ class CheckpointStore:
             RunError: the disk refuses, now or at the save before this one.
         """
         iteration = state["iteration"]
-        numbered = self._folder.numbered(iteration) if is_numbered and self._keep else None
-        names = [name for name in (self._folder.best if is_best else None, numbered) if name is not None]
+        names = [self._folder.best] if is_best else []
+        if is_numbered and self._keep:
+            names.append(self._folder.checkpoints / f"iter_{iteration}.pt")
         if self._is_sharded:
-            target = self._folder.shards(iteration)
+            target = self._folder.checkpoints / ".sharded" / str(iteration)  # `last` and others are links to it
             sharded_checkpoint.save(state, target, self._process)
             if self._process.is_main:
                 self._put(target, names)
@@ -201,7 +202,7 @@ class CheckpointStore:
                 old.unlink()
             # unnamed shards, those of killed saves too: when one is complete, no other is being written
             named = {path.resolve() for path in folder.checkpoints.glob("*.pt")}
-            for shards in folder.all_shards():
+            for shards in folder.checkpoints.glob(".sharded/*"):
                 if shards.resolve() not in named:
                     shutil.rmtree(shards)
 

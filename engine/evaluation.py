@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from augsub.augmentation import SubModelAugmentation
+import augsub
 from engine.data.stream import IGNORED
 from engine.distributed import Process
 from engine.errors import InputError, RunError
@@ -148,7 +148,7 @@ def measure(
     precision: Precision,
     process: Process,
     name: str = "the model",
-    augmentation: SubModelAugmentation | None = None,
+    augmentation: augsub.SubModelAugmentation | None = None,
     seed: int = 0,
 ) -> tuple[Metrics, dict[str, dict[str, float]]]:
     """Metrics on all images, and figures on each source of images. All processes call it together.
@@ -197,7 +197,7 @@ class Result:
     """
 
     prefix: str
-    augmentation: SubModelAugmentation | None
+    augmentation: augsub.SubModelAugmentation | None
     metrics: Metrics
     parts: dict[str, dict[str, float]]
     sub_models: Sequence[Result] = ()

@@ -39,22 +39,10 @@ class RunFolder:
         # of a dry run, beside the folder; a name that no wildcard for runs begins with
         self.plan = Path(os.path.normpath(self.path / ".." / f"plan_{self.path.resolve().name}.png"))
 
-    def numbered(self, iteration: int) -> Path:
-        """The checkpoint after that many steps."""
-        return self.checkpoints / f"iter_{iteration}.pt"
-
     def list_numbered(self) -> list[Path]:
         """Numbered checkpoints, oldest first."""
         numbered = [path for path in self.checkpoints.glob("iter_*.pt") if path.stem.removeprefix("iter_").isdecimal()]
         return sorted(numbered, key=lambda path: int(path.stem.removeprefix("iter_")))
-
-    def shards(self, iteration: int) -> Path:
-        """Where a sharded checkpoint really lies; the names of the others are links to it."""
-        return self.checkpoints / ".sharded" / str(iteration)
-
-    def all_shards(self) -> list[Path]:
-        """Sharded checkpoints, named or not, complete or not."""
-        return list(self.checkpoints.glob(".sharded/*"))
 
     def refuse_if_taken(self) -> None:
         """Raise InputError if the folder holds a run's results, which a new run would overwrite."""
