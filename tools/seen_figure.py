@@ -1,4 +1,4 @@
-"""The picture of what sub-models see: a row per model and image, a column per sub-model."""
+"""The picture of what sub-models see: models with images for them, a row for each image, a column per sub-model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +17,58 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
-from torch import Tensor
+from sklearn.datasets import load_sample_image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import augsub
 from engine import atomic
-from engine.errors import writing_errors
+from engine.config import Config, TransformConfig
+from engine.data.files import DecodingError, UnreadableImage, decode, is_image, natural_order, reason_of
+from engine.data.source import IMAGENET, DataSource
+from engine.data.transforms import Normalise, build_delivery, build_eval_transform, normalisation
+from engine.errors import InputError, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
-from models.recording import Dropping, Fate
-from models.rendering import render, render_main
-from models.seen import Seen
+from engine.paths import readable
+from engine.run_model import create_configured_model
+from models.build import build_model, image_settings
+from models.pictures import Dropping, PixelState, Recording, record, render, render_main
+from tools.analysis import data_source
 
+BUNDLED = "flower.jpg"  # with scikit-learn
+SAMPLES = 6  # draws for each image
+SHOWN = 3  # images of a configuration's data, or of the user's
 PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND_MARGIN, LEGEND_ROW = 1.5, 0.2, 0.45, 0.4, 0.4, 0.13, 0.17  # inches
+LEGEND_ENTRY = 2.1  # inches, the longest one
 SMALL = 7.5  # points
 DPI = 130
-KEPT, DROPPED = BLUE, "#FFFFFF"
-CROP_EDGE = VERMILION
+DROPPED, KEPT = "#FFFFFF", BLUE
 HATCH, HATCH_COLOUR = "/////", "0.75"  # over what is removed, which would be hard to see on a pale image
 FINE = 8  # hatched areas end within 1/8 pixel of their place
 ACTIVATIONS = (8, 2)  # of each dropout that are drawn, rows and columns
-LEGEND_ENTRY = 2.1  # inches, the longest one
-FATES = {
-    Fate.REMOVED: ("removed: nothing is computed for it", {"facecolor": "#F4F4F4", "hatch": HATCH}),
-    Fate.REPLACED: ("replaced by the learned mask token", {}),
-    Fate.ZEROED: ("set to zero", {}),
+LEGEND = {
+    PixelState.REMOVED: ("removed: nothing is computed for it", {"facecolor": "#F4F4F4", "hatch": HATCH}),
+    PixelState.REPLACED: ("replaced by the learned mask token", {}),
+    PixelState.ZEROED: ("set to zero", {}),
 }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A patched model and images for it.
+
+    Attributes:
+        names: of the images.
+        images: (N, C, H, W), normalised.
+        mean, std: of each channel, as they were normalised, if known.
+    """
+
+    model_name: str
+    model: nn.Module
+    names: Sequence[str]
+    images: Tensor
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -47,71 +76,171 @@ class Row:
     """One image in one model.
 
     Attributes:
-        label: what stands on its left.
         samples: which samples of the batch are this image; the first is drawn, paths and activations drop in all.
         images: what the main model sees, (B, C, H, W).
-        seen: what each sub-model sees, or None where the model does not offer the augmentation.
-        mean, std: of each channel, as `models.rendering.render` takes them.
+        recordings: what each sub-model sees, or None where the model does not offer the augmentation.
     """
 
-    label: str
+    subject: Subject
+    name: str
     samples: slice
     images: Tensor
-    seen: Sequence[Seen | None]
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
+    recordings: Sequence[Recording | None]
 
 
-DrawPanel = Callable[[Axes, Row, Seen], None]
+def configured(config: Config, files: Sequence[Path]) -> Subject:
+    """The model of a configuration, with images of its data or the user's."""
+    source = data_source(config)
+    model = augsub.patch(create_configured_model(config, source))
+    if source is not IMAGENET and not files:
+        names, images = _held_out_images(config, source)
+        return Subject(config.model.name, model, names, images, *normalisation(config))
+    names, images = _photographs(files, config.transform, config.data.image_size)
+    if source.in_chans != len(config.transform.mean):
+        grey = images.mean(dim=1, keepdim=True).expand(-1, source.in_chans, -1, -1)
+        return Subject(config.model.name, model, names, grey, None, None)
+    return Subject(config.model.name, model, names, images, config.transform.mean, config.transform.std)
+
+
+def named(name: str, files: Sequence[Path]) -> Subject:
+    """A timm model as timm builds it, with images as timm evaluates it."""
+    with input_errors("--model"):
+        settings = image_settings(name)
+        model = build_model(name)
+    if settings.image_size is None:
+        raise InputError(f"--model {name}: timm lists no image size for it; give a configuration that does, --config")
+    transform = TransformConfig(**settings.transform)
+    return Subject(name, model, *_photographs(files, transform, settings.image_size), transform.mean, transform.std)
+
+
+def _held_out_images(config: Config, source: DataSource) -> tuple[list[str], Tensor]:
+    """A few held-out images, from the first to the last."""
+    deliver, indices = (
+        build_delivery(config, torch.device("cpu"), is_training=False),
+        _evenly(range(len(source.held_out))),
+    )
+    try:
+        images, _ = deliver(*default_collate([source.held_out[index] for index in indices]))
+    except UnreadableImage as error:
+        name, reason = error.args
+        raise InputError(f"{name} cannot be read: {reason}") from error
+    return [f"held-out image {index}" for index in indices], images
+
+
+def _photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> tuple[list[str], Tensor]:
+    """The user's image files, or the bundled one, as the main model sees them in evaluation."""
+    to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
+    named_images = [(readable(file.name), _read(file)) for file in files]
+    if not files:
+        named_images = [(BUNDLED, Image.fromarray(load_sample_image(BUNDLED)))]
+    return [name for name, _ in named_images], torch.stack([normalise(to_bytes(image)) for _, image in named_images])
+
+
+def chosen(paths: Sequence[Path]) -> list[Path]:
+    """A few of all image files, and of those directly in folders."""
+    files = [file for path in paths for file in _image_files(path)]
+    if len(files) > SHOWN:
+        print(f"--images: {SHOWN} of {len(files):,} images are drawn, evenly chosen")
+    return _evenly(files)
+
+
+def _evenly(items: Sequence[Any]) -> list[Any]:
+    """A few of the items, from the first to the last."""
+    places = np.linspace(0, len(items) - 1, min(SHOWN, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def _image_files(path: Path) -> list[Path]:
+    """The file itself, or the images directly in a folder."""
+    if not path.is_dir():
+        return [path]
+    files = sorted((file for file in path.iterdir() if is_image(file.name)), key=lambda file: natural_order(file.name))
+    if not files:
+        raise InputError(f"--images {path}: the folder holds no image")
+    return files
+
+
+def _read(file: Path) -> Image.Image:
+    """The image in a file, as RGB."""
+    try:
+        with file.open("rb") as opened:
+            return decode(opened)
+    except (OSError, DecodingError) as error:
+        raise InputError(f"--images {file}: cannot be read: {reason_of(error)}") from error
+
+
+def rows_of(
+    subject: Subject, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool
+) -> list[Row]:
+    """One row for each image of a subject; `may_lack` leaves augmentations open that the model does not offer."""
+    batch = subject.images.repeat_interleave(SAMPLES, dim=0)
+    offered = augsub.supports(subject.model)
+    recordings: list[Recording | None] = []
+    for augmentation in sub_models:
+        if may_lack and any(member.name not in offered for member in augmentation.members):
+            recordings.append(None)
+            continue
+        with input_errors(f"{augmentation} for {subject.model_name}"):
+            recordings.append(record(subject.model, batch, augmentation, seed))
+    firsts = range(0, len(batch), SAMPLES)
+    return [
+        Row(subject, name, slice(first, first + SAMPLES), batch, recordings)
+        for first, name in zip(firsts, subject.names, strict=True)
+    ]
+
+
+DrawPanel = Callable[[Axes, Row, Recording], None]
 
 
 def draw(rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation], path: Path) -> None:
-    """Draw the rows and write the PNG file."""
+    """Draw the rows and write the PNG file, of 256 colours: a third of the size."""
     panels = [(index, part) for index, sub_model in enumerate(sub_models) for part in _panels_of(sub_model)]
-    legend = _legend_entries(rows, sub_models)
-    figure, axes, legend_columns = _grid_of_axes(len(rows), 1 + len(panels), len(legend))
+    legend = _legend_entries(rows, panels)
+    figure, axes = _panels_and_legend(len(rows), 1 + len(panels), legend)
     for row, (main, *others) in zip(rows, axes, strict=True):
-        _show_image(main, render_main(row.images[row.samples], row.mean, row.std)[0])
+        subject = row.subject
+        _show_image(main, render_main(row.images[row.samples], subject.mean, subject.std)[0])
         main.set_xlabel("{} × {} px".format(*row.images.shape[2:]), fontsize=SMALL)  # noqa: RUF001
-        main.set_ylabel(row.label, fontsize=SMALL)
+        main.set_ylabel(f"{subject.model_name}\n{row.name}", fontsize=SMALL)
         for panel, (index, draw_panel) in zip(others, panels, strict=True):
-            if row.seen[index] is None:
-                _say_not_offered(panel)
+            if row.recordings[index] is None:
+                panel.axis("off")
+                panel.text(0.5, 0.5, "not offered\nby this model", ha="center", va="center", fontsize=8, color="0.4")
             else:
-                draw_panel(panel, row, row.seen[index])
+                draw_panel(panel, row, row.recordings[index])
     titles = ["main model", *(str(sub_models[index]).replace(" + ", "\n+ ") for index, _ in panels)]
     for panel, title in zip(axes[0], titles, strict=True):
         panel.set_title(title, fontsize=9)
-    figure.legend(handles=legend, loc="lower center", ncols=legend_columns, frameon=False, fontsize=8)
-    _save(figure, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    plt.close(figure)
+    picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    with writing_errors(path), atomic.new_content(path) as file:
+        picture.save(file, "PNG", optimize=True)
 
 
-def _grid_of_axes(rows: int, columns: int, legend_entries: int) -> tuple[Figure, np.ndarray, int]:
-    """Square panels of equal size, (rows, columns), with room for what stands around them; columns of the legend."""
+def _panels_and_legend(rows: int, columns: int, legend: Sequence[Patch]) -> tuple[Figure, np.ndarray]:
+    """Square panels of equal size, (rows, columns), with room for what stands around them."""
     width = LEFT + columns * (PANEL + GAP)
     legend_columns = max(1, int(width / LEGEND_ENTRY))
-    legend_height = LEGEND_MARGIN + LEGEND_ROW * math.ceil(legend_entries / legend_columns)
+    legend_height = LEGEND_MARGIN + LEGEND_ROW * math.ceil(len(legend) / legend_columns)
     height = TITLE + rows * (PANEL + CAPTION) + legend_height
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        squeeze=False,
-        figsize=(width, height),
-        gridspec_kw={
-            "left": LEFT / width,
-            "right": 1 - GAP / width,
-            "top": 1 - TITLE / height,
-            "bottom": (legend_height + CAPTION) / height,
-            "wspace": GAP / PANEL,
-            "hspace": CAPTION / PANEL,
-        },
-    )
-    return figure, axes, legend_columns
+    places = {
+        "left": LEFT / width,
+        "right": 1 - GAP / width,
+        "top": 1 - TITLE / height,
+        "bottom": (legend_height + CAPTION) / height,
+        "wspace": GAP / PANEL,
+        "hspace": CAPTION / PANEL,
+    }
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width, height), gridspec_kw=places)
+    figure.legend(handles=legend, loc="lower center", ncols=legend_columns, frameon=False, fontsize=8)
+    return figure, axes
 
 
 def _panels_of(augmentation: augsub.SubModelAugmentation) -> list[DrawPanel]:
     """What shows the augmentation: the image, its paths, its activations, or several of them."""
-    sites = _sites_of(augmentation)
+    sites = {site for member in augmentation.members for site in member.sites}
     return [
         *([_draw_image] if sites - {"drop_path", "dropout"} else []),
         *([_draw_paths] if "drop_path" in sites else []),
@@ -119,29 +248,18 @@ def _panels_of(augmentation: augsub.SubModelAugmentation) -> list[DrawPanel]:
     ]
 
 
-def _sites_of(augmentation: augsub.SubModelAugmentation) -> set[str]:
-    return {site for member in augmentation.members for site in member.sites}
-
-
-def _say_not_offered(axes: Axes) -> None:
-    axes.axis("off")
-    axes.text(0.5, 0.5, "not offered\nby this model", ha="center", va="center", fontsize=8, color="0.4")
-
-
-def _draw_image(axes: Axes, row: Row, seen: Seen) -> None:
+def _draw_image(axes: Axes, row: Row, recording: Recording) -> None:
     sample = row.samples.start
-    _show_image(axes, render(seen, row.mean, row.std)[sample])
-    axes.set_xlabel(_caption(seen, sample), fontsize=SMALL)
-    removed = (seen.fates[sample] == Fate.REMOVED).repeat_interleave(FINE, 0).repeat_interleave(FINE, 1)
+    _show_image(axes, render(recording, row.subject.mean, row.subject.std)[sample])
+    axes.set_xlabel(_caption(recording, sample), fontsize=SMALL)
+    removed = (recording.states[sample] == PixelState.REMOVED).repeat_interleave(FINE, 0).repeat_interleave(FINE, 1)
     if removed.any():
-        extent = axes.images[0].get_extent()
-        levels, hatches = [0.5, 1.5], [HATCH]
-        axes.contourf(
-            removed.cpu().numpy(), levels, hatches=hatches, colors="none", extent=extent, origin="upper"
-        ).set_edgecolor(HATCH_COLOUR)
-    top, left, height, width = seen.crops[sample].tolist()
-    if (height, width) != tuple(seen.images.shape[2:]):
-        frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=CROP_EDGE, linewidth=1.5)
+        place = {"extent": axes.images[0].get_extent(), "origin": "upper"}
+        area = axes.contourf(removed.cpu().numpy(), [0.5, 1.5], hatches=[HATCH], colors="none", **place)
+        area.set_edgecolor(HATCH_COLOUR)
+    top, left, height, width = recording.crops[sample].tolist()
+    if (height, width) != tuple(recording.images.shape[2:]):
+        frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=VERMILION, linewidth=1.5)
         axes.add_patch(frame)
 
 
@@ -151,36 +269,37 @@ def _show_image(axes: Axes, picture: Tensor) -> None:
     axes.spines[:].set_color("0.7")
 
 
-def _caption(seen: Seen, sample: int) -> str:
+def _caption(recording: Recording, sample: int) -> str:
     """How much is left, in the numbers of the forward."""
     facts = []
-    if seen.inputs.shape != seen.images.shape:
-        facts.append("{} × {} px".format(*seen.inputs.shape[2:]))  # noqa: RUF001
-    for hidden in seen.hidden:
+    if recording.inputs.shape != recording.images.shape:
+        facts.append("{} × {} px".format(*recording.inputs.shape[2:]))  # noqa: RUF001
+    for hidden in recording.hidden:
         cells = hidden.cells[sample]
-        if hidden.fate == Fate.REMOVED:
+        if hidden.state == PixelState.REMOVED:
             facts.append(f"{int((~cells).sum())} of {cells.numel()} tokens")
         else:
-            facts.append(f"{cells.float().mean():.0%} {hidden.fate.name.lower()}")
+            facts.append(f"{cells.float().mean():.0%} {hidden.state.name.lower()}")
     return "\n".join(facts) or "all of it"
 
 
-def _draw_paths(axes: Axes, row: Row, seen: Seen) -> None:
+def _draw_paths(axes: Axes, row: Row, recording: Recording) -> None:
     """Pale where a module drops parts of an image, each for itself."""
-    shares = torch.stack([path.share[row.samples] for path in seen.paths], dim=1)
-    _show_kept(axes, shares, row, f"{len(seen.paths)} residual branches", seen.paths)
+    paths = recording.droppings["drop_path"]
+    shares = torch.stack([path.share[row.samples] for path in paths], dim=1)
+    _show_kept(axes, shares, row, f"{len(paths)} residual branches", paths)
     axes.set_xticks(np.arange(0.5, shares.shape[1]), minor=True)
     axes.set_yticks(np.arange(0.5, shares.shape[0]), minor=True)
     axes.grid(which="minor", color="0.8", linewidth=0.5)
     axes.tick_params(which="minor", length=0, pad=0)
 
 
-def _draw_activations(axes: Axes, row: Row, seen: Seen) -> None:
+def _draw_activations(axes: Axes, row: Row, recording: Recording) -> None:
     """A part of the activations of each dropout."""
-    height, width = ACTIVATIONS
-    noted = torch.stack([dropout.kept[row.samples, : height * width] for dropout in seen.dropouts], dim=1)
+    dropouts = recording.droppings["dropout"]
+    noted = torch.stack([dropout.kept[row.samples, : math.prod(ACTIVATIONS)] for dropout in dropouts], dim=1)
     mosaic = noted.unflatten(-1, ACTIVATIONS).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    _show_kept(axes, mosaic, row, f"activations of {len(seen.dropouts)} dropouts", seen.dropouts)
+    _show_kept(axes, mosaic, row, f"activations of {len(dropouts)} dropouts", dropouts)
 
 
 def _show_kept(axes: Axes, kept: Tensor, row: Row, label: str, droppings: Sequence[Dropping]) -> None:
@@ -194,36 +313,21 @@ def _show_kept(axes: Axes, kept: Tensor, row: Row, label: str, droppings: Sequen
     axes.spines[:].set_color("0.7")
 
 
-def _legend_entries(rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation]) -> list[Patch]:
-    """What occurs in the picture."""
-    found = _colours(rows)
+def _legend_entries(rows: Sequence[Row], panels: Sequence[tuple[int, DrawPanel]]) -> list[Patch]:
+    """What occurs in the picture, pixels with the colour of one of them."""
+    colours: dict[int, list[float]] = {}
+    for row in rows:
+        for recording in filter(None, row.recordings):
+            pictures = render(recording, row.subject.mean, row.subject.std).permute(0, 2, 3, 1) / 255
+            states = recording.states.unique().tolist()
+            colours |= {state: pictures[recording.states == state][0].tolist() for state in states}
     entries = [
-        Patch(label=label, **{"facecolor": found[fate], **style})
-        for fate, (label, style) in FATES.items()
-        if fate in found
+        Patch(label=label, **{"facecolor": colours[state], **style})
+        for state, (label, style) in LEGEND.items()
+        if state in colours
     ]
-    if any(_sites_of(augmentation) & {"drop_path", "dropout"} for augmentation in sub_models):
+    if any(draw_panel is not _draw_image for _, draw_panel in panels):
         entries += [Patch(facecolor=KEPT, label="kept"), Patch(facecolor=DROPPED, label="dropped")]
     for entry in entries:
         entry.set_edgecolor(HATCH_COLOUR)
     return entries
-
-
-def _colours(rows: Sequence[Row]) -> dict[int, tuple[float, ...]]:
-    """The fates in the picture, each with the colour of a pixel that it met."""
-    colours = {}
-    for row in rows:
-        for seen in filter(None, row.seen):
-            pictures = render(seen, row.mean, row.std).permute(0, 2, 3, 1) / 255
-            colours |= {fate: tuple(pictures[seen.fates == fate][0].tolist()) for fate in seen.fates.unique().tolist()}
-    return colours
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """As a PNG of 256 colours, a third of the size."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=DPI)
-    plt.close(figure)
-    picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    with writing_errors(path), atomic.new_content(path) as file:
-        picture.save(file, "PNG", optimize=True)

@@ -28,8 +28,7 @@ from engine.run_folder import RunFolder
 from engine.table import text_table
 from engine.train_loop import HookBase
 from engine.writers import Record, Writer, open_writers, read_lines, require_wandb
-from models.rendering import render, render_main
-from models.seen import see
+from models.pictures import record, render, render_main
 
 LOGGER = logging.getLogger("engine")
 
@@ -161,8 +160,8 @@ class SubModelPictures(HookBase):
         # nothing is compiled for it under train.compile
         with torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext():
             for number, sub_model in enumerate(self.trainer.objective.sub_models):
-                seen = see(self.trainer.bare_model, images, sub_model.augmentation, self.config.seed)
-                pictures[f"sub-model {number}, {sub_model.augmentation}"] = render(seen, mean, std)
+                recording = record(self.trainer.bare_model, images, sub_model.augmentation, self.config.seed)
+                pictures[f"sub-model {number}, {sub_model.augmentation}"] = render(recording, mean, std)
         return pictures
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import visualize_augsub
+from tools import seen_figure, visualize_augsub
 
 ROOT = Path(__file__).parents[2]
 DPI, PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND = 130, 1.5, 0.2, 0.45, 0.4, 0.4, 0.3  # inches
@@ -150,7 +150,7 @@ def test_of_many_photographs_a_few_are_drawn_evenly_chosen(tmp_path, capsys):
     for number in range(41):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.webp")
     (tmp_path / "notes.txt").write_text("")
-    assert [file.name for file in visualize_augsub.chosen([tmp_path])] == ["0.webp", "20.webp", "40.webp"]
+    assert [file.name for file in seen_figure.chosen([tmp_path])] == ["0.webp", "20.webp", "40.webp"]
     assert capsys.readouterr().out == "--images: 3 of 41 images are drawn, evenly chosen\n"
-    assert visualize_augsub.chosen([tmp_path / "7.webp"]) == [tmp_path / "7.webp"]
+    assert seen_figure.chosen([tmp_path / "7.webp"]) == [tmp_path / "7.webp"]
     assert capsys.readouterr().out == ""

@@ -11,16 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import augsub
-from models.recording import Fate
-from models.rendering import MASK_TOKEN, render, render_main
-from models.seen import see
+from models.pictures import MASK_TOKEN, PixelState, record, render, render_main
 
 SEED = 7
-FATE_OF_FAMILY = {"vit": Fate.REMOVED, "swin": Fate.REPLACED, "resnet": Fate.ZEROED}
+STATE_OF_FAMILY = {"vit": PixelState.REMOVED, "swin": PixelState.REPLACED, "resnet": PixelState.ZEROED}
 STEMS = {"vit": "patch_embed", "swin": "patch_embed", "resnet": "conv1"}
 
 
-@pytest.fixture(params=FATE_OF_FAMILY)
+@pytest.fixture(params=STATE_OF_FAMILY)
 def family(request):
     return request.param
 
@@ -57,13 +55,13 @@ def io_of(model, module_class, call):
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 def test_masked_cells_are_those_of_the_seed(ratio, family, model, images):
-    seen = see(model, images, masking(family, ratio), SEED)
+    recording = record(model, images, masking(family, ratio), SEED)
     torch.manual_seed(SEED)
     kept = kept_cells(4, 16, ratio).view(4, 4, 4)
     pixels = F.interpolate(kept[:, None].float(), scale_factor=8)[:, 0].bool()
-    assert torch.equal(seen.fates == Fate.VISIBLE, pixels)
-    assert torch.equal(seen.fates == FATE_OF_FAMILY[family], ~pixels)
-    (hidden,) = seen.hidden
+    assert torch.equal(recording.states == PixelState.VISIBLE, pixels)
+    assert torch.equal(recording.states == STATE_OF_FAMILY[family], ~pixels)
+    (hidden,) = recording.hidden
     assert torch.equal(F.interpolate(hidden.cells[:, None].float(), size=(32, 32))[:, 0].bool(), ~pixels)
 
 
@@ -71,12 +69,12 @@ def test_masked_cells_are_those_of_the_seed(ratio, family, model, images):
 def test_ratio_0_shows_the_whole_image(augmentation, family, model, images):
     if augmentation not in augsub.supports(model):
         pytest.skip("not offered")
-    seen = see(model, images, {"name": augmentation, "ratio": 0}, SEED)
-    assert (seen.fates == Fate.VISIBLE).all() and seen.hidden == ()
-    assert torch.equal(seen.pixels, images)
-    assert all((dropping.share == 1).all() for dropping in (*seen.paths, *seen.dropouts))
-    assert torch.equal(seen.logits, model.eval()(images))
-    assert torch.equal(render(seen), render_main(images))
+    recording = record(model, images, {"name": augmentation, "ratio": 0}, SEED)
+    assert (recording.states == PixelState.VISIBLE).all() and recording.hidden == []
+    assert torch.equal(recording.pixels, images)
+    assert all((dropping.share == 1).all() for calls in recording.droppings.values() for dropping in calls)
+    assert torch.equal(recording.logits, model.eval()(images))
+    assert torch.equal(render(recording), render_main(images))
 
 
 @pytest.mark.parametrize("augmentation", augsub.list_augmentations())
@@ -89,14 +87,14 @@ def test_logits_are_those_of_a_forward_that_nobody_watches(augmentation, family,
     sub_model = {"name": augmentation, "ratio": 0.5}
     if augmentation not in augsub.supports(model):
         with pytest.raises(ValueError, match=f"{augmentation} has no site"):
-            see(model, images, sub_model, SEED)
+            record(model, images, sub_model, SEED)
         return
-    seen = see(model, images, sub_model, SEED)
+    recording = record(model, images, sub_model, SEED)
     for module in model.eval().modules():
         module.training = isinstance(module, (DropPath, nn.Dropout))
     torch.manual_seed(SEED)
-    assert torch.equal(seen.logits, model(images, augsub=sub_model))
-    assert not torch.equal(seen.logits, model(images))
+    assert torch.equal(recording.logits, model(images, augsub=sub_model))
+    assert not torch.equal(recording.logits, model(images))
 
 
 def test_model_and_random_numbers_stay_as_they_are(family, model, images):
@@ -105,9 +103,9 @@ def test_model_and_random_numbers_stay_as_they_are(family, model, images):
         model.patch_embed.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes, random_state = [module.training for module in model.modules()], torch.get_rng_state()
-    see(model, images, [masking(family, 0.5), {"name": "drop_path", "ratio": 0.5}], SEED)
+    record(model, images, [masking(family, 0.5), {"name": "drop_path", "ratio": 0.5}], SEED)
     with pytest.raises(ValueError, match="leaves none of"):
-        see(model, images, masking(family, 0.99), SEED)
+        record(model, images, masking(family, 0.99), SEED)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -117,27 +115,31 @@ def test_model_and_random_numbers_stay_as_they_are(family, model, images):
 
 @pytest.mark.parametrize("ratio", [0.25, 0.75])
 def test_paths_are_those_that_the_modules_drop(ratio, family, model, images):
-    seen = []
-    calls = io_of(model, DropPath, lambda: seen.append(see(model, images, {"name": "drop_path", "ratio": ratio}, SEED)))
+    recording = []
+    calls = io_of(
+        model, DropPath, lambda: recording.append(record(model, images, {"name": "drop_path", "ratio": ratio}, SEED))
+    )
     names = {module: name for name, module in model.named_modules()}
-    assert [path.module for path in seen[0].paths] == [names[module] for module, _, _ in calls]
-    for path, (_, _, output) in zip(seen[0].paths, calls, strict=True):
+    assert [path.module for path in recording[0].droppings["drop_path"]] == [names[module] for module, _, _ in calls]
+    for path, (_, _, output) in zip(recording[0].droppings["drop_path"], calls, strict=True):
         assert torch.equal(path.kept[:, 0], (output != 0).flatten(1).any(dim=1))
         assert torch.equal(path.share, path.kept[:, 0].float())
-    assert {path.share.mean().item() for path in seen[0].paths} - {0.0, 1.0}
+    assert {path.share.mean().item() for path in recording[0].droppings["drop_path"]} - {0.0, 1.0}
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_activations_are_those_that_the_modules_drop(family, model, images):
-    seen = []
-    calls = io_of(model, nn.Dropout, lambda: seen.append(see(model, images, {"name": "dropout", "ratio": 0.3}, SEED)))
+    recording = []
+    calls = io_of(
+        model, nn.Dropout, lambda: recording.append(record(model, images, {"name": "dropout", "ratio": 0.3}, SEED))
+    )
     names = {name: module for name, module in model.named_modules()}
-    for dropout in seen[0].dropouts:
+    for dropout in recording[0].droppings["dropout"]:
         _, given, output = next(call for call in calls if call[0] is names[dropout.module])
         dropped = ((output == 0) & (given != 0)).reshape(4, -1)
         torch.testing.assert_close(1 - dropped.float().mean(dim=1), dropout.share)
         assert torch.equal(~dropped[:, :64], dropout.kept)
-    assert len(seen[0].dropouts) == 3 * sum(name.endswith("attn") for name in names)
+    assert len(recording[0].droppings["dropout"]) == 3 * sum(name.endswith("attn") for name in names)
 
 
 def test_crops_are_the_pixels_that_the_model_gets(make_model):
@@ -145,62 +147,62 @@ def test_crops_are_the_pixels_that_the_model_gets(make_model):
     model = augsub.patch(make_model("resnet"))
     given = []
     model.conv1.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    seen = see(model, images, {"name": "random_crop", "ratio": 0.75}, SEED)
-    assert torch.equal(seen.inputs, given[0]) and seen.inputs.shape == (3, 3, 64, 64)
-    assert torch.equal(seen.boxes, seen.crops) and len(seen.boxes.unique(dim=0)) == 3
-    for sample, (top, left, height, width) in enumerate(seen.crops.tolist()):
+    recording = record(model, images, {"name": "random_crop", "ratio": 0.75}, SEED)
+    assert torch.equal(recording.inputs, given[0]) and recording.inputs.shape == (3, 3, 64, 64)
+    assert torch.equal(recording.boxes, recording.crops) and len(recording.boxes.unique(dim=0)) == 3
+    for sample, (top, left, height, width) in enumerate(recording.crops.tolist()):
         assert torch.equal(given[0][sample], images[sample, :, top : top + height, left : left + width])
-        assert (seen.fates[sample, top : top + height, left : left + width] == Fate.VISIBLE).all()
-    assert (seen.fates == Fate.REMOVED).sum() == 3 * (96 * 128 - 64 * 64)
-    assert torch.equal(seen.pixels, images)
+        assert (recording.states[sample, top : top + height, left : left + width] == PixelState.VISIBLE).all()
+    assert (recording.states == PixelState.REMOVED).sum() == 3 * (96 * 128 - 64 * 64)
+    assert torch.equal(recording.pixels, images)
 
 
 def test_crops_of_the_token_grid_are_the_tokens_that_the_blocks_get(make_model, images):
     model = augsub.patch(make_model("vit")).eval()
     given = []
     model.blocks[0].register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    seen = see(model, images, {"name": "random_crop", "ratio": 0.5}, SEED)
+    recording = record(model, images, {"name": "random_crop", "ratio": 0.5}, SEED)
     tokens = model._pos_embed(model.patch_embed(images))[:, 1:].unflatten(1, (4, 4))
-    for sample, crop in enumerate(seen.crops):
+    for sample, crop in enumerate(recording.crops):
         top, left, height, width = (crop // 8).tolist()
         assert (crop % 8 == 0).all() and (height, width) == (3, 3)
         window = tokens[sample, top : top + height, left : left + width].flatten(0, 1)
         torch.testing.assert_close(given[0][sample, 1:], window)
-        assert (seen.fates[sample] == Fate.REMOVED).sum() == 32 * 32 - 24 * 24
-    assert torch.equal(seen.inputs, images)
+        assert (recording.states[sample] == PixelState.REMOVED).sum() == 32 * 32 - 24 * 24
+    assert torch.equal(recording.inputs, images)
 
 
 @pytest.mark.parametrize("order", [("random_crop", "masking"), ("masking", "random_crop")])
 def test_masks_and_crops_compose_in_both_orders(order, make_model):
     images = torch.randn(3, 3, 96, 96)
     sub_model = [{"name": name, "ratio": 0.5, **({"cell": 16} if name == "masking" else {})} for name in order]
-    seen = see(augsub.patch(make_model("resnet")), images, sub_model, SEED)
-    for sample, (top, left, height, width) in enumerate(seen.boxes.tolist()):
-        inside = seen.fates[sample, top : top + height, left : left + width]
-        hidden = inside == Fate.ZEROED
+    recording = record(augsub.patch(make_model("resnet")), images, sub_model, SEED)
+    for sample, (top, left, height, width) in enumerate(recording.boxes.tolist()):
+        inside = recording.states[sample, top : top + height, left : left + width]
+        hidden = inside == PixelState.ZEROED
         assert 0.3 < hidden.float().mean() < 0.7
         original = images[sample, :, top : top + height, left : left + width]
-        assert torch.equal(seen.inputs[sample], torch.where(hidden, torch.zeros(()), original))
-    assert (seen.fates == Fate.REMOVED).sum() == 3 * (96 * 96 - 64 * 64)
+        assert torch.equal(recording.inputs[sample], torch.where(hidden, torch.zeros(()), original))
+    assert (recording.states == PixelState.REMOVED).sum() == 3 * (96 * 96 - 64 * 64)
 
 
 def test_tokens_masked_in_a_crop_are_counted_once(make_model, images):
     sub_model = [{"name": "random_crop", "ratio": 0.5}, {"name": "masking", "ratio": 0.5}]
-    seen = see(augsub.patch(make_model("vit")), images, sub_model, SEED)
-    (hidden,) = seen.hidden
+    recording = record(augsub.patch(make_model("vit")), images, sub_model, SEED)
+    (hidden,) = recording.hidden
     assert (~hidden.cells).sum(dim=(1, 2)).tolist() == [4] * 4  # int(9 / 2)
-    assert ((seen.fates == Fate.VISIBLE).sum(dim=(1, 2)) == 4 * 64).all()
+    assert ((recording.states == PixelState.VISIBLE).sum(dim=(1, 2)) == 4 * 64).all()
 
 
 def test_of_two_streams_what_either_sees_is_visible():
     model = augsub.patch(timm.create_model("crossvit_tiny_240"))
-    seen = see(model, torch.randn(2, 3, 240, 240), {"name": "masking", "ratio": 0.5}, SEED)
+    recording = record(model, torch.randn(2, 3, 240, 240), {"name": "masking", "ratio": 0.5}, SEED)
     torch.manual_seed(SEED)
     kept = [kept_cells(2, side * side, 0.5).view(2, 1, side, side) for side in (20, 14)]  # 12 and 16 px
     either = torch.stack([F.interpolate(cells.float(), size=(240, 240), mode="nearest-exact") for cells in kept]).amax(
         0
     )
-    assert torch.equal(seen.fates == Fate.VISIBLE, either[:, 0].bool())
+    assert torch.equal(recording.states == PixelState.VISIBLE, either[:, 0].bool())
 
 
 class Changed(augsub.SubModelAugmentation):
@@ -229,12 +231,12 @@ class Changed(augsub.SubModelAugmentation):
 )
 def test_any_other_change_is_shown_as_it_is(change, size, make_model):
     images = torch.randn(2, 3, 64, 64)
-    seen = see(augsub.patch(make_model("resnet")), images, Changed(change), SEED)
+    recording = record(augsub.patch(make_model("resnet")), images, Changed(change), SEED)
     torch.manual_seed(SEED)
     expected = change(images)
-    assert seen.inputs.shape[-1] == size and torch.equal(seen.inputs, expected)
-    assert torch.equal(seen.pixels, F.interpolate(expected, size=(64, 64)))
-    assert (seen.fates == Fate.VISIBLE).all()
+    assert recording.inputs.shape[-1] == size and torch.equal(recording.inputs, expected)
+    assert torch.equal(recording.pixels, F.interpolate(expected, size=(64, 64)))
+    assert (recording.states == PixelState.VISIBLE).all()
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -245,11 +247,11 @@ def test_colours_say_what_became_of_a_pixel(family, model):
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     images = (pixels / 255 - mean) / std
     assert torch.equal(render_main(images, MEAN, STD), pixels)
-    seen = see(model, images, masking(family, 0.5), SEED)
-    picture = render(seen, MEAN, STD)
-    visible = (seen.fates == Fate.VISIBLE)[:, None].expand_as(pixels)
+    recording = record(model, images, masking(family, 0.5), SEED)
+    picture = render(recording, MEAN, STD)
+    visible = (recording.states == PixelState.VISIBLE)[:, None].expand_as(pixels)
     assert picture.dtype == torch.uint8 and torch.equal(picture[visible], pixels[visible])
-    hidden = picture.permute(0, 2, 3, 1)[seen.fates != Fate.VISIBLE]
+    hidden = picture.permute(0, 2, 3, 1)[recording.states != PixelState.VISIBLE]
     if family == "vit":
         assert (hidden >= 216).all()  # 85 % white
     else:
