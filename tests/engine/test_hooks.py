@@ -19,7 +19,7 @@ from engine.distributed import Process
 from engine.errors import NonFiniteLossError, Preempted
 from engine.evaluation import evaluate
 from engine.hooks import HOOK_REGISTRY, build_own_hooks
-from engine.hooks.reporting import Evaluation, WriteRecords
+from engine.hooks.reporting import Evaluation, Report, WriteRecords
 from engine.hooks.saving import Checkpoint, Preemption
 from engine.hooks.training import ExponentialMovingAverage, FrozenStatistics, NaNGuard
 from engine.metrics import RunningMeans
@@ -168,6 +168,14 @@ def test_a_record_has_the_means_since_the_last_one_and_what_hooks_found(tmp_path
     ]
     assert [record.get("distance") for record in seen] == [None, 0.5, None, None]
     assert all(record["lr"] == 0.4 and record["images_per_second"] > 0 for record in seen)
+
+
+def test_a_resumed_report_counts_on_and_keeps_where_the_run_started(tmp_path):
+    report = Report(Config(), RunFolder(tmp_path), Evaluation(period=1, metric="top1"))
+    assert 0 <= report.state_dict()["seconds"] < 60
+    report.load_state_dict({"seconds": 1000.0, "facts": [["started from", "mae.pth"]]})
+    assert 1000 <= report.state_dict()["seconds"] < 1060
+    assert report.state_dict()["facts"] == [["started from", "mae.pth"]]
 
 
 def saving_hooks(folder: RunFolder, period: int, minutes: float | None = None, guard_period: int = 1) -> tuple:

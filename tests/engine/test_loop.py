@@ -5,16 +5,21 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from augsub import SubModelObjective
 from engine.distributed import Process
+from engine.errors import InputError
 from engine.metrics import RunningMeans, peak_resident
 from engine.precision import Precision
 from engine.train_loop import HookBase, TrainerBase
+from engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -94,6 +99,64 @@ def test_clipping_limits_the_unscaled_norm(amp):
     precision.step(optimizer)
     assert (model.weight - before).norm().item() == pytest.approx(0.5, rel=1e-3)
     assert model.weight.grad is None
+
+
+def make_trainer(accumulation: int = 1, precision: Precision | None = None) -> Trainer:
+    """Plain training of a linear model, one step on 8 vectors."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(8, 4, generator=generator), torch.arange(8) % 3
+    model = nn.Linear(4, 3, bias=False)
+    nn.init.zeros_(model.weight)
+    return Trainer(
+        model=model,
+        bare_model=model,
+        objective=SubModelObjective(nn.CrossEntropyLoss()),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
+        data=SimpleNamespace(
+            max_iterations=1,
+            iterations_per_epoch=4,
+            accumulation=accumulation,
+            train_from=lambda done: (
+                batch for batch in zip(images.split(8 // accumulation), labels.split(8 // accumulation), strict=True)
+            ),
+        ),
+        precision=precision or Precision("off", CPU),
+        process=ALONE,
+        mix=None,
+        seed=0,
+    )
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    whole, parts = make_trainer(), make_trainer(accumulation=4)
+    for trainer in (whole, parts):
+        trainer.train()
+    torch.testing.assert_close(parts.bare_model.state_dict(), whole.bare_model.state_dict())
+    torch.testing.assert_close(parts.last_loss, whole.last_loss)
+    assert parts.means.read() == pytest.approx(whole.means.read()) and whole.epoch == 0.25
+
+
+def test_a_trainer_takes_up_the_state_of_another_one():
+    trained = make_trainer(precision=Precision("fp16", CPU, loss_scale=8.0))
+    trained.train()
+    resumed = make_trainer(precision=Precision("fp16", CPU))
+    resumed.load_state_dict(deepcopy(trained.state_dict()), Path("last.pt"))
+    assert resumed.is_last and resumed.precision.scaler.get_scale() == 8.0
+    assert resumed.means.read() == trained.means.read() != {}
+    torch.testing.assert_close(resumed.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    for spoilt in ({}, {**trained.state_dict(), "model": {"weight": torch.zeros(2)}}):
+        with pytest.raises(InputError, match=r"checkpoint last\.pt does not fit this run"):
+            resumed.load_state_dict(spoilt, Path("last.pt"))
+
+
+def test_micro_batches_draw_the_same_side_by_side_and_one_after_the_other():
+    def draws(process: Process, micro_batch: int, iteration: int = 5) -> float:
+        Trainer._seed(SimpleNamespace(seed=3, process=process, iteration=iteration), micro_batch)
+        return torch.rand(()).item()
+
+    one_after_the_other = [draws(ALONE, micro_batch) for micro_batch in range(4)]
+    side_by_side = [draws(Process(rank, 2, CPU), micro_batch) for micro_batch in range(2) for rank in range(2)]
+    assert one_after_the_other == side_by_side and len({*side_by_side, draws(ALONE, 0, iteration=6)}) == 5
 
 
 def test_running_means_are_means_since_the_last_read():
