@@ -13,20 +13,17 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError
-from tools.comparison.pictures import draw_curves
-from tools.comparison.run_groups import read_ways
-from tools.comparison.tables import METRICS, caption, configuration_lines, summary_table
-from tools.comparison.ways import check_comparable
-from tools.studies.run_study import run_study
 
 DEFAULT_JOBS = 2
+METRICS = ("top1", "top5", "ema_top1", "ema_top5")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = tool_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run folders, or NAME=FOLDER,FOLDER for one way")
@@ -34,11 +31,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--picture", metavar="FILE", type=as_path, help="draw losses and accuracies over epochs")
     parser.add_argument("--study", metavar="FILE", type=as_path, help="train and report what this file says")
     parser.add_argument("--jobs", type=int, metavar="N", help=f"runs of a study at a time (default {DEFAULT_JOBS})")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(arguments)
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a table of runs that exist, and draw their curves."""
+    from tools.comparison.pictures import draw_curves  # here: --help needs neither matplotlib nor scipy
+    from tools.comparison.runs import check_comparable, read_ways
+    from tools.comparison.tables import caption, configuration_lines, summary_table
+
     if arguments.jobs is not None:
         raise InputError("--jobs: belongs to --study")
     ways = read_ways(arguments.runs)
@@ -50,6 +51,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def make_study(arguments: argparse.Namespace) -> None:
     """Train and report a study."""
+    from tools.comparison.report import run_study
+
     if arguments.runs or arguments.picture or arguments.metric != "top1":
         raise InputError("--study: goes with --jobs alone; its file says what is trained and written")
     if arguments.jobs is not None and arguments.jobs < 1:
@@ -61,11 +64,11 @@ def make_study(arguments: argparse.Namespace) -> None:
         print(path)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line after an error; 130 after Ctrl-C, SIGTERM or SIGHUP: the same command goes on."""
-    arguments = parse_arguments()
-    run = compare if arguments.study is None else make_study
-    return exit_code(partial(run, arguments), after_interrupt="the same command goes on")
+    parsed = parse_arguments(arguments)
+    run = compare if parsed.study is None else make_study
+    return exit_code(partial(run, parsed), after_interrupt="the same command goes on")
 
 
 if __name__ == "__main__":

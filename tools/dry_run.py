@@ -24,7 +24,7 @@ from engine.table import readable, text_table
 from engine.trainer import Trainer
 from models.activation_memory import activation_memory
 from models.complexity import analyze
-from tools.scaling import NeedsValuesError, Strategy, build_step, memory
+from tools.step_costs import NeedsValuesError, Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
 Rows = list[tuple[str, str]]

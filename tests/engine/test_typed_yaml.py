@@ -11,8 +11,8 @@ import yaml
 from engine.config import Config
 from engine.config_file import load_config, parse_config, to_yaml
 from engine.errors import InputError
-from tools.comparison.run_groups import override_text
-from tools.studies.study import load_study
+from tools.comparison.runs import override_text
+from tools.comparison.study import load_study
 
 # what YAML 1.1 takes for something else
 WORDS = ("off", "yes", "No", "y", "on", "true", "2024_01_01", "2024-01-01", "1.10", "007", "0x10", "0b1", "0o17",

@@ -19,8 +19,7 @@ from engine.config_file import load_config, to_yaml
 from engine.run_folder import RunFolder
 from tools import compare_runs
 from tools.comparison.pictures import curve
-from tools.comparison.run_groups import read_ways
-from tools.comparison.ways import estimate, paired_difference
+from tools.comparison.runs import estimate, paired_difference, read_ways
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_vit.yaml"

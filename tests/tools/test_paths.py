@@ -15,7 +15,7 @@ from engine.config import FILE, marked
 from engine.config_file import load_config, parse_config
 from engine.errors import InputError
 from engine.paths import expanded
-from tools.studies.study import load_study
+from tools.comparison.study import load_study
 
 NOBODY = "~no_such_user_of_ours"
 DIGITS = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"

@@ -18,7 +18,7 @@ import augsub
 import tools.scaling
 from engine.distributed import Process, local, replicate, shard
 from models.build import build_model, innermost_blocks
-from tools.scaling import STRATEGIES, Step, Strategy, Traffic, memory, traffic
+from tools.step_costs import STRATEGIES, Step, Strategy, Traffic, memory, traffic
 
 DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT = STRATEGIES
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InputError, RunError
-from tools.studies.run_study import run_study
-from tools.studies.study import load_study, planned_runs, variants
+from tools.comparison.report import run_study
+from tools.comparison.study import load_study, planned_runs, variants
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "compare_runs.py"

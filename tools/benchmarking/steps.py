@@ -78,7 +78,7 @@ def measure_steps(setting: Setting, timing: Timing, names: Sequence[str] | None)
     """
     flops, costs = training_costs(setting)
     chosen = [name for name in costs if names is None or name in names]
-    if not chosen:
+    if not chosen or not set(names or ()) <= set(NAMES):
         raise InputError(f"--only {', '.join(names)}: {setting.model} allows {', '.join(costs)}")
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: _step(name, setting, timing.device, Path(folder) / str(n)) for n, name in enumerate(chosen)}

@@ -15,8 +15,8 @@ from matplotlib.ticker import LogFormatter
 
 from engine.errors import InputError
 from engine.figure import BLUE, OKABE_ITO, VERMILION, save
+from tools.comparison.runs import CONFIDENCE, Way, paired_difference
 from tools.comparison.tables import Comparisons, percent
-from tools.comparison.ways import CONFIDENCE, Way, paired_difference
 
 LABELS = {
     "top1": "held-out top-1 accuracy (%)",

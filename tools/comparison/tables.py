@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from engine.table import markdown_table
-from tools.comparison.run_groups import override_text
-from tools.comparison.ways import CONFIDENCE, Estimate, Way, differing_keys, estimate, paired_difference
+from tools.comparison.runs import CONFIDENCE, Estimate, Way, differing_keys, estimate, override_text, paired_difference
 
 METRICS = {
     "top1": "top-1, %",

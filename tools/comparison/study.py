@@ -1,24 +1,33 @@
-"""A study: ways of training, each tried with several seeds. Its file, and the runs that follow from it."""
+"""A study: ways of training, each tried with several seeds. Its file, the runs that follow from it, their training."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Optional  # noqa: UP035  (OmegaConf reads these at run time)
 
 from omegaconf import MISSING, OmegaConf
+from tqdm import tqdm
 
 from engine.config import Config
-from engine.config_file import load_config, read_over, reported
-from engine.errors import InputError
+from engine.config_file import differences, fill_in_from, load_config, read_over, reported
+from engine.errors import InputError, RunError
 from engine.paths import expanded
-from tools.comparison.ways import OWN_KEYS
+from engine.run_folder import RunFolder
+from engine.run_model import IF_AVAILABLE
+from tools.comparison.runs import OWN_KEYS, refuse_if_written, why_unfinished
 
 # ruff: noqa: UP006, UP045
+
+TRAIN_NET = Path(__file__).parents[1] / "train_net.py"
 
 
 @dataclass
@@ -145,3 +154,70 @@ def _refuse_twice(place: str, values: Sequence[object]) -> None:
     value, count = Counter(values).most_common(1)[0]
     if count > 1:
         raise InputError(f"{place}: {value} comes {count} times")
+
+
+def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
+    """Start or continue every run that is not finished, each in a process with one thread.
+
+    Raises:
+        InputError: a folder holds another run than the planned one, or somebody writes into it.
+        RunError: a run failed; those beside it were trained to their ends.
+        KeyboardInterrupt: those that were running have ended; their checkpoints are whole.
+    """
+    for run in runs:
+        _refuse_another(run)
+    missing = [run for run in runs if why_unfinished(RunFolder(run.folder)) is not None]
+    processes: set[subprocess.Popen] = set()
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(_train, run, processes, pool): run for run in missing}
+        with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", disable=None) as bar:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+                if bar.disable:
+                    print(f"{futures[future].folder}: finished", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(processes):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolExecutor) -> None:
+    """Run tools/train_net.py to its end; it is among `processes` as long as it lasts. After a failure none starts."""
+    command = [sys.executable, TRAIN_NET, "--resume", "--config", run.variant.config, *run.overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which asks the runs to save and stop
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+    ) as process:
+        processes.add(process)
+        _, said = process.communicate()
+        processes.discard(process)
+    if process.returncode:
+        pool.shutdown(wait=False, cancel_futures=True)  # before this thread takes the next run
+        last = said.strip().splitlines()[-1:] or [f"ended with exit code {process.returncode}"]
+        raise RunError(f"{run.folder}: {last[0].removeprefix('error: ')}")
+
+
+def _refuse_another(run: PlannedRun) -> None:
+    folder = RunFolder(run.folder)
+    refuse_if_written(folder)
+    if not folder.config.exists():
+        return
+    study, run_as_trained = run.load(), load_config(folder.config)
+    fill_in_from(study, run_as_trained)
+    for key, (planned, trained) in differences(study, run_as_trained).items():
+        if key != "output_dir" and planned != IF_AVAILABLE:  # which becomes false where it is not
+            raise InputError(
+                f"{run.folder}: was trained with {key} = {trained}, the study says {planned}: "
+                "remove the folder to train it anew, or give the study another output_dir"
+            )

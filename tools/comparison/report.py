@@ -1,8 +1,10 @@
-"""The report of a study: tables, pictures, and what can be concluded from them."""
+"""A study from its file to its report: tables, pictures, and what can be concluded from them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 
@@ -10,9 +12,22 @@ import timm
 import torch
 
 from engine import atomic
+from engine.config_file import load_config
 from engine.data.datasets import build_source
 from engine.errors import writing_errors
+from tools.analysis import analyze_configured
 from tools.comparison.pictures import draw_differences, draw_panels
+from tools.comparison.runs import CONFIDENCE, Way, check_comparable, estimate, make_way, paired_difference, read_run
+from tools.comparison.study import (
+    PlannedRun,
+    Study,
+    Variant,
+    errors_at,
+    load_study,
+    planned_runs,
+    train_missing,
+    variants,
+)
 from tools.comparison.tables import (
     Comparisons,
     caption,
@@ -21,11 +36,47 @@ from tools.comparison.tables import (
     seeds_table,
     summary_table,
 )
-from tools.comparison.ways import CONFIDENCE, Way, estimate, paired_difference
-from tools.studies.study import Study
 
 METRIC = "top1"
 VERDICTS = {1: "better than the baseline", -1: "worse than the baseline", 0: "undecided"}
+
+
+def run_study(path: Path, jobs: int) -> list[Path]:
+    """Bring a study to its end, and return what was written.
+
+    Args:
+        jobs: runs at a time.
+
+    Raises:
+        InputError: the study file or a configuration is wrong; nothing was trained then.
+        RunError: a run failed. The same call goes on.
+    """
+    study = load_study(path)
+    tried = variants(study, path)
+    flops = {variant: _flops_per_image(variant, path) for variant in tried}
+    runs = planned_runs(study, tried)
+    train_missing(runs, jobs)
+    comparisons = _compare(runs, flops)
+    return write_report(study, comparisons, f"python tools/compare_runs.py --study {path.as_posix()}")
+
+
+def _flops_per_image(variant: Variant, path: Path) -> int:
+    """Multiply-adds of all forwards of a step, per image; what a model or an augmentation refuses is refused here."""
+    with errors_at(f"{path}: ways: {variant.way}"):
+        complexity = analyze_configured(load_config(variant.config, variant.overrides))
+    return complexity.main.flops + complexity.sub_flops
+
+
+def _compare(runs: Sequence[PlannedRun], flops: dict[Variant, int]) -> Comparisons:
+    """Finished runs by configuration and way."""
+    comparisons: dict[str, list[Way]] = {}
+    for variant, per_image in flops.items():
+        way = make_way(variant.way, [read_run(run.folder) for run in runs if run.variant == variant])
+        images = way.first.summary["iterations"] * way.first.config.train.global_batch
+        comparisons.setdefault(variant.base, []).append(replace(way, flops=per_image * images))
+    for ways in comparisons.values():
+        check_comparable(ways)
+    return comparisons
 
 
 def write_report(study: Study, comparisons: Comparisons, command: str) -> list[Path]:
