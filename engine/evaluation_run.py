@@ -261,18 +261,6 @@ def models_to_evaluate(
     averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
     for prefix, weights in (("", content), ("ema_", averaged)):
         if weights is not None:
-            load_all_weights(model, weights, file)
+            with input_errors("evaluation"):
+                load_weights(model, weights, file, complete=True)
             yield prefix, model
-
-
-def load_all_weights(model: nn.Module, content: Mapping[str, Any], file: str | Path) -> None:
-    """Load a checkpoint that must leave nothing of the model at its initial value."""
-    with input_errors("evaluation"):
-        report = load_weights(model, content, file)
-    for classes, *_ in report.other_classes.values():
-        raise InputError(f"evaluation: checkpoint {file} is for {classes} classes, the data have {model.num_classes}")
-    if report.initial:
-        raise InputError(
-            f"evaluation: checkpoint {file} leaves {len(report.initial)} tensors of the model as they are initialised, "
-            f"{report.initial[0]} among them"
-        )

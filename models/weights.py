@@ -1,4 +1,4 @@
-"""Weights of a checkpoint in a model: what was loaded, what was resized, what keeps its initial value."""
+"""Weights of a checkpoint in a model: where they lie in it, what was loaded, resized, left at its initial value."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
-
-from models.unwrapping import Weights, find_weights
+from torch import Tensor, nn
 
 LOGGER = logging.getLogger("models")
+Weights = dict[str, Tensor]
 
 MOST_MISSING = 0.1  # share of a model's tensors beside its head that a checkpoint of its architecture may lack
 LISTED = 4  # names in a line
@@ -24,6 +24,12 @@ CLIP_TOWER = "visual."  # OpenAI's and open_clip's image tower; everything else 
 CLIP_CLASS_TOKEN, CLIP_POSITIONS, CLIP_PROJECTION = (
     f"{CLIP_TOWER}{name}" for name in ("class_embedding", "positional_embedding", "proj")
 )
+
+# What torch.compile, activation checkpointing and FSDP put into names, at any depth
+INNER_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+WRAPPERS = ("module.", "model.", "timm_model.", "net.")  # of DDP, Lightning, Hugging Face Transformers and others
+AVERAGE = re.compile(r"(?<![a-z])(ema|averaged?|swa|shadow|teacher|momentum)(?![a-z])")  # in the name of a place
+DEPTH = 2  # of mappings around a state dict
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class LoadReport:
             LOGGER.warning("  unknown to the model, left out: %s", _some(self.unexpected))
 
 
-def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, antialias: bool = True) -> LoadReport:
+def load_weights(
+    model: nn.Module, content: Mapping[str, Any], source: object, antialias: bool = True, complete: bool = False
+) -> LoadReport:
     """Load what fits of a checkpoint: ours, timm's, MAE's, CLIP's, DeiT's or Swin's.
 
     Position tables and window biases are resized to the model's by timm; a head for other classes
@@ -76,12 +84,13 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
         content: what the file holds: a state dict, perhaps inside of mappings and wrappers, or beside other tensors.
         source: the file, for messages.
         antialias: of the resizing of position tables.
+        complete: whether nothing of the model may stay at its initial value.
 
     Raises:
-        ValueError: no state dict, or one of another architecture.
+        ValueError: no state dict, one of another architecture, or one that is not complete.
     """
     own = model.state_dict()
-    place = find_weights(content, own.keys(), source)
+    place = _find(content, own.keys(), source)
     original = {
         name: weight.float() if weight.is_floating_point() else weight for name, weight in place.weights.items()
     }
@@ -109,6 +118,14 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], source: object, a
         raise ValueError(
             f"checkpoint {source} is of another model: it fills {len(fitting)} of {len(own)} tensors and has "
             f"{len(unknown)} unknown ones ({_some(shapes or unknown or missing)})"
+        )
+    if complete and report.other_classes:
+        classes = next(iter(report.other_classes.values()))[0]
+        raise ValueError(f"checkpoint {source} is for {classes} classes, the data have {model.num_classes}")
+    if complete and report.initial:
+        raise ValueError(
+            f"checkpoint {source} leaves {len(report.initial)} tensors of the model as they are initialised, "
+            f"{report.initial[0]} among them"
         )
     model.load_state_dict(fitting, strict=False)
     return report
@@ -176,3 +193,85 @@ def _some(names: Any) -> str:
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return f"{', '.join(names[:LISTED])}{more}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Tensors whose names begin alike.
+
+    Attributes:
+        name: keys of the mappings around them and the beginning of their names, "state_dict.model.".
+        weights: by the rest of their names.
+        beside: names of all other tensors in the same mapping.
+        found: how many of them have a name of the model's.
+    """
+
+    name: str
+    weights: Weights
+    beside: tuple[str, ...]
+    found: int
+
+    @property
+    def is_average(self) -> bool:
+        """Whether its name says that these are not the weights that were trained, but follow them."""
+        return AVERAGE.search(self.name) is not None
+
+
+def _find(content: Any, own: Set[str], source: object) -> _Place:
+    """The place that has most of the model's tensors; of several the trained ones before their average.
+
+    In a file of another layout, whose names are not the model's, it is the largest state dict.
+
+    Args:
+        content: what the file holds.
+        own: the model's names.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: there are no tensors by name.
+    """
+    places = [place for path, weights in _state_dicts(content, "", DEPTH) for place in _places(path, weights, own)]
+    if not places:
+        raise ValueError(f"checkpoint {source} holds no state dict")
+    whole = [place for place in places if place.found > len(own) / 2]
+    best = max(
+        whole or places,
+        key=lambda place: (place.found if whole else len(place.weights), not place.is_average, -len(place.name)),
+    )
+    if best.is_average:
+        LOGGER.warning("%s: holds no trained weights, only their average, '%s'", source, best.name.rstrip("."))
+    elif others := [place.name.rstrip(".") for place in whole if place is not best]:
+        LOGGER.info("%s: these are '%s', not '%s'", source, best.name.rstrip("."), "', '".join(others))
+    return best
+
+
+def _state_dicts(content: Any, path: str, depth: int) -> Iterator[tuple[str, Weights]]:
+    """Tensors by name in a mapping and in those inside of it, with the keys that lead there."""
+    if not isinstance(content, Mapping):
+        return
+    weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if weights:
+        yield path, {INNER_WRAPPERS.sub("", name): weight for name, weight in weights.items()}
+    for key, value in content.items() if depth else ():
+        yield from _state_dicts(value, f"{path}{key}.", depth - 1)
+
+
+def _places(path: str, weights: Weights, own: Set[str]) -> Iterator[_Place]:
+    """Behind every beginning that leaves most of the model's names, and behind the wrappers that most names share."""
+    starts = ((name, end) for name in weights for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+    found = Counter(name[:end] for name, end in starts if name[end:] in own)
+    whole = (prefix for prefix, count in found.items() if count > len(own) / 2)
+    for prefix in dict.fromkeys((_shared_wrappers(weights), *whole)):
+        yield _Place(
+            name=path + prefix,
+            weights={name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)},
+            beside=tuple(name for name in weights if not name.startswith(prefix)),
+            found=found[prefix],
+        )
+
+
+def _shared_wrappers(names: Weights) -> str:
+    prefix = ""
+    while wrapper := next((w for w in WRAPPERS if sum(n.startswith(prefix + w) for n in names) > len(names) / 2), ""):
+        prefix += wrapper
+    return prefix

@@ -1,15 +1,19 @@
-"""Checkpoints of other projects: official key layouts against forwards written from those layouts."""
+"""Checkpoints of other projects, official key layouts against forwards written from those layouts; what is refused."""
 
 from __future__ import annotations
 
+import logging
+
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augsub
-from models.build import create_model
+from models.build import build_on_meta, create_model
 from models.weights import load_weights
+from tests.zoo import load_rows
 
 WIDTH, HEADS, DEPTH, PATCH, CLASSES = 48, 3, 2, 8, 10
 
@@ -218,50 +222,153 @@ def test_swin_keeps_its_function_from_window_7_to_12():
     assert F.cosine_similarity(old, new).item() > 0.99
 
 
-def tiny_vit() -> nn.Module:
-    return create_model("vit_tiny_patch16_224", num_classes=CLASSES, image_size=32, patch_size=8, embed_dim=24, depth=2)
+def tiny_vit(**kwargs) -> nn.Module:
+    shape = {"patch_size": 8, "embed_dim": 24, "depth": 2, **kwargs}
+    return create_model("vit_tiny_patch16_224", num_classes=CLASSES, image_size=32, **shape)
 
 
-@pytest.mark.parametrize(
-    "extra", [{}, {"criterion.weight": torch.ones(10)}, {"ema.decay": torch.tensor(0.9), "step": torch.tensor(3)}]
-)
-@pytest.mark.parametrize(
-    "prefix",
-    ["", "module.", "model.", "_orig_mod.", "model._orig_mod.", "module._orig_mod.", "_orig_mod.module.", "net.",
-     "module.model.", "timm_model.", "student.backbone."],
-)  # fmt: skip
-def test_wrappers_in_any_order_are_taken_off(prefix, extra):
-    own = {name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()}
-    model = tiny_vit()
-    report = load_weights(model, {**{prefix + name: weight for name, weight in own.items()}, **extra}, "file")
-    assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())
-    assert report.unexpected == tuple(sorted(extra)) and report.initial == ()
+def weights_of(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(weight.shape, generator=generator) for name, weight in tiny_vit().state_dict().items()}
 
 
-def test_blocks_that_were_compiled_by_themselves_have_their_names_back():
-    own = {name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()}
-    model = tiny_vit()
-    load_weights(model, {name.replace("blocks.1.", "blocks.1._orig_mod."): own[name] for name in own}, "file")
-    assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())
+def behind(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: weight for name, weight in weights.items()}
 
 
-@pytest.mark.parametrize(
-    "path", ["state_dict_ema", "model_ema", "ema", "model.module", "state_dict.model", "ema.module"]
-)
-def test_a_state_dict_is_found_in_its_container_and_an_average_alone_is_said_to_be_one(path, caplog):
+OWN, OTHER = weights_of(0), weights_of(1)
+HEAD = {f"projector.{layer}.weight": torch.ones(3, 3) for layer in range(12)}
+AVERAGES = {"state_dict_ema": OWN}, {"model_ema": behind("module.", OWN)}, {"ema": {"module": OWN, "decay": 0.9}}
+CONTENTS = {
+    "a teacher beside": behind("model.", OWN) | behind("teacher.", OTHER),
+    "an average beside, first": behind("model_ema.module.", OTHER) | behind("net.", OWN),
+    "a large head beside": behind("backbone.", OWN) | HEAD,
+    "many metrics in a container": {"state_dict": behind("model.", OWN) | HEAD, "epoch": 3},
+    "an encoder and its average": {"state_dict": behind("base.", OWN) | behind("momentum_encoder.", OTHER)},
+    "student and teacher": {"teacher": behind("backbone.", OTHER), "student": behind("module.backbone.", OWN) | HEAD},
+    "plain values beside": behind("module.", OWN) | {"epoch": 3, "arch": "vit"},
+    "a container of any name": {"my_network": {"weights": OWN}, "optimizer": {"state": {0: {"step": torch.ones(3)}}}},
+    "containers in containers": {"state_dict": {"model": behind("module.", OWN)}, "epoch": 3},
+    "both of timm": {"state_dict": OWN, "state_dict_ema": OTHER},
+    "the average first": {"model_ema": OTHER, "model": OWN},
+    "averaged by torch": behind("module.", OWN) | {"n_averaged": torch.tensor(3)},
+    "a compiled block": {name.replace("blocks.1.", "blocks.1._orig_mod."): weight for name, weight in OWN.items()},
+    "a block with checkpointing": {
+        name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): weight for name, weight in OWN.items()
+    },
+    "a block of its own unit": behind("_fsdp_wrapped_module._orig_mod.", OWN),
+    **{f"behind {wrappers}": behind(wrappers, OWN) | {"criterion.weight": torch.ones(10)} for wrappers in (
+        "", "module.", "model._orig_mod.", "_orig_mod.module.", "module.model.", "timm_model.", "student.backbone.",
+    )},
+    **{f"average {number}": content for number, content in enumerate(AVERAGES)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_the_trained_weights_are_found_and_an_average_alone_is_said_to_be_one(case, caplog):
     caplog.set_level("WARNING", "models")
-    own = {name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()}
-    content: dict = {f"module.{name}": weight for name, weight in own.items()}
-    for key in reversed(path.split(".")):
-        content = {key: content, "epoch": 3}
     model = tiny_vit()
-    load_weights(model, content, "file")
-    assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())
-    assert any("holds no trained weights, only their average" in line for line in caplog.messages) == ("ema" in path)
+    report = load_weights(model, CONTENTS[case], "file", complete=True)
+    assert all(torch.equal(weight, OWN[name]) for name, weight in model.state_dict().items())
+    assert report.initial == () and set(report.loaded) == OWN.keys()
+    assert ("holds no trained weights, only their average" in caplog.text) == (CONTENTS[case] in AVERAGES)
 
 
-def test_trained_weights_come_before_their_average():
-    own, average = ({name: torch.randn_like(weight) for name, weight in tiny_vit().state_dict().items()} for _ in "ab")
+def test_what_is_left_is_named(caplog):
+    caplog.set_level(logging.INFO, "models")
+    report = load_weights(tiny_vit(), CONTENTS["a teacher beside"] | {"criterion.weight": torch.ones(2)}, "file")
+    assert set(report.unexpected) == {"criterion.weight", *(f"teacher.{name}" for name in OTHER)}
+    assert "file: these are 'model', not 'teacher'" in caplog.text
+    caplog.clear()
+    load_weights(tiny_vit(), CONTENTS["both of timm"], "file")
+    assert "file: these are 'state_dict', not 'state_dict_ema'" in caplog.text
+    caplog.clear()
+    load_weights(tiny_vit(), {"teacher": behind("backbone.", OTHER)}, "file")
+    assert "file: holds no trained weights, only their average, 'teacher.backbone'" in caplog.text
+
+
+def test_a_swin_of_ours_brings_its_mask_token(make_model):
+    source, model, plain = (augsub.patch(make_model("swin")) for _ in range(3))
+    report = load_weights(model, {"model": source.state_dict(), "iteration": 3}, "last.pt")
+    assert report.initial == report.unexpected == ()
+    assert torch.equal(model.mask_token, source.mask_token)
+    token = plain.mask_token.detach().clone()
+    assert load_weights(plain, make_model("swin").state_dict(), "timm.pth", complete=True).initial == ()
+    assert torch.equal(plain.mask_token, token)
+
+
+def test_deit3s_own_names_of_layer_scale():
+    model = timm.create_model("deit3_small_patch16_224", depth=1, init_values=0.3)
+    weights = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): torch.rand_like(value)
+        for name, value in model.state_dict().items()
+    }
+    report = load_weights(model, {"model": weights}, "deit_3_small_224_1k.pth")
+    assert report.initial == report.unexpected == ()
+    assert torch.equal(model.blocks[0].ls1.gamma, weights["blocks.0.gamma_1"])
+
+
+def test_a_head_for_other_classes_stays_new_and_is_named(caplog):
+    model, other = tiny_vit(), OWN | {"head.weight": torch.ones(7, 24), "head.bias": torch.ones(7)}
+    head = model.head.weight.detach().clone()
+    with caplog.at_level(logging.INFO):
+        report = load_weights(model, other, "other.pth")
+        report.log("other.pth")
+    assert report.other_classes == {"head.bias": (7,), "head.weight": (7, 24)}
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, OWN["blocks.0.attn.qkv.weight"])
+    assert "the head is new, the checkpoint's is for other classes: head.bias, head.weight" in caplog.text
+
+
+def without(*names: str) -> dict[str, Tensor]:
+    return {name: weight for name, weight in OWN.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "complete"),
+    [
+        (lambda: timm.create_model("resnet18").state_dict(), r"fills 0 of 32 .* 122 unknown ones \(bn1.bias, ", False),
+        (lambda: tiny_vit(mlp_ratio=2.0).state_dict(), r"fills 26 of 32 .*blocks.0.mlp.fc1.bias is \(48,\)", False),
+        (lambda: tiny_vit(depth=3).state_dict(), r"fills 32 of 32 tensors and has 12 unknown ones", False),
+        (
+            lambda: {"state_dict": behind("module.encoder.", tiny_vit(depth=3).state_dict()) | HEAD},
+            r"of another model: it fills 32 of 32 tensors and has 12 unknown ones",
+            False,
+        ),
+        (lambda: {"model": {"epoch": 3}}, r"weights.pth holds no state dict", False),
+        (lambda: {}, r"weights.pth holds no state dict", False),
+        (lambda: dict(list(OWN.items())[:3]), r"fills 3 of 32 tensors and has 0 unknown ones", False),
+        (lambda: OWN | {"head.bias": torch.ones(7)}, "weights.pth is for 7 classes, the data have 10", True),
+        (lambda: without("norm.bias"), "leaves 1 tensors of the model as they are initialised, norm.bias", True),
+    ],
+)
+def test_what_is_no_checkpoint_of_this_model_or_not_all_of_it(content, message, complete):
     model = tiny_vit()
-    load_weights(model, {"model_ema": average, "model": own}, "file")
-    assert torch.equal(model.state_dict()["pos_embed"], own["pos_embed"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_weights(model, content(), "weights.pth", complete=complete)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *(("levit_128s", alien) for alien in ("test_resnet", "test_convnext", "beit_base_patch16_224")),
+        *(("coat_tiny", "test_resnet"), ("swin_tiny_patch4_window7_224", "beit_base_patch16_224")),
+        *(("hiera_tiny_224", "test_convnext"), ("resnet18", "resnet34"), ("resnet34", "resnet18")),
+    ],
+)
+def test_weights_of_another_class_or_depth_are_refused(name, other):
+    with pytest.raises(ValueError, match=r"checkpoint alien.pth is of another model: "):
+        load_weights(build_on_meta(name), build_on_meta(other).state_dict(), "alien.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in load_rows() if row.params < 120], ids=lambda row: row.smallest)
+def test_every_class_of_timm_takes_its_own_weights_back(row):
+    """timm's conversions of other layouts must leave checkpoints of ours as they are."""
+    source, model = (augsub.patch(timm.create_model(row.smallest)) for _ in range(2))
+    report = load_weights(model, {"model": source.state_dict()}, "last.pt")
+    assert report.initial == report.unexpected == () and not report.resized
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in source.state_dict().items())
