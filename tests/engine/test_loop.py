@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,12 +102,23 @@ def test_clipping_limits_the_unscaled_norm(amp):
     assert model.weight.grad is None
 
 
+class Unsynchronised(nn.Linear):
+    """Counts the backwards that DistributedDataParallel would keep to itself."""
+
+    count = 0
+
+    @contextmanager
+    def no_sync(self):
+        self.count += 1
+        yield
+
+
 def make_trainer(accumulation: int = 1, precision: Precision | None = None) -> Trainer:
     """Plain training of a linear model, one step on 8 vectors."""
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(8, 4, generator=generator), torch.arange(8) % 3
-    model = nn.Linear(4, 3, bias=False)
-    nn.init.zeros_(model.weight)
+    model = Unsynchronised(4, 3, bias=False)
+    nn.init.normal_(model.weight, generator=generator)
     return Trainer(
         model=model,
         bare_model=model,
@@ -134,6 +146,7 @@ def test_accumulated_micro_batches_are_one_batch():
     torch.testing.assert_close(parts.bare_model.state_dict(), whole.bare_model.state_dict())
     torch.testing.assert_close(parts.last_loss, whole.last_loss)
     assert parts.means.read() == pytest.approx(whole.means.read()) and whole.epoch == 0.25
+    assert (whole.model.count, parts.model.count) == (0, 3)  # the last one synchronises
 
 
 def test_a_trainer_takes_up_the_state_of_another_one():
