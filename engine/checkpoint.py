@@ -185,7 +185,8 @@ class CheckpointStore:
     def _write(self, state: dict[str, Any], names: list[Path]) -> None:
         """Write one file, and give it its names."""
         staged = self._folder.checkpoints / ".new.pt"
-        checkpoint_file.save(state, staged, known_as=self._folder.last)
+        with checkpoint_file.writing(self._folder.last):
+            checkpoint_file.save(state, staged)
         self._put(staged, names)
         staged.unlink()
 

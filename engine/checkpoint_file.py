@@ -46,21 +46,17 @@ def join_tensors(tensors: dict[TensorPath, Tensor], plain: dict[Any, Any]) -> di
     return plain
 
 
-def save(state: dict[str, Any], path: Path, known_as: Path | None = None) -> None:
+def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` so that `path` holds either the old content or the whole new one, never a part.
 
-    Args:
-        known_as: the name that a message says instead of `path`.
-
-    Raises:
-        RunError: the disk refuses; what was there before stays.
+    What the disk refuses is told by `writing`.
     """
-    with writing(known_as or path), atomic.new_content(path) as file:
+    with atomic.new_content(path) as file:
         torch.save(state, file)
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """What to tell the user when a save fails."""
+    """Tell the user, as a RunError, why the checkpoint `path` cannot be written, and what to do."""
     remedy = "Make room or give write access, then continue with --resume"
     return writing_errors(f"checkpoint {path}", f"; the one before it is still there. {remedy}")
 

@@ -50,18 +50,17 @@ def damage(path: Path) -> None:
         file.write(content)
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    checkpoint_file.save({"step": 1}, path)
+def test_a_failed_save_leaves_the_old_checkpoint(folder, monkeypatch):
+    store = save_all(folder, 1)
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(RunError, match=r"last.pt cannot be written: .*No space left.*still there"):
-        checkpoint_file.save({"step": 2}, path)
-    assert checkpoint_file.load(path) == {"step": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    with pytest.raises(RunError, match=r"last.pt cannot be written: No space left on device.*still there"):
+        store.save(state(2), is_best=False, is_numbered=False)
+    assert load(folder.last)["iteration"] == 1
+    assert {file.name for file in folder.checkpoints.iterdir()} == {"last.pt", "best.pt"}
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_before_the_save_ends(tmp_path, monkeypatch):
