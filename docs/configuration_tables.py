@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from engine import config
-from engine.table import markdown_table
+from engine.text import markdown_table
 
 HEADER = ("key", "type", "default", "meaning", "allowed")
 

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from engine.table import markdown_table
+from engine.text import markdown_table
 
 
 class Collected:

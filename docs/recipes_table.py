@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.config_file import CONFIGS, load_config
 from engine.data.loaders import accumulation_for
-from engine.table import markdown_table
+from engine.text import markdown_table
 from tools.analysis import analyze_configured
 
 HEADER = (

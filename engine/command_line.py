@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import InputError, Preempted, RunError
-from engine.paths import expanded
+from engine.text import expanded
 
 FAILED = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import FILE, FILLED_IN, MAY_CHANGE, Config, check, marked
 from engine.errors import InputError
-from engine.paths import expanded, readable
+from engine.text import expanded, readable_name
 from engine.typed_yaml import inside, read, read_value
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -225,7 +225,7 @@ def _apply(override: str, config: DictConfig) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"override {override!r}: must have the form key=value, for example train.epochs=10")
-    if readable(override) != override:
+    if readable_name(override) != override:
         raise InputError(f"override {override!r}: must be UTF-8, as the configuration that a run saves is")
     old = OmegaConf.select(config, key, throw_on_resolution_failure=False)
     is_free = isinstance(old, DictConfig) and OmegaConf.get_type(old) is dict

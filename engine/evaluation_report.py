@@ -18,7 +18,7 @@ from engine import atomic
 from engine.errors import writing_errors
 from engine.evaluation import BINS, Description, Metrics, Result
 from engine.figure import BLUE, OKABE_ITO, SKY, VERMILION, save
-from engine.json_text import to_json
+from engine.text import to_json
 
 MOST_CONFUSED = 25  # pairs of classes that are listed and drawn
 MATRIX_CLASSES = 30  # up to so many classes the matrix can be read

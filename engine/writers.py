@@ -23,8 +23,8 @@ from engine import atomic
 from engine.config import Config
 from engine.config_file import leaves, to_yaml
 from engine.errors import InputError, writing_errors
-from engine.json_text import to_json, with_nan
 from engine.run_folder import RunFolder
+from engine.text import to_json, with_nan
 
 if TYPE_CHECKING:
     from torch import Tensor  # who only reads records does not wait for torch

@@ -13,7 +13,7 @@ from pathlib import Path
 import timm
 
 import augsub
-from engine.table import markdown_table
+from engine.text import markdown_table
 from models.build import build_on_meta
 
 PAGE = Path(__file__).parents[1] / "docs" / "model_support.md"

@@ -15,7 +15,7 @@ from engine.data.source import IMAGENET, DataSource
 from engine.defaults import build_sub_models, complete, open_source
 from engine.errors import InputError, input_errors
 from engine.run_model import create_configured_model
-from engine.table import text_table
+from engine.text import text_table
 from models.build import build_on_meta
 from models.complexity import GIGA, MEGA, Complexity, analyze, count_with_torch, figure
 

@@ -18,8 +18,7 @@ from functools import partial
 from engine.command_line import exit_code, located, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
-from engine.json_text import to_json
-from engine.table import markdown_table
+from engine.text import markdown_table, to_json
 
 AUGSUB, RATIO = "masking", 0.5  # of --model
 

@@ -20,7 +20,7 @@ from engine.figure import draw_schedule
 from engine.optim import build_schedule
 from engine.run_folder import RunFolder
 from engine.run_model import build_run_model, create_configured_model
-from engine.table import readable, text_table
+from engine.text import readable_size, text_table
 from engine.trainer import Trainer
 from models.activation_memory import activation_memory
 from models.complexity import analyze
@@ -143,19 +143,19 @@ def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     strategy = Strategy("", is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
     try:
         kept = memory(strategy, build_step(config, source, process.world_size))
-        states = readable(kept.states)
+        states = readable_size(kept.states)
     except NeedsValuesError as error:
         kept = memory(strategy, build_step(config, source, process.world_size, with_states=False))
         states = f"not counted: {error}"
     activations = _largest_graph(config, source, trainer)
-    average = [("  moving average", readable(kept.averages))] if kept.averages else []
+    average = [("  moving average", readable_size(kept.averages))] if kept.averages else []
     return [
-        ("memory per process", f"about {readable(kept.total + activations)}, of these"),
-        ("  weights", readable(kept.parameters)),
-        ("  gradients", readable(kept.gradients)),
+        ("memory per process", f"about {readable_size(kept.total + activations)}, of these"),
+        ("  weights", readable_size(kept.parameters)),
+        ("  gradients", readable_size(kept.gradients)),
         ("  optimiser states", states),
         *average,
-        ("  activations", f"{readable(activations)}, estimate for {trainer.data.micro_batch} images at once"),
+        ("  activations", f"{readable_size(activations)}, estimate for {trainer.data.micro_batch} images at once"),
     ]
 
 

@@ -26,7 +26,7 @@ from engine.config import UNTRANSFORMED, Config
 from engine.config_file import parse_config
 from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, first_line, input_errors, writing_errors
-from engine.paths import readable
+from engine.text import readable_name
 from models.build import create_model, takes_image_size
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -158,7 +158,7 @@ def write_folder(folder: Path, exported: Exported) -> str:
             model_args={key: value for key, value in exported.arguments.items() if key != "num_classes"},
             safe_serialization=True,
         )
-        (temporary / "README.md").write_text(card(exported, readable(folder.name)), encoding="utf-8")
+        (temporary / "README.md").write_text(card(exported, readable_name(folder.name)), encoding="utf-8")
         temporary.rename(folder)
     return f'timm.create_model("local-dir:{folder}", pretrained=True)'
 

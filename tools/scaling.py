@@ -19,7 +19,7 @@ from functools import partial
 from engine.command_line import exit_code, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
-from engine.json_text import to_json
+from engine.text import to_json
 
 OF_A_MODEL = CONFIGS / "_base_" / "imagenet.yaml"  # what --model is trained with
 

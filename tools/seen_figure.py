@@ -29,8 +29,8 @@ from engine.data.source import IMAGENET, DataSource
 from engine.data.transforms import Normalise, build_delivery, build_eval_transform, normalisation
 from engine.errors import InputError, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
-from engine.paths import readable
 from engine.run_model import create_configured_model
+from engine.text import readable_name
 from models.build import build_model, image_settings
 from models.pictures import Dropping, PixelState, Recording, record, render, render_main
 from tools.analysis import data_source
@@ -130,7 +130,7 @@ def _held_out_images(config: Config, source: DataSource) -> tuple[list[str], Ten
 def _photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> tuple[list[str], Tensor]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
     to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
-    named_images = [(readable(file.name), _read(file)) for file in files]
+    named_images = [(readable_name(file.name), _read(file)) for file in files]
     if not files:
         named_images = [(BUNDLED, Image.fromarray(load_sample_image(BUNDLED)))]
     return [name for name, _ in named_images], torch.stack([normalise(to_bytes(image)) for _, image in named_images])

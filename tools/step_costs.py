@@ -20,7 +20,7 @@ from engine.defaults import build_model_optimizer, build_objective
 from engine.distributed import Process
 from engine.errors import InputError, input_errors
 from engine.run_model import build_run_model
-from engine.table import markdown_table, readable
+from engine.text import markdown_table, readable_size
 from models.build import innermost_blocks
 
 MIB = 1024**2
@@ -230,5 +230,5 @@ def table(step: Step) -> str:
     for strategy in STRATEGIES:
         costs, kept = traffic(strategy, step), memory(strategy, step)
         sizes = (costs.sent(step.processes), kept.parameters, kept.gradients, kept.states, kept.averages, kept.total)
-        rows.append([strategy.title, str(costs), *map(readable, sizes)])
+        rows.append([strategy.title, str(costs), *map(readable_size, sizes)])
     return markdown_table(HEADER, rows)

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.defaults import train
     from engine.distributed import process_group
     from engine.evaluation_run import evaluate_only
-    from engine.json_text import to_json
+    from engine.text import to_json
 
     timeout = config.distributed.timeout_minutes
     with process_group(timeout) as process, worker_deaths(config.data.workers):

@@ -14,7 +14,7 @@ from engine.data.files import ImageFolder, naming_bad_files, to_rgb
 from engine.data.source import DataSource, build_digits, build_synthetic
 from engine.data.transforms import build_eval_transform, build_train_transform
 from engine.errors import InputError
-from engine.paths import readable
+from engine.text import readable_name
 
 # The names under which the folder of a split is looked for: timm's, and test
 SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
@@ -120,7 +120,7 @@ def _class_to_idx(dataset: Any) -> dict[str, int] | None:
 
 def _class_names(dataset: Any, data: DataConfig) -> list[str]:
     """By number; a number that no class has is its own name."""
-    names = {number: readable(str(name)) for name, number in _class_to_idx(dataset).items()}
+    names = {number: readable_name(str(name)) for name, number in _class_to_idx(dataset).items()}
     return [names.get(number, str(number)) for number in range(_num_classes(dataset, data))]
 
 

@@ -22,10 +22,9 @@ from engine.config import Config
 from engine.data.transforms import normalisation
 from engine.evaluation import WEIGHTS, evaluate
 from engine.figure import draw_curves
-from engine.json_text import to_json
 from engine.metrics import peak_memory
 from engine.run_folder import RunFolder
-from engine.table import text_table
+from engine.text import text_table, to_json
 from engine.train_loop import HookBase
 from engine.writers import Record, Writer, open_writers, read_lines, require_wandb
 from models.pictures import record, render, render_main

@@ -84,7 +84,8 @@ def start(tool, order: dict) -> int:
 def main() -> None:
     """Serve until standard input ends."""
     tool = train_net()
-    importlib.import_module("torch.utils.tensorboard")  # a run imports it when it begins to write
+    for module in ("engine.defaults", "engine.data.loaders", "torch.utils.tensorboard"):  # a run imports them late
+        importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         order = json.loads(line)

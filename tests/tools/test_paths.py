@@ -14,7 +14,7 @@ import tools.visualize_augsub
 from engine.config import FILE, marked
 from engine.config_file import load_config, parse_config
 from engine.errors import InputError
-from engine.paths import expanded
+from engine.text import expanded
 from tools.comparison.study import load_study
 
 NOBODY = "~no_such_user_of_ours"

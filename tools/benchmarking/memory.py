@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from engine.errors import RunError
-from engine.json_text import to_json
 from engine.metrics import peak_resident
+from engine.text import to_json
 from models.build import create_model
 from tools.benchmarking.measurements import Measurement, ratio_of
 from tools.benchmarking.steps import PLAIN, Setting, trainer_on_one_batch

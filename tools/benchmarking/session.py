@@ -19,7 +19,7 @@ import torch
 
 from engine import atomic
 from engine.errors import InputError, input_errors, writing_errors
-from engine.json_text import to_json
+from engine.text import to_json
 from models.build import image_settings
 from tools.benchmarking.loading import measure_loading
 from tools.benchmarking.measurements import PARTS, Measurement, table

@@ -18,9 +18,8 @@ from scipy import stats
 from engine.config import Config
 from engine.config_file import leaves, load_config
 from engine.errors import InputError
-from engine.json_text import with_nan
-from engine.paths import expanded
 from engine.run_folder import RunFolder
+from engine.text import expanded, with_nan
 from engine.typed_yaml import Dumper
 from engine.writers import Record, read_lines
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from engine.table import markdown_table
+from engine.text import markdown_table
 from tools.comparison.runs import CONFIDENCE, Estimate, Way, differing_keys, estimate, override_text, paired_difference
 
 METRICS = {

@@ -6,7 +6,7 @@ import json
 import math
 
 from engine.figure import draw_curves
-from engine.json_text import to_json, with_nan
+from engine.text import to_json, with_nan
 from engine.writers import CSVWriter, JSONLinesWriter, read_lines
 
 

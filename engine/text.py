@@ -1,0 +1,77 @@
+"""Values as text, and back: names of files, JSON, tables, sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from engine.errors import InputError
+
+LOCAL_MODEL = "local-dir:"  # timm's prefix for a folder in place of a model's name
+
+
+def readable_name(name: str) -> str:
+    """A file's name as text: of bytes that are not UTF-8, which Python keeps as lone surrogates, escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def expanded(path: str, place: str = "") -> str:
+    """A path, or a model's name that holds one, with the home folder that `~` or `~user` means.
+
+    Args:
+        place: what stands before the path in a message: "data.root = ".
+
+    Raises:
+        InputError: there is no such user.
+    """
+    prefix = LOCAL_MODEL if path.startswith(LOCAL_MODEL) else ""
+    found = os.path.expanduser(path.removeprefix(prefix))
+    if found.startswith("~"):
+        raise InputError(
+            f"{place}{path}: {found.partition('/')[0]} has no home folder; what is called so here is ./{found}"
+        )
+    return prefix + found
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """The text of dictionaries, lists and plain values, which every reader takes.
+
+    The standard (RFC 8259) has no NaN and no infinity: null stands for them.
+    """
+    return json.dumps(_with_null(content), indent=indent, allow_nan=False)
+
+
+def with_nan(record: Mapping[str, float | None]) -> dict[str, float]:
+    """Named numbers that were read back: NaN stands for null again."""
+    return {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def _with_null(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _with_null(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_with_null(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def text_table(rows: Sequence[tuple[str, str]]) -> str:
+    """Two columns between rules."""
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}   {value}" for name, value in rows]
+    rule = "-" * (max(map(len, lines)) + 2)
+    return "\n".join([rule, *lines, rule])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table of GitHub's Markdown, its cells as they are."""
+    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
+
+
+def readable_size(nbytes: int) -> str:
+    """Bytes for people: "2.528 GB", 10^9 bytes."""
+    return f"{nbytes / 1e9:.3f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.3f} MB" if nbytes else "0"
