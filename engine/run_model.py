@@ -31,15 +31,15 @@ def fill_in_from_model(config: Config) -> None:
     if config.data.image_size is not None and not left_open:
         return
     with input_errors("model.name"):
-        own = image_settings(config.model.name)
-    config.data.image_size = config.data.image_size or own.image_size
-    missing = [f"transform.{key}" for key in left_open if key not in own.transform]
+        image_size, listed = image_settings(config.model.name)
+    config.data.image_size = config.data.image_size or image_size
+    missing = [f"transform.{key}" for key in left_open if key not in listed]
     if config.data.image_size is None:
         missing.append("data.image_size")
     if missing:
         raise InputError(f"model.name = {config.model.name}: timm lists no {', '.join(missing)} for it, set them")
     for key in left_open:
-        setattr(transform, key, own.transform[key])
+        setattr(transform, key, listed[key])
 
 
 def has_pretrained_weights(config: Config) -> bool:

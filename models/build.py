@@ -10,7 +10,6 @@ import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlparse
 
@@ -68,43 +67,27 @@ def create_model(
     return _create(name, pretrained, arguments)
 
 
-def build_model(name: str, **arguments: Any) -> nn.Module:
-    """What `create_model` makes, patched for sub-model augmentation."""
-    return augsub.patch(create_model(name, **arguments))
-
-
 def build_on_meta(name: str, **arguments: Any) -> nn.Module:
     """What `create_model` makes, with its structure and no memory for weights."""
     with torch.device("meta"):
         return create_model(name, **arguments)
 
 
-@dataclass(frozen=True)
-class ImageSettings:
-    """How timm evaluates a model.
+def image_settings(name: str) -> tuple[int | None, dict[str, Any]]:
+    """How timm evaluates a model; nothing of its weights is read.
 
-    Attributes:
-        image_size: pixels, square; None if it is not listed.
-        transform: mean and std per channel, share of the resized image that the centre crop keeps, interpolation;
-            by the names of their keys in a configuration, those that are listed.
-    """
-
-    image_size: int | None
-    transform: dict[str, Any]
-
-
-def image_settings(name: str) -> ImageSettings:
-    """What timm lists for a model; nothing of its weights is read.
+    Returns:
+        The side of its square images in pixels, None if it is not listed. And of mean and std per channel, share of the
+        resized image that the centre crop keeps, and interpolation those that are listed, by their keys' names in a
+        configuration.
 
     Raises:
         ValueError: unknown name, or one of a hub that cannot be reached.
     """
     own = getattr(build_on_meta(name), "pretrained_cfg", {})
     listed = {key: own[timms] for key, timms in TIMM_KEYS.items() if timms in own}
-    return ImageSettings(
-        image_size=own["input_size"][-1] if "input_size" in own else None,
-        transform={key: list(value) if isinstance(value, tuple) else value for key, value in listed.items()},
-    )
+    transform = {key: list(value) if isinstance(value, tuple) else value for key, value in listed.items()}
+    return own["input_size"][-1] if "input_size" in own else None, transform
 
 
 def takes_image_size(name: str, image_size: int, **arguments: Any) -> bool:

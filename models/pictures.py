@@ -79,8 +79,7 @@ class Recording:
         inputs: what the sub-model's forward got, (B, C, h, w): smaller after a crop, zero where masked so.
         boxes: which part of the image that is, (B, 4) int64: top, left, height, width in pixels.
         crops: what a random crop left of the image, as `boxes`; differs from it where tokens were cropped.
-        masked: cells that were replaced or set to zero, in order.
-        streams: removed tokens, once per token sequence of the model.
+        hidden: cells that augmentations hid, in order; removed tokens once per token sequence of the model.
         token_grid: (rows, columns) of the patch tokens before any was removed.
         droppings: calls of the "drop_path" and of the "dropout" modules (those after projections and in MLPs), in
             the order of the forward.
@@ -91,36 +90,32 @@ class Recording:
     inputs: Tensor
     boxes: Tensor
     crops: Tensor
-    masked: list[Hidden] = field(default_factory=list)
-    streams: list[Hidden] = field(default_factory=list)
+    hidden: list[Hidden] = field(default_factory=list)
     token_grid: tuple[int, int] | None = None
     droppings: dict[str, list[Dropping]] = field(default_factory=lambda: {"drop_path": [], "dropout": []})
     logits: Tensor | None = None
 
     @cached_property
-    def hidden(self) -> list[Hidden]:
-        """Everything that was hidden; of several streams of tokens the part of the image that none of them sees."""
-        if len(self.streams) < 2:
-            return [*self.masked, *self.streams]
-        first = self.streams[0]
-        unseen = [
-            torch.stack([_spread(stream.cells[sample], box[2:].tolist()) for stream in self.streams]).all(dim=0)
-            for sample, box in enumerate(first.boxes)
-        ]
-        return [*self.masked, Hidden(first.state, torch.stack(unseen), first.boxes)]
-
-    @cached_property
     def states(self) -> Tensor:
-        """What became of every pixel of the images, (B, H, W) uint8, values of `PixelState`."""
+        """What became of every pixel of the images, (B, H, W) uint8, values of `PixelState`.
+
+        Of several sequences of tokens any may see a pixel.
+        """
         states = torch.full_like(self.images[:, 0], PixelState.REMOVED, dtype=torch.uint8)
         for sample, (top, left, height, width) in enumerate(self.boxes.tolist()):
             inside = states[sample, top : top + height, left : left + width]
             inside.fill_(PixelState.VISIBLE)
+            removed = []
             for hidden in self.hidden:
                 row, column, *size = hidden.boxes[sample].tolist()
                 canvas = torch.zeros_like(states[sample], dtype=torch.bool)
                 canvas[row : row + size[0], column : column + size[1]] = _spread(hidden.cells[sample], size)
-                inside[canvas[top : top + height, left : left + width]] = hidden.state
+                if hidden.state == PixelState.REMOVED:
+                    removed.append(canvas)
+                else:
+                    inside[canvas[top : top + height, left : left + width]] = hidden.state
+            if removed:
+                states[sample][torch.stack(removed).all(dim=0)] = PixelState.REMOVED
         return states
 
     @cached_property
@@ -174,12 +169,12 @@ class _Watched(augsub.SubModelAugmentation):
     """Does at every site what an augmentation does, and notes it."""
 
     def __init__(self, augmentation: augsub.SubModelAugmentation, recording: Recording) -> None:
-        self._augmentation, self._seen = augmentation, recording
+        self._augmentation, self._recording = augmentation, recording
         self.name, self.sites, self.ratio = augmentation.name, augmentation.sites, augmentation.ratio
         self.resizes_images, self.module_state = augmentation.resizes_images, augmentation.module_state
 
     def image(self, images: Images) -> Images:
-        recording, (height, width) = self._seen, images.values.shape[-2:]
+        recording, (height, width) = self._recording, images.values.shape[-2:]
         positions = torch.arange(1, height * width + 1, device=images.values.device, dtype=torch.float32)
         positions = positions.view(height, width).expand_as(images.values).contiguous()
         with _same_random_numbers(images.values.device):
@@ -190,7 +185,7 @@ class _Watched(augsub.SubModelAugmentation):
             size = torch.tensor(found.shape[-2:], device=found.device)
             recording.boxes = recording.crops = _inside(recording.boxes, corners * scale, size * scale)
             if (found == 0).any():
-                recording.masked.append(Hidden(PixelState.ZEROED, found == 0, recording.boxes))
+                recording.hidden.append(Hidden(PixelState.ZEROED, found == 0, recording.boxes))
         augmented = self._augmentation.image(images)
         recording.inputs = augmented.values
         return augmented
@@ -202,7 +197,7 @@ class _Watched(augsub.SubModelAugmentation):
         return self._note_removed(groups, self._augmentation.windows(groups))
 
     def _note_removed(self, tokens: Tokens, augmented: Tokens) -> Tokens:
-        recording, kept = self._seen, augmented.kept
+        recording, kept = self._recording, augmented.kept
         if tokens.kept is None:
             recording.token_grid = tokens.grid
         if kept is None or recording.token_grid is None:
@@ -210,8 +205,8 @@ class _Watched(augsub.SubModelAugmentation):
         rows, columns = recording.token_grid
         cells = torch.ones(len(kept), rows * columns, dtype=torch.bool, device=kept.device).scatter_(1, kept, False)
         if tokens.kept is not None:
-            recording.streams.pop()  # the same sequence: its kept tokens count those removed before
-        recording.streams.append(Hidden(PixelState.REMOVED, cells.view(-1, rows, columns), recording.boxes))
+            recording.hidden.pop()  # the same sequence: its kept tokens count those removed before
+        recording.hidden.append(Hidden(PixelState.REMOVED, cells.view(-1, rows, columns), recording.boxes))
         if augmented.grid is not None:  # they form a rectangle
             cell = recording.boxes[:, 2:] / torch.tensor(recording.token_grid, device=kept.device)
             first = kept.min(dim=1).values
@@ -224,7 +219,7 @@ class _Watched(augsub.SubModelAugmentation):
         augmented = self._augmentation.stem(features)
         replaced = (augmented.values == augmented.mask_token.to(augmented.values.dtype)).all(dim=-1)
         if replaced.any():
-            self._seen.masked.append(Hidden(PixelState.REPLACED, replaced, self._seen.boxes))
+            self._recording.hidden.append(Hidden(PixelState.REPLACED, replaced, self._recording.boxes))
         return augmented
 
 

@@ -31,7 +31,7 @@ from engine.errors import InputError, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
 from engine.run_model import create_configured_model
 from engine.text import readable_name
-from models.build import build_model, image_settings
+from models.build import create_model, image_settings
 from models.pictures import Dropping, PixelState, Recording, record, render, render_main
 from tools.analysis import data_source
 
@@ -105,12 +105,12 @@ def configured(config: Config, files: Sequence[Path]) -> Subject:
 def named(name: str, files: Sequence[Path]) -> Subject:
     """A timm model as timm builds it, with images as timm evaluates it."""
     with input_errors("--model"):
-        settings = image_settings(name)
-        model = build_model(name)
-    if settings.image_size is None:
+        image_size, listed = image_settings(name)
+        model = augsub.patch(create_model(name))
+    if image_size is None:
         raise InputError(f"--model {name}: timm lists no image size for it; give a configuration that does, --config")
-    transform = TransformConfig(**settings.transform)
-    return Subject(name, model, *_photographs(files, transform, settings.image_size), transform.mean, transform.std)
+    transform = TransformConfig(**listed)
+    return Subject(name, model, *_photographs(files, transform, image_size), transform.mean, transform.std)
 
 
 def _held_out_images(config: Config, source: DataSource) -> tuple[list[str], Tensor]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augsub
 import tools.scaling
 from engine.distributed import Process, local, replicate, shard
-from models.build import build_model, innermost_blocks
+from models.build import create_model, innermost_blocks
 from tools.step_costs import STRATEGIES, Step, Strategy, Traffic, memory, traffic
 
 DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT = STRATEGIES
@@ -138,7 +138,8 @@ def count_in_a_process(rank: int, meeting: str, cases: list[tuple], results) -> 
     process = Process(rank, 2, torch.device("cpu"))
     for name, strategy, accumulation, sub_models in cases:
         torch.manual_seed(0)
-        model = build_model(**MODELS[name], num_classes=7, image_size=64, drop_path_rate=0.0)  # 7 is no multiple of 2
+        model = create_model(**MODELS[name], num_classes=7, image_size=64, drop_path_rate=0.0)  # 7 is no multiple of 2
+        model = augsub.patch(model)
         objective = augsub.SubModelObjective(
             nn.CrossEntropyLoss(), [augsub.SubModel(*sub_model) for sub_model in SUB_MODELS[:sub_models]]
         )
