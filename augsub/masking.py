@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from augsub.augmentation import SubModelAugmentation
+from augsub.augmentation import Images, StemFeatures, SubModelAugmentation, Tokens
 from augsub.registry import register
-from augsub.views import Images, StemFeatures, Tokens
 
 DEFAULT_CELL = 32  # pixels; Swin's 7 x 7 cells at 224 px, as in masked image modelling (SimMIM)
 SITE_OF_MODE = {"drop_tokens": "tokens", "drop_windows": "windows", "mask_token": "stem", "zero_pixels": "image"}

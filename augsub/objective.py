@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from augsub.augmentation import SubModelAugmentation
-from augsub.main_loss import Criterion, main_loss
 from augsub.patching import find_patched, prepare_sites
 from augsub.registry import AugmentationSpec, build
-from augsub.teaching import TargetForm, check_first_batch, teaching_for
+from augsub.teaching import Criterion, TargetForm, check_first_batch, main_loss, teaching_for
 
 
 class SubModel:

@@ -120,7 +120,6 @@ def patch(model: Model) -> Model:
     width = family.mask_token_width(model)
     if width is not None:
         _add_mask_token(model, width)
-    family.plant(model)
     cast(PatchedModel, model)._augsub = SubForward(model, family)
     model.__class__ = _patched_class(type(model))  # type: ignore[arg-type, assignment]
     return model
@@ -134,12 +133,10 @@ def unpatch(model: Model) -> Model:
     """
     if not is_patched(model):
         raise ValueError(f"{type(model).__name__} is not patched; augsub.patch does it")
-    model._augsub.remove_hooks()
+    model._augsub.remove()
     del model._augsub
     model.__class__ = _original_class(model)  # type: ignore[assignment]
-    family = family_of(model)
-    family.uproot(model)
-    if family.mask_token_width(model) is not None:
+    if family_of(model).mask_token_width(model) is not None:
         del model.mask_token
     return model
 

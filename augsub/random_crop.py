@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from augsub.augmentation import SubModelAugmentation
+from augsub.augmentation import Images, SubModelAugmentation, Tokens
 from augsub.registry import register
-from augsub.views import Images, Tokens
 
 
 @register("random_crop")

@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from augsub.augmentation import SubModelAugmentation
-from augsub.views import Images, StemFeatures, Tokens
+from augsub.augmentation import Images, StemFeatures, SubModelAugmentation, Tokens
 
 ImageSize = tuple[int, int]
 Layout = Literal["NLC", "NHWC", "NCHW"]
@@ -37,8 +36,24 @@ def augmented(view: View, augmentations: Sequence[SubModelAugmentation], site: s
     return view
 
 
+class Site:
+    """A place of one model where augmentations act."""
+
+    def places(self) -> Sequence[nn.Module]:
+        """The modules of the model on which the site relies."""
+        return ()
+
+    def serves(self, augmentation: AugmentationOrClass) -> bool:
+        """Whether the augmentation can act here in this model."""
+        return True
+
+    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
+        """Attributes that modules have during the sub-forward."""
+        return ()
+
+
 @dataclass
-class ImageSite:
+class ImageSite(Site):
     """The model's input.
 
     Attributes:
@@ -49,35 +64,21 @@ class ImageSite:
     stride: int
     resizable: bool
 
-    def places(self) -> Sequence[nn.Module]:
-        return ()
-
     def serves(self, augmentation: AugmentationOrClass) -> bool:
         return self.resizable or not augmentation.resizes_images
-
-    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
-        return ()
 
     def apply(self, augmentations: Sequence[SubModelAugmentation], images: Tensor) -> Tensor:
         return augmented(Images(images, self.stride), augmentations, "image").values
 
 
-class HookedSite:
+class HookedSite(Site):
     """The output of `module`, changed by a forward hook, and if need be that of a later module, `end`."""
 
     module: nn.Module
     end: nn.Module | None = None
 
     def places(self) -> Sequence[nn.Module]:
-        """The modules of the model on which the site relies."""
         return [module for module in (self.module, self.end) if module is not None]
-
-    def serves(self, augmentation: AugmentationOrClass) -> bool:
-        return True
-
-    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
-        """Attributes that modules have during the sub-forward."""
-        return ()
 
     def apply(self, augmentations: Sequence[SubModelAugmentation], output: Any, image_size: ImageSize) -> Any:
         """The output of `module` in the sub-forward."""
@@ -154,7 +155,7 @@ class StemSite(HookedSite):
 
 
 @dataclass
-class ModuleSite:
+class ModuleSite(Site):
     """Modules whose attributes an augmentation sets during the sub-forward."""
 
     modules: list[nn.Module]
@@ -162,14 +163,8 @@ class ModuleSite:
     def places(self) -> Sequence[nn.Module]:
         return self.modules
 
-    def serves(self, augmentation: AugmentationOrClass) -> bool:
-        return True
-
     def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
         for augmentation in augmentations:
             for module in self.modules:
                 for attribute, value in augmentation.module_state(module).items():
                     yield module, attribute, value
-
-
-Site = ImageSite | HookedSite | ModuleSite

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -14,10 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
-from augsub.families.modules import drop_path_places
+from augsub.families.base import drop_path_places
 from augsub.registry import AUGSUB_REGISTRY
 from augsub.sites import Assignment, AugmentationOrClass, HookedSite, ImageSite
-from augsub.turns import Turns
 
 
 class SubForward:
@@ -29,6 +30,10 @@ class SubForward:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model = model
         self.model_name = type(model).__name__
+        self._inserted: list[Assignment] = []  # what the model had in the places of missing modules
+        for parent, name, module in list(family.missing_modules(model)):
+            self._inserted.append((parent, name, getattr(parent, name)))
+            setattr(parent, name, module.train(parent.training))
         self.sites = family.sites(model)
         names = {module: name for name, module in model.named_modules()}
         self._places = {site: [(names[place], place) for place in self.sites[site].places()] for site in self.sites}
@@ -49,24 +54,12 @@ class SubForward:
     def main(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own forward; threads may run it side by side."""
         with self._turn(alone=False):
-            return self._main(forward, *args, **kwargs)
+            self._release()
+            logits = forward(*args, **kwargs)
+            self._replay_in_backward(logits, [])
+            return logits
 
-    def run(self, augmentation: SubModelAugmentation, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward under `augmentation`; no other thread runs the model at that time."""
-        with self._turn(alone=True):
-            return self._run(augmentation, forward, *args, **kwargs)
-
-    def _turn(self, alone: bool) -> AbstractContextManager[None]:
-        # What was compiled keeps nothing on the model while it runs
-        return nullcontext() if torch.compiler.is_compiling() else self._turns.take(alone)
-
-    def _main(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._release()
-        logits = forward(*args, **kwargs)
-        self._replay_in_backward(logits, [])
-        return logits
-
-    def _run(
+    def run(
         self,
         augmentation: SubModelAugmentation,
         forward: Callable[..., Any],
@@ -74,24 +67,30 @@ class SubForward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        self._check_images(images)
-        self._release()
-        plan = self.plan(augmentation)
-        augmented = cast(ImageSite, self.sites["image"]).apply(plan.get("image", ()), images)
-        image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
-        is_resized = augmented.shape[-2:] != images.shape[-2:]
-        state = list(self._family.resized_state(self.model, image_size)) if is_resized else []
-        state += [assignment for name, members in plan.items() for assignment in self.sites[name].state(members)]
-        try:
-            self.active = plan
-            self.image_size = image_size
-            self._hold(state)
-            logits = forward(augmented, *args, **kwargs)
-        finally:
-            self.active = {}
+        """The model's own forward under `augmentation`; no other thread runs the model at that time."""
+        with self._turn(alone=True):
+            self._check_images(images)
             self._release()
-        self._replay_in_backward(logits, state)
-        return logits
+            plan = self.plan(augmentation)
+            augmented = cast(ImageSite, self.sites["image"]).apply(plan.get("image", ()), images)
+            image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
+            is_resized = augmented.shape[-2:] != images.shape[-2:]
+            state = list(self._family.resized_state(self.model, image_size)) if is_resized else []
+            state += [assignment for name, members in plan.items() for assignment in self.sites[name].state(members)]
+            try:
+                self.active = plan
+                self.image_size = image_size
+                self._hold(state)
+                logits = forward(augmented, *args, **kwargs)
+            finally:
+                self.active = {}
+                self._release()
+            self._replay_in_backward(logits, state)
+            return logits
+
+    def _turn(self, alone: bool) -> AbstractContextManager[None]:
+        # What was compiled keeps nothing on the model while it runs
+        return nullcontext() if torch.compiler.is_compiling() else self._turns.take(alone)
 
     def _check_images(self, images: Any) -> None:
         if not isinstance(images, Tensor):
@@ -167,10 +166,14 @@ class SubForward:
             f"{' (images of its built size only)' if fixed else ''} and offers {', '.join(self.support())}"
         )
 
-    def remove_hooks(self) -> None:
-        """Take the hooks out of the model."""
+    def remove(self) -> None:
+        """Take the hooks and the inserted modules out of the model."""
         for hook in self._hooks:
             hook.remove()
+        for parent, name, own in self._inserted:
+            if own is None:
+                delattr(parent, name)  # None becomes a plain attribute again, not an empty submodule
+            setattr(parent, name, own if own is None else own.train(parent.training))
 
     def _hold(self, state: Iterable[Assignment]) -> None:
         for module, attribute, value in state:
@@ -211,3 +214,46 @@ class _SiteHook:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         augmentations = self.sub_forward.active.get(self.name)
         return self.change(augmentations, output, self.sub_forward.image_size) if augmentations else None
+
+
+class Turns:
+    """Lets threads run a model's main forward side by side, and a sub-forward alone.
+
+    A thread that is inside may call the model again. A copy, also a pickled one, begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: Counter[int] = Counter()  # forwards under way, by thread
+        self._alone: int | None = None  # the thread of a sub-forward
+        self._waiting = 0  # sub-forwards: they go first, or many main forwards would keep them out
+
+    @contextmanager
+    def take(self, alone: bool) -> Iterator[None]:
+        """The turn of a sub-forward, `alone`, or of a main forward."""
+        me = threading.get_ident()
+        with self._changed:
+            self._waiting += alone
+            try:
+                self._changed.wait_for(lambda: self._may_enter(me, alone))
+            finally:
+                self._waiting -= alone
+            self._inside[me] += 1
+            self._alone = me if alone else self._alone
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside[me] -= 1
+                if not self._inside[me]:
+                    del self._inside[me]
+                    self._alone = None if self._alone == me else self._alone
+                self._changed.notify_all()
+
+    def _may_enter(self, me: int, alone: bool) -> bool:
+        if alone:
+            return not self._inside.keys() - {me}
+        return me in self._inside or (self._alone is None and not self._waiting)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turns, ()

@@ -1,7 +1,8 @@
-"""How the main model's prediction teaches a sub-model (arXiv 2306.11339, section 3).
+"""What a criterion makes of logits and labels, and how the main model's prediction teaches a sub-model.
 
-The loss is least, with gradient zero, where a sub-model predicts what its teacher does: weights, smoothing and
-thresholds of a criterion are for labels and play no part in it. It is on the scale of the criterion's loss.
+A sub-model's loss (arXiv 2306.11339, section 3) is least, with gradient zero, where it predicts what its teacher does:
+weights, smoothing and thresholds of a criterion are for labels and play no part in it. It is on the scale of the
+criterion's loss.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
 
-from augsub.main_loss import Criterion, name_of
-
+Criterion = Callable[[Tensor, Tensor], Tensor]
 TargetForm = Literal["softmax", "sigmoid"]
 FORMS: tuple[TargetForm, ...] = get_args(TargetForm)
 # Classes and functions of torch and timm
@@ -42,6 +43,34 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SUM_TOLERANCE = 0.01  # of a row of targets: bfloat16 has three decimal digits
 MEANS_OVER_CLASSES = ("MultiLabelSoftMarginLoss", "multilabel_soft_margin_loss")  # whatever their reduction of images
+
+
+def main_loss(criterion: Criterion, logits: Tensor, targets: Tensor) -> Tensor:
+    """The criterion's loss, a scalar.
+
+    Args:
+        criterion: loss of (logits, targets).
+        logits: (B, K).
+        targets: labels (B,) or soft labels (B, K).
+
+    Raises:
+        ValueError: if the criterion cannot take these targets, or returns no scalar.
+    """
+    if targets.ndim == 1 and not targets.is_floating_point():
+        targets = targets.long()  # torch takes class numbers of no other type
+    if isinstance(criterion, SoftTargetCrossEntropy) and targets.ndim == 1:
+        raise ValueError(_refusal(criterion, logits, targets, "it would broadcast them"))
+    try:
+        loss = criterion(logits, targets)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(_refusal(criterion, logits, targets, " ".join(str(error).split()))) from error
+    if loss.ndim != 0:
+        raise ValueError(
+            f"the criterion returned a loss of shape {tuple(loss.shape)}, needed is a scalar: reduction='mean'"
+        )
+    return loss
 
 
 @dataclass(frozen=True)
@@ -171,3 +200,23 @@ def _known_form(criterion: Any) -> TargetForm | None:
         if str(getattr(one, "__module__", "")).partition(".")[0] in ("torch", "timm") and one.__name__ in KNOWN:
             return KNOWN[one.__name__]
     return None
+
+
+def name_of(criterion: Criterion) -> str:
+    """The criterion in a message."""
+    return getattr(criterion, "__name__", type(criterion).__name__)
+
+
+def _refusal(criterion: Criterion, logits: Tensor, targets: Tensor, reason: str) -> str:
+    if "out of bounds" in reason:
+        remedy = f"labels must be in [0, {logits.shape[-1]}), the model's classes"
+    elif targets.ndim == 1 and targets.is_floating_point():
+        remedy = "labels (B,) must be whole numbers"
+    elif targets.ndim == 1:
+        remedy = "labels (B,) need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy"
+    else:
+        remedy = "soft targets (B, K), as mixup makes them, need timm.loss.SoftTargetCrossEntropy or BinaryCrossEntropy"
+    return (
+        f"{name_of(criterion)} cannot take targets {tuple(targets.shape)}, {targets.dtype}, "
+        f"with logits {tuple(logits.shape)}: {reason.rstrip('.')}; {remedy}"
+    )

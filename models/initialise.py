@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from timm.layers import DropPath
 from torch import nn
 
-from augsub.families.modules import drop_path_places
+from augsub.families.base import drop_path_places
 
 
 def make_drop_path_uniform(model: nn.Module, rate: float) -> None:

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 import augsub
+from augsub.augmentation import Images, StemFeatures, Tokens
 from augsub.registry import AugmentationSpec
-from augsub.views import Images, StemFeatures, Tokens
 
 NOTED_ACTIVATIONS = 64  # of each call of a dropout: enough for a picture
 PAPER = (255, 255, 255)  # behind what is removed

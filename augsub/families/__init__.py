@@ -3,7 +3,6 @@
 from augsub.families import (  # noqa: F401
     crossvit,
     eva,
-    fixed_size,
     gemma4,
     hiera,
     huggingface,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
-from augsub.families.modules import find_drop_paths, find_dropouts, plant_drop_paths, uproot_drop_paths
+from timm.layers import DropPath
+from timm.models.efficientvit_msra import ResidualDrop
+from torch import nn
+
 from augsub.sites import Assignment, ForeignModule, ImageSite, ImageSize, ModuleSite, Site
 
 DEFAULT_STRIDE = 32  # total stride of nearly all hierarchical models
+DROP_PATH_NAME = re.compile(r"(\w+_)?drop_path\d?")
+DROPOUT_NAME = re.compile(r"(proj|out|mlp)_drop|drop\d?")  # not attention weights, positions or embeddings
+NOT_IN_BLOCKS = re.compile(r"head|classifier|pre_logits|rel_pos|meta_mlp")  # nor networks of position biases
 
 
 class Family:
@@ -16,16 +23,17 @@ class Family:
     A subclass adds the sites that its models have inside.
     """
 
-    def plant(self, model: ForeignModule) -> None:
-        """Make places exist that the model would have with other rates; the main model stays what it is."""
-        plant_drop_paths(model)
+    def missing_modules(self, model: ForeignModule) -> Iterator[Assignment]:
+        """Modules (parent, name, module) that the model would have with other rates; they compute nothing as they are.
 
-    def uproot(self, model: ForeignModule) -> None:
-        """Undo what `plant` did to `model`."""
-        uproot_drop_paths(model)
+        Stochastic depth at rate 0, where timm left an `nn.Identity` or None because the model's own rate is 0.
+        """
+        for block, name, occupant in drop_path_places(model):
+            if not isinstance(occupant, DropPath):
+                yield block, name, DropPath(0.0)
 
     def sites(self, model: ForeignModule) -> dict[str, Site]:
-        """The sites of a planted model by name; a site without modules is left out."""
+        """The sites of a model without missing modules by name; a site without modules is left out."""
         sites: dict[str, Site] = {"image": ImageSite(self.stride(model), self.takes_other_sizes(model))}
         for name, modules in (("drop_path", find_drop_paths(model)), ("dropout", find_dropouts(model))):
             if modules:
@@ -78,3 +86,46 @@ def family_of(model: ForeignModule) -> Family:
         if name in _FAMILIES:
             return _FAMILIES[name]
     return EVERY_MODEL
+
+
+def drop_path_places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
+    """Where stochastic depth is or could be: (block, attribute, what is there: a module or None)."""
+    return [
+        (parent, name, occupant)
+        for parent in model.modules()
+        for name, occupant in {**vars(parent), **parent._modules}.items()
+        if DROP_PATH_NAME.fullmatch(name) and (occupant is None or isinstance(occupant, (DropPath, nn.Identity)))
+    ]
+
+
+def has_residual(block: nn.Module) -> bool:
+    """Whether a block adds its input to its branch, by the attributes with which timm's blocks say that they do not.
+
+    Some call their drop path all the same: without a residual connection it would erase the image.
+    """
+    if hasattr(block, "no_skip"):
+        return not block.no_skip  # of Xception, whose shortcut is None where it is the input itself
+    has_skip = getattr(block, "has_skip", True) and getattr(block, "residual", True)
+    return has_skip and getattr(block, "shortcut", block) is not None
+
+
+def find_drop_paths(model: nn.Module) -> list[nn.Module]:
+    """All stochastic-depth modules of blocks that have a residual connection."""
+    return [
+        module
+        for parent in model.modules()
+        if has_residual(parent)
+        for module in parent.children()
+        if isinstance(module, (DropPath, ResidualDrop))
+    ]
+
+
+def find_dropouts(model: nn.Module) -> list[nn.Module]:
+    """All dropouts after attention projections and in MLPs."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout)
+        and DROPOUT_NAME.fullmatch(name.rpartition(".")[2])
+        and not NOT_IN_BLOCKS.search(name)
+    ]

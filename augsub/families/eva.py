@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from augsub.augmentation import Tokens
 from augsub.families.base import register_family
 from augsub.families.vit import TokenFamily
-from augsub.sites import ForeignModule, TokenSite
-from augsub.views import Tokens
+from augsub.sites import Assignment, ForeignModule, TokenSite
 
 
 class AllTokens(nn.Module):
@@ -32,16 +33,10 @@ class IndexedTokenSite(TokenSite):
 class EvaFamily(TokenFamily):
     """`patch_drop` is None in most models, and its place is called in training and evaluation."""
 
-    def plant(self, model: ForeignModule) -> None:
-        super().plant(model)
+    def missing_modules(self, model: ForeignModule) -> Iterator[Assignment]:
+        yield from super().missing_modules(model)
         if model.patch_drop is None:
-            model.patch_drop = AllTokens().train(model.training)
-
-    def uproot(self, model: ForeignModule) -> None:
-        super().uproot(model)
-        if isinstance(model.patch_drop, AllTokens):
-            del model.patch_drop
-            model.patch_drop = None
+            yield model, "patch_drop", AllTokens()
 
     def token_site(self, model: ForeignModule) -> TokenSite:
         return IndexedTokenSite(model.patch_drop, model.patch_embed, model.num_prefix_tokens)

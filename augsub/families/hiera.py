@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from augsub.augmentation import Tokens
 from augsub.families.base import register_family
 from augsub.families.stem import StemFamily
 from augsub.sites import ForeignModule, ImageSize, Site, TokenSite
-from augsub.views import Tokens
 
 
 class MaskUnitSite(TokenSite):

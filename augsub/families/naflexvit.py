@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from augsub.augmentation import Tokens
 from augsub.families.base import register_family
 from augsub.families.vit import TokenFamily, patch_side
 from augsub.sites import ForeignModule, TokenSite
-from augsub.views import Tokens
 
 
 class EmbedsSite(TokenSite):

@@ -1,4 +1,7 @@
-"""Window, hierarchical and relative-position models: blocks need the whole map, so cells become a mask token."""
+"""Window, hierarchical and relative-position models: blocks need the whole map, so cells become a mask token.
+
+And those without a better place than the input, which take images of their built size only.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from torch import nn
 
 from augsub.families.base import Family, register_family
 from augsub.sites import ForeignModule, Layout, Site, StemSite
+
+POSITION_BOUND = frozenset({"BottleneckAttn", "HaloAttn"})  # attention of ByobNet with tables of a fixed size
 
 
 class StemFamily(Family):
@@ -60,6 +65,23 @@ class EfficientNetFamily(StemFamily):
         return super().mask_token_width(model) if isinstance(model.bn1, nn.LayerNorm) else None
 
 
+class FixedSizeFamily(Family):
+    """Their attention biases or position embeddings fit one resolution."""
+
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
+        return False
+
+
+class ByobNetFamily(Family):
+    """Of the networks built from blocks, those with position-bound attention take one size only."""
+
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
+        return not any(
+            type(module).__name__ in POSITION_BOUND or getattr(module, "pos_emb", None) is not None
+            for module in model.modules()
+        )
+
+
 PATCH_EMBED_NLC_FIXED = StemFamily("patch_embed", "NLC", fixed_size=True)
 PATCH_EMBED_NLC = StemFamily("patch_embed", "NLC")
 PATCH_EMBED_NHWC = StemFamily("patch_embed", "NHWC")
@@ -103,3 +125,6 @@ register_family(EfficientNetFamily("bn1", "NCHW"), "efficientnet.EfficientNet")
 register_family(CSATv2Family("stem_dct", "NCHW"), "csatv2.CSATv2")
 register_family(StemFamily("conv_stem", "NCHW"), "mobilenetv5.MobileNetV5", "mobilenetv5.MobileNetV5Encoder")
 register_family(STEM_NCHW_FIXED, "maxxvit.MaxxVit", "gcvit.GlobalContextVit", "visformer.Visformer")
+# No stem whose output goes through the blocks as it is
+register_family(FixedSizeFamily(), "efficientformer.EfficientFormer", "efficientformer_v2.EfficientFormerV2", "tnt.TNT")
+register_family(ByobNetFamily(), "byobnet.ByobNet")

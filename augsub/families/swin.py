@@ -1,13 +1,18 @@
-"""Swin transformers: stem features become a mask token; crops of the image get windows that fit."""
+"""Swin transformers: stem features become a mask token, or groups of windows are left out and not computed; crops
+of the image get windows that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from augsub.augmentation import SubModelAugmentation, Tokens
 from augsub.families.base import register_family
 from augsub.families.stem import StemFamily
-from augsub.families.window_groups import WindowGroupSite, with_windows
-from augsub.sites import Assignment, ForeignModule, ImageSize, Site
+from augsub.sites import Assignment, ForeignModule, HookedSite, ImageSize, Site, augmented
 
 
 class SwinTransformerFamily(StemFamily):
@@ -50,6 +55,111 @@ def scaled_windows(block: ForeignModule, built_size: ImageSize, image_size: Imag
     )
     shifts = tuple(side // 2 if shift else 0 for side, shift in zip(window, block.shift_size, strict=True))
     yield from with_windows(block, window, shifts)
+
+
+class WindowGroupSite(HookedSite):
+    """The stem's map (B, H', W', D) as square groups of whole windows.
+
+    An augmentation sees each group as one token. If it removes some, the others go through the stages as images
+    of their own, (B * K, side, side, D), so that no window has neighbours that are none; `end` gets their last
+    maps side by side again, (B, K * h, w, D').
+
+    A group is as large as one window of the last but one stage: in all stages up to there it consists of whole
+    windows, a quarter of the map of Swin-T at 224 pixels (28 x 28 of 56 x 56 positions).
+
+    Args:
+        model: a Swin with at least two stages.
+    """
+
+    def __init__(self, model: ForeignModule) -> None:
+        self.module, self.end = model.patch_embed, model.norm
+        self._stages = [list(stage.blocks) for stage in model.layers]
+        halvings = 2 ** (len(self._stages) - 2)
+        self.side = tuple(side * halvings for side in self._stages[-2][0].window_size)
+        self._kept = 1  # groups of a sample, in the sub-forward under way
+
+    def divides(self, resolution: Sequence[int]) -> bool:
+        """Whether a map of that resolution consists of whole groups, and of more than one."""
+        return self.side != tuple(resolution) and not any(
+            length % side for length, side in zip(resolution, self.side, strict=True)
+        )
+
+    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterator[Assignment]:
+        """Windows no larger than the map of a group, shifted only where there are several."""
+        if not _removes(augmentations):
+            return
+        resolution = self.side
+        for blocks in self._stages:
+            for block in blocks:
+                yield from fitting_windows(block, resolution)
+            resolution = tuple(-(-length // 2) for length in resolution)  # patch merging pads odd maps
+
+    def apply(self, augmentations: Sequence[SubModelAugmentation], output: Tensor, image_size: ImageSize) -> Tensor:
+        if not _removes(augmentations):
+            return output
+        batch, *resolution, width = output.shape
+        if not self.divides(resolution):
+            rows, columns = self.side
+            raise ValueError(
+                f"a map of {resolution[0]} x {resolution[1]} positions does not divide into several groups of windows "
+                f"of {rows} x {columns}"
+            )
+        rows, columns = self.side
+        grid = (int(resolution[0]) // rows, int(resolution[1]) // columns)  # tensors while torch.jit traces
+        groups = (
+            output.view(batch, grid[0], rows, grid[1], columns, width)
+            .transpose(2, 3)
+            .reshape(batch, grid[0] * grid[1], -1)
+        )
+        kept = augmented(Tokens(groups, 0, grid), augmentations, "windows")
+        self._kept = kept.num_patches
+        return kept.values.reshape(batch * self._kept, rows, columns, width)
+
+    def leave(self, augmentations: Sequence[SubModelAugmentation], output: Tensor, image_size: ImageSize) -> Tensor:
+        return output.unflatten(0, (-1, self._kept)).flatten(1, 2) if _removes(augmentations) else output
+
+
+def _removes(augmentations: Sequence[SubModelAugmentation]) -> bool:
+    return any(augmentation.ratio for augmentation in augmentations)
+
+
+def fitting_windows(block: ForeignModule, resolution: Sequence[int]) -> Iterator[Assignment]:
+    """A block's windows, cut to a map of that resolution."""
+    window = tuple(map(min, block.window_size, resolution))
+    shift = tuple(
+        shift if side < length else 0 for shift, side, length in zip(block.shift_size, window, resolution, strict=True)
+    )
+    yield from with_windows(block, window, shift)
+    if all(shift) and block.attn_mask is not None:
+        yield block, "attn_mask", _mask_of_part(block, resolution)
+        yield block, "dynamic_mask", False  # it would be computed anew in every forward
+
+
+def _mask_of_part(block: ForeignModule, resolution: Sequence[int]) -> Tensor:
+    """The built attention mask (windows, N, N) for a smaller map: only its last row and column are special."""
+    rows, columns = (length // side for length, side in zip(block.input_resolution, block.window_size, strict=True))
+    kept_rows, kept_columns = (length // side for length, side in zip(resolution, block.window_size, strict=True))
+    mask = block.attn_mask.unflatten(0, (rows, columns))
+    mask = torch.cat([mask[: kept_rows - 1], mask[-1:]])
+    mask = torch.cat([mask[:, : kept_columns - 1], mask[:, -1:]], dim=1)
+    return mask.flatten(0, 1)
+
+
+def with_windows(block: ForeignModule, window: tuple[int, ...], shift: tuple[int, ...]) -> Iterator[Assignment]:
+    """A block of Swin with smaller windows.
+
+    Position biases depend on the distance alone, so those of a smaller window are a part of the built ones.
+    """
+    values: dict[str, Any] = {"window_size": window, "window_area": window[0] * window[1]}
+    yield block, "dynamic_mask", True  # the stored attention mask fits the built size only
+    yield block, "shift_size", shift
+    (rows, columns), built = window, block.attn.window_size
+    index = block.attn.relative_position_index.view(*built, *built)[:rows, :columns, :rows, :columns]
+    yield block.attn, "relative_position_index", index.reshape(rows * columns, rows * columns)
+    for module in (block, block.attn):
+        for name, value in values.items():
+            if hasattr(module, name):
+                yield module, name, value
 
 
 register_family(
