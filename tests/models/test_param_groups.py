@@ -2,26 +2,18 @@ from __future__ import annotations
 
 import pytest
 import timm
-import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 import augsub
+from models.build import build_on_meta
 from models.param_groups import param_groups
-
-NAMES = ("test_vit", "deit3_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet18", "convnext_atto", "test_eva")
-
-
-def build(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return augsub.patch(timm.create_model(name))
 
 
 def by_name(model: nn.Module, groups: list[dict]) -> dict[str, tuple[float, float]]:
     """(weight decay, lr scale) of every parameter, each of which is in one group."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
     settings = [
-        (names[id(parameter)], (group["weight_decay"], group.get("lr_scale", 1.0)))
+        (names[parameter], (group["weight_decay"], group["lr_scale"]))
         for group in groups
         for parameter in group["params"]
     ]
@@ -29,34 +21,48 @@ def by_name(model: nn.Module, groups: list[dict]) -> dict[str, tuple[float, floa
     return dict(settings)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if timm.is_model(name)])
-def test_groups_are_timms(name):
-    model = build(name)
-    undecayed = model.no_weight_decay()
-    timms = by_name(model, param_groups_weight_decay(model, 0.05, no_weight_decay_list=undecayed))
-    assert by_name(model, param_groups(model, 0.05)) == timms
-    timms = by_name(model, param_groups_layer_decay(model, 0.05, no_weight_decay_list=undecayed, layer_decay=0.7))
-    ours = by_name(model, param_groups(model, 0.05, layer_decay=0.7))
-    assert ours.keys() == timms.keys()
-    assert all(ours[key] == pytest.approx(timms[key]) for key in ours)
+@pytest.mark.parametrize("name", ["test_vit", "deit3_small_patch16_224", "resnet18", "convnext_atto"])
+def test_every_tensor_that_learns_is_in_one_group_of_its_settings(name):
+    model = augsub.patch(build_on_meta(name))
+    groups = param_groups(model, 0.05)
+    assert len(groups) == 2 and by_name(model, groups) == {
+        key: (0.0 if parameter.ndim < 2 or key in model.no_weight_decay() else 0.05, 1.0)
+        for key, parameter in model.named_parameters()
+    }
+    layers = by_name(model, param_groups(model, 0.05, layer_decay=0.7))
+    assert {key: decay for key, (decay, _) in layers.items()} == {
+        key: decay for key, (decay, _) in by_name(model, groups).items()
+    }
+
+
+def test_groups_follow_the_order_of_the_model():
+    """A checkpoint of the optimiser numbers its states by it."""
+    model = timm.create_model("test_resnet")
+    order = [parameter for group in param_groups(model, 0.05) for parameter in group["params"]]
+    decays = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    assert order[0] is model.conv1[0].weight
+    assert all(one is other for one, other in zip(order, decays, strict=False))
+
+
+def test_layers_and_modules_at_the_full_rate():
+    model = build_on_meta("test_vit")
+    groups = by_name(model, param_groups(model, 0.05, layer_decay=0.5, full_lr=["norm", "blocks.0.mlp"]))
+    depth = len(model.blocks)
+    for block in range(depth):
+        assert groups[f"blocks.{block}.attn.qkv.weight"] == (0.05, pytest.approx(0.5 ** (depth - block)))
+    assert groups["patch_embed.proj.weight"][1] == pytest.approx(0.5 ** (depth + 1))
+    assert groups["norm.weight"][1] == groups["blocks.0.mlp.fc1.weight"][1] == groups["head.weight"][1] == 1.0
+    with pytest.raises(ValueError, match="the model has no module 'nrom'"):
+        param_groups(model, 0.05, layer_decay=0.5, full_lr=["nrom"])
 
 
 def test_the_mask_token_has_no_decay_and_what_is_frozen_has_no_group():
-    model = build("swin_tiny_patch4_window7_224")
+    model = augsub.patch(build_on_meta("swin_tiny_patch4_window7_224"))
     model.patch_embed.requires_grad_(False)
     groups = by_name(model, param_groups(model, 0.05, layer_decay=0.7))
     assert groups["mask_token"] == (0.0, 1.0)
     assert not any(name.startswith("patch_embed") for name in groups)
     assert groups["layers.0.blocks.0.attn.relative_position_bias_table"][0] == 0.0
-
-
-def test_modules_at_the_full_rate():
-    model = build("test_vit")
-    groups = by_name(model, param_groups(model, 0.05, layer_decay=0.5, full_lr=["norm", "blocks.0.mlp"]))
-    assert groups["norm.weight"][1] == groups["blocks.0.mlp.fc1.weight"][1] == groups["head.weight"][1] == 1.0
-    assert groups["blocks.0.attn.qkv.weight"][1] < 1
-    with pytest.raises(ValueError, match="the model has no module 'nrom'"):
-        param_groups(model, 0.05, layer_decay=0.5, full_lr=["nrom"])
 
 
 def test_a_model_that_does_not_tell_its_layers():

@@ -1,9 +1,7 @@
-"""tools/visualize_augsub.py as users run it."""
+"""tools/visualize_augsub.py, called in this process."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -24,9 +22,8 @@ def visualize(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "picture.png"
 
     def run(*arguments: object) -> tuple[int, str, Path]:
-        words = ["visualize_augsub.py", "--output", picture, *arguments]
-        monkeypatch.setattr(sys, "argv", [*map(str, words)])
-        return visualize_augsub.main(), capsys.readouterr().err, picture
+        code = visualize_augsub.main([*map(str, ("--output", picture, *arguments))])
+        return code, capsys.readouterr().err, picture
 
     return run
 
@@ -45,23 +42,11 @@ def panel(picture: Path, row: int, column: int) -> np.ndarray:
     return pixels[rows, columns].astype(int)
 
 
-def run_command(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/visualize_augsub.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_one_command_writes_one_file(tmp_path):
-    file = tmp_path / "picture.png"
-    finished = run_command("--model", "test_vit", "--output", file)
-    assert (finished.returncode, finished.stdout, finished.stderr) == (0, f"{file}\n", "")
-    assert_panels(file, rows=1, columns=6)
-    assert [*tmp_path.iterdir()] == [file]
-
-
 @pytest.mark.slow
-def test_the_picture_of_the_readme_is_the_one_of_its_command(tmp_path):
-    file, committed = tmp_path / "picture.png", ROOT / "docs" / "what_the_sub_model_sees.png"
-    assert run_command("--output", file).returncode == 0
+def test_the_picture_of_the_readme_is_the_one_of_its_command(visualize):
+    code, error, file = visualize()
+    committed = ROOT / "docs" / "what_the_sub_model_sees.png"
+    assert (code, error) == (0, "") and [*file.parent.iterdir()] == [file]
     assert_panels(committed, rows=3, columns=6)
     for row, column in product(range(3), range(6)):
         if row < 2 or column < 5:
