@@ -35,6 +35,7 @@ from models.build import create_model, image_settings
 from models.pictures import Dropping, PixelState, Recording, record, render, render_main
 from tools.analysis import data_source
 
+NamedImage = tuple[str, Tensor]  # normalised, (C, H, W)
 BUNDLED = "flower.jpg"  # with scikit-learn
 SAMPLES = 6  # draws for each image
 SHOWN = 3  # images of a configuration's data, or of the user's
@@ -54,55 +55,38 @@ LEGEND = {
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A patched model and images for it.
+class Row:
+    """One image in one model.
 
     Attributes:
-        names: of the images.
-        images: (N, C, H, W), normalised.
-        mean, std: of each channel, as they were normalised, if known.
+        name, number: of the image; the number, counted in its model, adds to the seed.
+        images: the same one for each draw, normalised, (SAMPLES, C, H, W).
+        mean, std: of each channel, as it was normalised, if known.
     """
 
     model_name: str
     model: nn.Module
-    names: Sequence[str]
+    name: str
+    number: int
     images: Tensor
     mean: Sequence[float] | None
     std: Sequence[float] | None
 
 
-@dataclass(frozen=True)
-class Row:
-    """One image in one model.
-
-    Attributes:
-        samples: which samples of the batch are this image; the first is drawn, paths and activations drop in all.
-        images: what the main model sees, (B, C, H, W).
-        recordings: what each sub-model sees, or None where the model does not offer the augmentation.
-    """
-
-    subject: Subject
-    name: str
-    samples: slice
-    images: Tensor
-    recordings: Sequence[Recording | None]
-
-
-def configured(config: Config, files: Sequence[Path]) -> Subject:
+def configured(config: Config, files: Sequence[Path]) -> list[Row]:
     """The model of a configuration, with images of its data or the user's."""
-    source = data_source(config)
+    source, transform = data_source(config), config.transform
     model = augsub.patch(create_configured_model(config, source))
     if source is not IMAGENET and not files:
-        names, images = _held_out_images(config, source)
-        return Subject(config.model.name, model, names, images, *normalisation(config))
-    names, images = _photographs(files, config.transform, config.data.image_size)
-    if source.in_chans != len(config.transform.mean):
-        grey = images.mean(dim=1, keepdim=True).expand(-1, source.in_chans, -1, -1)
-        return Subject(config.model.name, model, names, grey, None, None)
-    return Subject(config.model.name, model, names, images, config.transform.mean, config.transform.std)
+        return _rows(config.model.name, model, _held_out_images(config, source), *normalisation(config))
+    images = _photographs(files, transform, config.data.image_size)
+    if source.in_chans != len(transform.mean):
+        grey = [(name, image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1)) for name, image in images]
+        return _rows(config.model.name, model, grey, None, None)
+    return _rows(config.model.name, model, images, transform.mean, transform.std)
 
 
-def named(name: str, files: Sequence[Path]) -> Subject:
+def named(name: str, files: Sequence[Path]) -> list[Row]:
     """A timm model as timm builds it, with images as timm evaluates it."""
     with input_errors("--model"):
         image_size, listed = image_settings(name)
@@ -110,30 +94,40 @@ def named(name: str, files: Sequence[Path]) -> Subject:
     if image_size is None:
         raise InputError(f"--model {name}: timm lists no image size for it; give a configuration that does, --config")
     transform = TransformConfig(**listed)
-    return Subject(name, model, *_photographs(files, transform, image_size), transform.mean, transform.std)
+    return _rows(name, model, _photographs(files, transform, image_size), transform.mean, transform.std)
 
 
-def _held_out_images(config: Config, source: DataSource) -> tuple[list[str], Tensor]:
+def _rows(
+    model_name: str,
+    model: nn.Module,
+    images: Sequence[NamedImage],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> list[Row]:
+    return [
+        Row(model_name, model, name, number, image.expand(SAMPLES, -1, -1, -1), mean, std)
+        for number, (name, image) in enumerate(images)
+    ]
+
+
+def _held_out_images(config: Config, source: DataSource) -> list[NamedImage]:
     """A few held-out images, from the first to the last."""
-    deliver, indices = (
-        build_delivery(config, torch.device("cpu"), is_training=False),
-        _evenly(range(len(source.held_out))),
-    )
+    deliver = build_delivery(config, torch.device("cpu"), is_training=False)
+    indices = _evenly(range(len(source.held_out)))
     try:
         images, _ = deliver(*default_collate([source.held_out[index] for index in indices]))
     except UnreadableImage as error:
         name, reason = error.args
         raise InputError(f"{name} cannot be read: {reason}") from error
-    return [f"held-out image {index}" for index in indices], images
+    return [(f"held-out image {index}", image) for index, image in zip(indices, images, strict=True)]
 
 
-def _photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> tuple[list[str], Tensor]:
+def _photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
     to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
-    named_images = [(readable_name(file.name), _read(file)) for file in files]
     if not files:
-        named_images = [(BUNDLED, Image.fromarray(load_sample_image(BUNDLED)))]
-    return [name for name, _ in named_images], torch.stack([normalise(to_bytes(image)) for _, image in named_images])
+        return [(BUNDLED, normalise(to_bytes(Image.fromarray(load_sample_image(BUNDLED)))))]
+    return [(readable_name(file.name), normalise(to_bytes(_read(file)))) for file in files]
 
 
 def chosen(paths: Sequence[Path]) -> list[Path]:
@@ -169,45 +163,42 @@ def _read(file: Path) -> Image.Image:
         raise InputError(f"--images {file}: cannot be read: {reason_of(error)}") from error
 
 
-def rows_of(
-    subject: Subject, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool
-) -> list[Row]:
-    """One row for each image of a subject; `may_lack` leaves augmentations open that the model does not offer."""
-    batch = subject.images.repeat_interleave(SAMPLES, dim=0)
-    offered = augsub.supports(subject.model)
+def _record(
+    row: Row, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool
+) -> list[Recording | None]:
+    """What each sub-model sees; `may_lack` gives None for those that the model does not offer."""
+    offered = augsub.supports(row.model)
     recordings: list[Recording | None] = []
     for augmentation in sub_models:
         if may_lack and any(member.name not in offered for member in augmentation.members):
             recordings.append(None)
             continue
-        with input_errors(f"{augmentation} for {subject.model_name}"):
-            recordings.append(record(subject.model, batch, augmentation, seed))
-    firsts = range(0, len(batch), SAMPLES)
-    return [
-        Row(subject, name, slice(first, first + SAMPLES), batch, recordings)
-        for first, name in zip(firsts, subject.names, strict=True)
-    ]
+        with input_errors(f"{augmentation} for {row.model_name}"):
+            recordings.append(record(row.model, row.images, augmentation, seed + row.number))
+    return recordings
 
 
 DrawPanel = Callable[[Axes, Row, Recording], None]
 
 
-def draw(rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation], path: Path) -> None:
-    """Draw the rows and write the PNG file, of 256 colours: a third of the size."""
+def draw(
+    rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool, path: Path
+) -> None:
+    """Record and draw the rows and write the PNG file, of 256 colours: a third of the size."""
+    recorded = [_record(row, sub_models, seed, may_lack) for row in rows]
     panels = [(index, part) for index, sub_model in enumerate(sub_models) for part in _panels_of(sub_model)]
-    legend = _legend_entries(rows, panels)
+    legend = _legend_entries(rows, recorded, panels)
     figure, axes = _panels_and_legend(len(rows), 1 + len(panels), legend)
-    for row, (main, *others) in zip(rows, axes, strict=True):
-        subject = row.subject
-        _show_image(main, render_main(row.images[row.samples], subject.mean, subject.std)[0])
+    for row, recordings, (main, *others) in zip(rows, recorded, axes, strict=True):
+        _show_image(main, render_main(row.images[:1], row.mean, row.std)[0])
         main.set_xlabel("{} × {} px".format(*row.images.shape[2:]), fontsize=SMALL)  # noqa: RUF001
-        main.set_ylabel(f"{subject.model_name}\n{row.name}", fontsize=SMALL)
+        main.set_ylabel(f"{row.model_name}\n{row.name}", fontsize=SMALL)
         for panel, (index, draw_panel) in zip(others, panels, strict=True):
-            if row.recordings[index] is None:
+            if recordings[index] is None:
                 panel.axis("off")
                 panel.text(0.5, 0.5, "not offered\nby this model", ha="center", va="center", fontsize=8, color="0.4")
             else:
-                draw_panel(panel, row, row.recordings[index])
+                draw_panel(panel, row, recordings[index])
     titles = ["main model", *(str(sub_models[index]).replace(" + ", "\n+ ") for index, _ in panels)]
     for panel, title in zip(axes[0], titles, strict=True):
         panel.set_title(title, fontsize=9)
@@ -249,15 +240,15 @@ def _panels_of(augmentation: augsub.SubModelAugmentation) -> list[DrawPanel]:
 
 
 def _draw_image(axes: Axes, row: Row, recording: Recording) -> None:
-    sample = row.samples.start
-    _show_image(axes, render(recording, row.subject.mean, row.subject.std)[sample])
-    axes.set_xlabel(_caption(recording, sample), fontsize=SMALL)
-    removed = (recording.states[sample] == PixelState.REMOVED).repeat_interleave(FINE, 0).repeat_interleave(FINE, 1)
+    """The first draw."""
+    _show_image(axes, render(recording, row.mean, row.std)[0])
+    axes.set_xlabel(_caption(recording), fontsize=SMALL)
+    removed = (recording.states[0] == PixelState.REMOVED).repeat_interleave(FINE, 0).repeat_interleave(FINE, 1)
     if removed.any():
         place = {"extent": axes.images[0].get_extent(), "origin": "upper"}
         area = axes.contourf(removed.cpu().numpy(), [0.5, 1.5], hatches=[HATCH], colors="none", **place)
         area.set_edgecolor(HATCH_COLOUR)
-    top, left, height, width = recording.crops[sample].tolist()
+    top, left, height, width = recording.crops[0].tolist()
     if (height, width) != tuple(recording.images.shape[2:]):
         frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=VERMILION, linewidth=1.5)
         axes.add_patch(frame)
@@ -269,13 +260,13 @@ def _show_image(axes: Axes, picture: Tensor) -> None:
     axes.spines[:].set_color("0.7")
 
 
-def _caption(recording: Recording, sample: int) -> str:
+def _caption(recording: Recording) -> str:
     """How much is left, in the numbers of the forward."""
     facts = []
     if recording.inputs.shape != recording.images.shape:
         facts.append("{} × {} px".format(*recording.inputs.shape[2:]))  # noqa: RUF001
     for hidden in recording.hidden:
-        cells = hidden.cells[sample]
+        cells = hidden.cells[0]
         if hidden.state == PixelState.REMOVED:
             facts.append(f"{int((~cells).sum())} of {cells.numel()} tokens")
         else:
@@ -286,8 +277,8 @@ def _caption(recording: Recording, sample: int) -> str:
 def _draw_paths(axes: Axes, row: Row, recording: Recording) -> None:
     """Pale where a module drops parts of an image, each for itself."""
     paths = recording.droppings["drop_path"]
-    shares = torch.stack([path.share[row.samples] for path in paths], dim=1)
-    _show_kept(axes, shares, row, f"{len(paths)} residual branches", paths)
+    shares = torch.stack([path.share for path in paths], dim=1)
+    _show_kept(axes, shares, f"{len(paths)} residual branches", paths)
     axes.set_xticks(np.arange(0.5, shares.shape[1]), minor=True)
     axes.set_yticks(np.arange(0.5, shares.shape[0]), minor=True)
     axes.grid(which="minor", color="0.8", linewidth=0.5)
@@ -297,28 +288,32 @@ def _draw_paths(axes: Axes, row: Row, recording: Recording) -> None:
 def _draw_activations(axes: Axes, row: Row, recording: Recording) -> None:
     """A part of the activations of each dropout."""
     dropouts = recording.droppings["dropout"]
-    noted = torch.stack([dropout.kept[row.samples, : math.prod(ACTIVATIONS)] for dropout in dropouts], dim=1)
+    noted = torch.stack([dropout.kept[:, : math.prod(ACTIVATIONS)] for dropout in dropouts], dim=1)
     mosaic = noted.unflatten(-1, ACTIVATIONS).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    _show_kept(axes, mosaic, row, f"activations of {len(dropouts)} dropouts", dropouts)
+    _show_kept(axes, mosaic, f"activations of {len(dropouts)} dropouts", dropouts)
 
 
-def _show_kept(axes: Axes, kept: Tensor, row: Row, label: str, droppings: Sequence[Dropping]) -> None:
+def _show_kept(axes: Axes, kept: Tensor, label: str, droppings: Sequence[Dropping]) -> None:
     """A column per module in the order of the forward, a row per sample."""
     colours = LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT])
     axes.imshow(kept.cpu().numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set(xticks=[], yticks=[])
-    share = torch.stack([dropping.share[row.samples] for dropping in droppings]).mean()
+    share = torch.stack([dropping.share for dropping in droppings]).mean()
     axes.set_xlabel(f"{label}\n{share:.0%} kept", fontsize=SMALL)
-    axes.set_ylabel(f"{row.samples.stop - row.samples.start} samples", fontsize=SMALL, labelpad=1)
+    axes.set_ylabel(f"{SAMPLES} samples", fontsize=SMALL, labelpad=1)
     axes.spines[:].set_color("0.7")
 
 
-def _legend_entries(rows: Sequence[Row], panels: Sequence[tuple[int, DrawPanel]]) -> list[Patch]:
+def _legend_entries(
+    rows: Sequence[Row],
+    recorded: Sequence[Sequence[Recording | None]],
+    panels: Sequence[tuple[int, DrawPanel]],
+) -> list[Patch]:
     """What occurs in the picture, pixels with the colour of one of them."""
     colours: dict[int, list[float]] = {}
-    for row in rows:
-        for recording in filter(None, row.recordings):
-            pictures = render(recording, row.subject.mean, row.subject.std).permute(0, 2, 3, 1) / 255
+    for row, recordings in zip(rows, recorded, strict=True):
+        for recording in filter(None, recordings):
+            pictures = render(recording, row.mean, row.std).permute(0, 2, 3, 1) / 255
             states = recording.states.unique().tolist()
             colours |= {state: pictures[recording.states == state][0].tolist() for state in states}
     entries = [

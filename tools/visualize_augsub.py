@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     # here: these bring torch and timm, for which a typo need not wait
     import augsub
     from engine.defaults import build_sub_models, complete
-    from tools.seen_figure import chosen, configured, draw, named, rows_of
+    from tools.seen_figure import chosen, configured, draw, named
 
     files = chosen(arguments.images)
     with input_errors("--augsub"):
@@ -74,16 +74,16 @@ def run(arguments: argparse.Namespace) -> None:
         ]
     if config is not None:
         config = complete(config)
-        subjects = [configured(config, files)]
+        rows = configured(config, files)
         if not arguments.augsub:
             sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
         if not sub_models:
             raise InputError(f"{arguments.config}: augsub.sub_models is empty; --augsub says what to draw")
     else:
-        subjects = [named(name, files) for name in ([arguments.model] if arguments.model else FAMILIES)]
+        names = [arguments.model] if arguments.model else FAMILIES
+        rows = [row for name in names for row in named(name, files)]
     may_lack = not arguments.config and not (arguments.model and arguments.augsub)
-    rows = [row for subject in subjects for row in rows_of(subject, sub_models, arguments.seed, may_lack)]
-    draw(rows, sub_models, arguments.output)
+    draw(rows, sub_models, arguments.seed, may_lack, arguments.output)
     print(arguments.output)
 
 
