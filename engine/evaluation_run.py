@@ -24,12 +24,11 @@ from engine.data.imagenet_family import Benchmark, open_variant, synsets
 from engine.data.loaders import BadFiles, build_held_out
 from engine.data.rules import check_classes
 from engine.data.source import DataSource
-from engine.defaults import build_precision, complete, log_left_out
+from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
 from engine.evaluation import WEIGHTS, Description, Metrics, Result, measure
 from engine.run_folder import CHECKPOINTS, RunFolder
-from engine.run_model import check_pretrained_classes, create_configured_model
 from engine.sharded_checkpoint import PLAIN
 from models.build import check_image_shape
 from models.weights import load_weights

@@ -12,9 +12,8 @@ from tabulate import tabulate
 import augsub
 from engine.config import Config
 from engine.data.source import IMAGENET, DataSource
-from engine.defaults import build_sub_models, complete, open_source
+from engine.defaults import build_sub_models, complete, create_configured_model, open_source
 from engine.errors import InputError, input_errors
-from engine.run_model import create_configured_model
 from engine.text import text_table
 from models.build import build_on_meta
 from models.complexity import GIGA, MEGA, Complexity, analyze, count_with_torch, figure

@@ -13,13 +13,21 @@ from engine.checkpoint import load_metadata
 from engine.config import Config
 from engine.config_file import CONFIGS, changes_on_resume, load_config
 from engine.data.source import IMAGENET, DataSource
-from engine.defaults import build_trainer, log_warnings, open_source, open_store, resolve, saved_config
+from engine.defaults import (
+    build_run_model,
+    build_trainer,
+    create_configured_model,
+    log_warnings,
+    open_source,
+    open_store,
+    resolve,
+    saved_config,
+)
 from engine.distributed import Process, is_sharded
 from engine.errors import InputError
 from engine.figure import draw_schedule
 from engine.optim import build_schedule
 from engine.run_folder import RunFolder
-from engine.run_model import build_run_model, create_configured_model
 from engine.text import readable_size, text_table
 from engine.trainer import Trainer
 from models.activation_memory import activation_memory

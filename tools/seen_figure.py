@@ -27,9 +27,9 @@ from engine.config import Config, TransformConfig
 from engine.data.files import DecodingError, UnreadableImage, decode, is_image, natural_order, reason_of
 from engine.data.source import IMAGENET, DataSource
 from engine.data.transforms import Normalise, build_delivery, build_eval_transform, normalisation
+from engine.defaults import create_configured_model
 from engine.errors import InputError, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
-from engine.run_model import create_configured_model
 from engine.text import readable_name
 from models.build import create_model, image_settings
 from models.pictures import Dropping, PixelState, Recording, record, render, render_main

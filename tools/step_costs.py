@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from engine.config import Config
 from engine.data.loaders import accumulation_for
 from engine.data.source import DataSource
-from engine.defaults import build_model_optimizer, build_objective
+from engine.defaults import build_model_optimizer, build_objective, build_run_model
 from engine.distributed import Process
 from engine.errors import InputError, input_errors
-from engine.run_model import build_run_model
 from engine.text import markdown_table, readable_size
 from models.build import innermost_blocks
 

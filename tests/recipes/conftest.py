@@ -17,8 +17,8 @@ import augsub
 from engine.config import Config
 from engine.config_file import load_config
 from engine.data.source import IMAGENET
+from engine.defaults import create_configured_model
 from engine.optim import WarmupCosine, build_schedule
-from engine.run_model import create_configured_model
 from models.initialise import freeze
 
 FACTS = Path(__file__).with_name("recipes.yaml")

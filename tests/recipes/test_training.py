@@ -18,11 +18,10 @@ from torchvision.transforms import InterpolationMode
 import augsub
 from engine.data.source import DataSource
 from engine.data.transforms import Normalise, build_delivery, build_eval_transform, build_train_transform
-from engine.defaults import build_objective
+from engine.defaults import build_objective, build_run_model
 from engine.distributed import Process
 from engine.loss import IntegerMixup, build_criterion, build_mixup
 from engine.optim import build_optimizer
-from engine.run_model import build_run_model
 from models.param_groups import param_groups
 
 CLASSES = 1000

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from engine.config import Config
 from engine.config_file import differences, fill_in_from, load_config, read_over, reported
+from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
-from engine.run_model import IF_AVAILABLE
 from engine.text import expanded
 from tools.comparison.runs import OWN_KEYS, refuse_if_written, why_unfinished
 
