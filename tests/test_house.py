@@ -60,8 +60,12 @@ def test_no_import_circles():
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)
-def test_files_are_short(path):
-    assert len(path.read_text().splitlines()) <= 500
+def test_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert {function: length for function, length in lengths.items() if length > 60} == {}
 
 
 def test_one_writer_makes_all_json():
