@@ -69,21 +69,6 @@ def test_images_that_do_not_fit(images, message, make_model):
         augsub.patch(make_model("vit"))(images, augsub="masking")
 
 
-@pytest.mark.parametrize(
-    ("family", "spec", "message"),
-    [
-        ("vit", {"ratio": 0.99}, "ratio = 0.99 leaves none of 16 cells visible"),
-        ("resnet", {"ratio": 0.5}, "ratio = 0.5 leaves none of 1 cells visible"),
-        ("swin", {"ratio": 0.5, "cell": 64}, r"cell = 64 px is larger than the image of \(32, 32\) px"),
-        ("vit", {"ratio": 0.5, "cell": 8}, "leave it unset"),
-        ("resnet", {"ratio": 0.5, "mode": "drop_tokens"}, "masking has no site in ResNet: it acts at tokens; "),
-    ],
-)
-def test_masks_that_do_not_fit(family, spec, message, make_model, images):
-    with pytest.raises(ValueError, match=message):
-        augsub.patch(make_model(family))(images, augsub={"name": "masking", **spec})
-
-
 def test_a_crop_is_refused_where_only_the_built_size_fits():
     model = augsub.patch(timm.create_model("beit_base_patch16_224", depth=1, img_size=64))
     assert "random_crop" not in augsub.supports(model)

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
 
 import augsub
 
@@ -17,6 +16,8 @@ SUB_MODELS = {
     "random_crop": {"vit": {}, "swin": {}, "resnet": {}},
 }
 SUPPORTED = [(name, family) for name, families in SUB_MODELS.items() for family in families]
+FIRST = [("masking", "vit"), ("random_crop", "swin"), ("drop_path", "resnet")]  # token, image and module state
+SLOW_BUT_ONE_PER_FAMILY = [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in SUPPORTED]
 
 
 def seeded(function, *args, **kwargs):
@@ -83,12 +84,6 @@ def test_sub_model_differs_and_trains_every_parameter(name, family, make_model):
     assert trained_by_main <= {key for key, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_a_missing_site_is_named_with_what_the_model_offers(make_model, images):
-    model = augsub.patch(make_model("resnet"))
-    with pytest.raises(ValueError, match=r"dropout has no site in ResNet.* offers drop_path, masking, random_crop"):
-        model(images, augsub="dropout", augsub_ratio=0.5)
-
-
 @pytest.mark.parametrize(("name", "family"), SUPPORTED)
 def test_state_is_restored_after_the_sub_forward_and_after_an_error_in_it(name, family, make_model):
     images = images_for(family)
@@ -115,9 +110,11 @@ def test_state_is_restored_after_the_sub_forward_and_after_an_error_in_it(name, 
 def test_copies_are_patched_and_independent(clone, patched_model, images):
     twin = clone(patched_model)
     assert augsub.is_patched(twin)
-    masking = augsub.build({"name": "masking", "ratio": 0.5, "mode": "zero_pixels", "cell": 8})
+    cell = {} if augsub.supports(patched_model)["masking"] == "tokens" else {"cell": 8}
+    masking = augsub.build({"name": "masking", "ratio": 0.5, **cell})
     expected = seeded(patched_model.eval(), images, augsub=masking)
     assert torch.equal(seeded(twin.eval(), images, augsub=masking), expected)
+    assert torch.equal(seeded(twin, images), seeded(patched_model, images))  # nothing is left active in either
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
@@ -126,35 +123,6 @@ def test_copies_are_patched_and_independent(clone, patched_model, images):
     augsub.unpatch(twin)
     assert augsub.is_patched(patched_model)
     assert torch.equal(seeded(patched_model, images, augsub=masking), expected)
-
-
-def test_copies_hook_their_own_modules(make_model, images):
-    model = augsub.patch(make_model("vit")).eval()
-    twin = copy.deepcopy(model)
-    seeded(model, images, augsub="masking")  # must not leave anything active in the copy
-    assert torch.equal(twin(images), model(images))
-    assert not torch.equal(seeded(twin, images, augsub="masking"), twin(images))
-
-
-def test_ema_copy_runs_its_own_weights(patched_model, images):
-    ema = ModelEmaV3(patched_model, decay=0.5)
-    with torch.no_grad():
-        for parameter in patched_model.parameters():
-            parameter.mul_(3)
-    ema.update(patched_model)
-    drop_path = augsub.build("drop_path", ratio=0.5)
-    assert not torch.allclose(ema.module(images), patched_model.eval()(images))
-    assert seeded(ema.module, images, augsub=drop_path).isfinite().all()
-
-
-def test_state_dict_round_trip(patched_model, make_model):
-    twin = copy.deepcopy(patched_model)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-    twin.load_state_dict(patched_model.state_dict())
-    for name, value in patched_model.state_dict().items():
-        assert torch.equal(twin.state_dict()[name], value)
 
 
 def test_swin_gets_a_mask_token_without_weight_decay(make_model):
@@ -189,7 +157,7 @@ def test_gradient_checkpointing_runs_blocks_again_in_the_same_state(
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "family"), SUPPORTED)
+@pytest.mark.parametrize(("name", "family"), SLOW_BUT_ONE_PER_FAMILY)
 def test_compiles_into_two_graphs_without_a_break(name, family, make_model):
     images = images_for(family)
     from torch._dynamo.testing import CompileCounter
@@ -224,11 +192,9 @@ def test_misuse_is_refused(make_model, images):
         augsub.patch(model)
     with pytest.raises(ValueError, match="without augsub"):
         model(images, augsub_ratio=0.5)
-    with pytest.raises(ValueError, match=r"images \(B, C, H, W\)"):
-        model(images[0], augsub="masking")
     with pytest.raises(ValueError, match="not patched"):
         augsub.unpatch(make_model("vit"))
     with pytest.raises(ValueError, match="before wrapping"):
         augsub.patch(torch.nn.DataParallel(make_model("vit")))
-    with pytest.raises(TypeError, match="augsub"):
-        make_model("vit")(images, augsub="masking")
+    with pytest.raises(TypeError, match="not 'resnet18'"):
+        augsub.patch("resnet18")

@@ -165,7 +165,7 @@ def test_a_criterion_on_another_scale_must_say_so(criterion, targets, axis):
     torch.testing.assert_close(out.sub_losses[0], per_image.mean() if axis == "classes" else per_image.sum())
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), timm.loss.LabelSmoothingCrossEntropy(0.1)])
 def test_labels_of_any_integer_type_are_the_same_classes(dtype, criterion):
     logits, labels = torch.randn(2, BATCH, CLASSES), labels_for("softmax")
