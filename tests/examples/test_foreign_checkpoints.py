@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch
@@ -18,8 +15,8 @@ from lightning_module import Classifier, batches
 from torch.utils.data import Subset
 
 import augsub
+from tools import eval_net
 
-ROOT = Path(__file__).parents[2]
 ONE_EPOCH = Subset(DIGITS.train, range(500))
 
 
@@ -53,22 +50,12 @@ def saved_by_a_loop(folder: Path) -> tuple[Path, float]:
 
 
 @pytest.mark.parametrize("save", [saved_by_timm, saved_by_lightning, saved_by_transformers, saved_by_a_loop])
-def test_another_trainers_file(save, tmp_path):
+def test_another_trainers_file(save, tmp_path, call):
     torch.manual_seed(0)
     file, expected = save(tmp_path)
-    command = [sys.executable, ROOT / "tools" / "eval_net.py", file, "--model", "vit_tiny_patch16_224"]
-    command += [
-        "data.dataset=digits",
-        "data.image_size=8",
-        "--augsub",
-        "masking",
-        "--ratios",
-        "0,0.5",
-        "--output",
-        tmp_path / "results",
-    ]
-    command += ["model.kwargs={patch_size: 2, embed_dim: 64, depth: 4, num_heads: 4}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    model = ("--model", "vit_tiny_patch16_224", "model.kwargs={patch_size: 2, embed_dim: 64, depth: 4, num_heads: 4}")
+    sub_models = ("--augsub", "masking", "--ratios", "0,0.5", "--output", tmp_path / "results")
+    code, _, error = call(eval_net, file, *model, *sub_models, "data.dataset=digits", "data.image_size=8")
+    assert code == 0, error
     (row, *_) = csv.DictReader((tmp_path / "results" / "results.csv").open())
     assert float(row["top1"]) == pytest.approx(expected, abs=1e-3)

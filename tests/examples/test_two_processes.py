@@ -16,7 +16,14 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 @pytest.mark.parametrize(
     "loop",
-    ["timm_task vit", "timm_task resnet", "accelerate_loop vit", "lightning_module vit", "lightning_module vit manual"],
+    [
+        "timm_task resnet",  # one graph, and buffers that DDP copies
+        "lightning_module vit manual",  # branch by branch
+        *(
+            pytest.param(slow, marks=pytest.mark.slow)
+            for slow in ("timm_task vit", "accelerate_loop vit", "lightning_module vit")
+        ),
+    ],
 )
 def test_one_reduction_per_step(loop):
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
