@@ -124,8 +124,11 @@ class TokenSite(HookedSite):
 
     def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int] | None:
         """(rows, columns) of the `num_patches` patches of an image of `image_size`, (H, W)."""
-        grid: tuple[int, int] = self.patch_embed.dynamic_feat_size(image_size)
-        return grid
+        if hasattr(self.patch_embed, "dynamic_feat_size"):  # timm's, which may pad
+            grid: tuple[int, int] = self.patch_embed.dynamic_feat_size(image_size)
+            return grid
+        rows, columns = self.patch_embed.patch_size
+        return image_size[0] // rows, image_size[1] // columns
 
 
 @dataclass

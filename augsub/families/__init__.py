@@ -11,6 +11,6 @@ from augsub.families import (  # noqa: F401
     swin,
     vit,
 )
-from augsub.families.base import Family, family_of, register_family, registered_classes
+from augsub.families.base import FAMILIES, Family, family_of, register_family
 
-__all__ = ["Family", "family_of", "register_family", "registered_classes"]
+__all__ = ["FAMILIES", "Family", "family_of", "register_family"]

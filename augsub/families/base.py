@@ -60,7 +60,7 @@ class Family:
         return iter(())
 
 
-_FAMILIES: dict[str, Family] = {}
+FAMILIES: dict[str, Family] = {}  # by the names of the model classes that they serve
 EVERY_MODEL = Family()
 
 
@@ -71,20 +71,15 @@ def register_family(family: Family, *model_classes: str) -> None:
         family: the family.
         model_classes: full names ("my_package.models.MyModel"), those of timm without "timm.models.".
     """
-    _FAMILIES.update(dict.fromkeys(model_classes, family))
-
-
-def registered_classes() -> tuple[str, ...]:
-    """Names of all model classes that a family was registered for."""
-    return tuple(_FAMILIES)
+    FAMILIES.update(dict.fromkeys(model_classes, family))
 
 
 def family_of(model: ForeignModule) -> Family:
     """The family registered for the nearest base class of the model, else the one for every model."""
     for model_class in type(model).__mro__:
         name = f"{model_class.__module__}.{model_class.__qualname__}".removeprefix("timm.models.")
-        if name in _FAMILIES:
-            return _FAMILIES[name]
+        if name in FAMILIES:
+            return FAMILIES[name]
     return EVERY_MODEL
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from augsub.augmentation import Tokens
 from augsub.families.base import register_family
 from augsub.families.vit import TokenFamily, patch_side
-from augsub.sites import ForeignModule, ImageSize, TokenSite
+from augsub.sites import ForeignModule, TokenSite
 
 
 class PositionedTokenSite(TokenSite):
@@ -19,10 +19,6 @@ class PositionedTokenSite(TokenSite):
             positions = positions.gather(1, tokens.kept.unsqueeze(-1).expand(-1, -1, positions.shape[-1]))
             padding = padding if padding is None else padding.gather(1, tokens.kept)
         return tokens.values, positions, padding
-
-    def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int]:
-        rows, columns = (side // patch for side, patch in zip(image_size, self.patch_embed.patch_size, strict=True))
-        return rows, columns
 
 
 class Gemma4VitFamily(TokenFamily):

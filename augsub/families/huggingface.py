@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from augsub.families.base import register_family
 from augsub.families.vit import TokenFamily, patch_side
-from augsub.sites import ForeignModule, ImageSize, TokenSite
-
-
-@dataclass
-class EmbeddingsSite(TokenSite):
-    """`embeddings` returns the sequence with its positions; `patch_embeddings` in it knows the patch's size."""
-
-    def grid(self, image_size: ImageSize, num_patches: int) -> tuple[int, int]:
-        rows, columns = self.patch_embed.patch_size
-        return image_size[0] // rows, image_size[1] // columns
+from augsub.sites import ForeignModule, TokenSite
 
 
 class HuggingFaceViTFamily(TokenFamily):
@@ -24,10 +13,10 @@ class HuggingFaceViTFamily(TokenFamily):
     def __init__(self, num_prefix_tokens: int = 1) -> None:
         self.num_prefix_tokens = num_prefix_tokens
 
-    def token_site(self, model: ForeignModule) -> EmbeddingsSite:
+    def token_site(self, model: ForeignModule) -> TokenSite:
         registers = getattr(model.config, "num_register_tokens", 0)
         embeddings = model.embeddings
-        return EmbeddingsSite(embeddings, embeddings.patch_embeddings, self.num_prefix_tokens + registers)
+        return TokenSite(embeddings, embeddings.patch_embeddings, self.num_prefix_tokens + registers)
 
     def stride(self, model: ForeignModule) -> int:
         return patch_side(model.embeddings.patch_embeddings)

@@ -14,7 +14,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 import augsub
-from augsub.families import register_family
+from augsub.families import FAMILIES, Family, register_family
 from augsub.families.stem import StemFamily
 
 ROTARY = {
@@ -143,7 +143,7 @@ def test_each_stream_of_crossvit_loses_half_of_its_patches():
     assert seen[2:] == [1 + 16, 1 + 4]
 
 
-def test_a_family_of_ones_own():
+def test_a_family_of_ones_own(monkeypatch):
     class MapModel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -153,7 +153,9 @@ def test_a_family_of_ones_own():
         def forward(self, images):
             return self.head(self.embed(images).mean((2, 3)))
 
-    register_family(StemFamily("embed", "NCHW"), f"{MapModel.__module__}.{MapModel.__qualname__}")
+    name = f"{MapModel.__module__}.{MapModel.__qualname__}"
+    monkeypatch.setitem(FAMILIES, name, Family())  # gone after the test
+    register_family(StemFamily("embed", "NCHW"), name)
     model = augsub.patch(MapModel())
     assert augsub.supports(model) == {"masking": "stem", "random_crop": "image"}
     model(torch.randn(2, 3, 64, 64), augsub="masking", augsub_ratio=0.5).sum().backward()

@@ -102,13 +102,6 @@ def test_gradients_are_the_same_with_gradient_checkpointing_and_in_a_copy():
         torch.testing.assert_close(one, other)
 
 
-def test_each_sample_has_groups_of_its_own():
-    images = torch.randn(1, 3, 64, 64).expand(8, -1, -1, -1)
-    torch.manual_seed(0)
-    logits = augsub.patch(swin())(images, augsub=drop_windows())
-    assert len(logits.unique(dim=0)) == 8
-
-
 def test_where_there_are_no_groups_it_is_said():
     with pytest.raises(ValueError, match="masking has no site in ResNet: it acts at windows"):
         augsub.patch(timm.create_model("resnet18"))(torch.randn(1, 3, 64, 64), augsub=drop_windows())
