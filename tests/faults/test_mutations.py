@@ -285,10 +285,3 @@ def test_a_spoilt_configuration(server, complete, neighbours, tmp_path, kind):
             path.rename(tmp_path / f"mutant{number}.yaml")
             problems.append((problem, tmp_path / f"mutant{number}.yaml", mutant.overrides, ended.err[-600:]))
     assert not problems, "\n".join(map(repr, problems))
-
-
-@pytest.mark.parametrize("key", ["output_dir", "data.root", "model.checkpoint"])
-def test_a_name_that_no_file_can_have(server, key):
-    for name in ("x" * 300, "é" * 200, "x/" * 2050, '"a\\0b"'):
-        ended = server.run("--config", DIGITS, SHORT, f"{key}={name}")
-        assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err

@@ -60,6 +60,7 @@ BAD_INPUT = [
         ["model.name=inception_v3", "model.kwargs={}", "data.image_size=16", "augsub.sub_models=[]"],
         "16 x 16 pixels do not",
     ),
+    ([f"output_dir={'x' * 300}"], "File name too long"),
     (["train.global_batch=1001"], "more than the 1000 training images"),
     (["optimizer.name=admw"], "did you mean 'adamw'"),
     (["optimizer.name=adahessian"], "optimizer.name = adahessian: needs the gradient's own graph"),
