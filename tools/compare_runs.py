@@ -18,9 +18,9 @@ from functools import partial
 
 from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError
+from tools.comparison.runs import METRICS, check_comparable, read_ways
 
 DEFAULT_JOBS = 2
-METRICS = ("top1", "top5", "ema_top1", "ema_top5")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -36,15 +36,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a table of runs that exist, and draw their curves."""
-    from tools.comparison.pictures import draw_curves  # here: --help needs neither matplotlib nor scipy
-    from tools.comparison.runs import check_comparable, read_ways
-    from tools.comparison.tables import caption, configuration_lines, summary_table
+    from tools.comparison.pictures import draw_curves  # here: --help needs no matplotlib
+    from tools.comparison.report import caption, configuration_lines, summary_table
 
     if arguments.jobs is not None:
         raise InputError("--jobs: belongs to --study")
     ways = read_ways(arguments.runs)
     check_comparable(ways)
-    print(summary_table({"": ways}, arguments.metric), caption(), "\n".join(configuration_lines(ways)), sep="\n\n")
+    print(summary_table(ways, arguments.metric), caption(), "\n".join(configuration_lines(ways)), sep="\n\n")
     if arguments.picture:
         draw_curves(ways, arguments.metric, arguments.picture)
 

@@ -1,66 +1,77 @@
-"""tools/compare_runs.py on run folders: against scipy and sums by hand, with every kind of folder it may be given."""
+"""tools/compare_runs.py: against scipy and sums by hand, on every kind of folder and study that it may be given."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
 from engine.config_file import load_config, to_yaml
+from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
 from tools import compare_runs
 from tools.comparison.pictures import curve
-from tools.comparison.runs import estimate, paired_difference, read_ways
+from tools.comparison.report import run_study
+from tools.comparison.runs import half_width, read_ways
+from tools.comparison.study import load_study, plan
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 BASELINE, MASKSUB = (91.72, 92.47, 94.60, 94.98, 94.35), (97.24, 97.24, 97.87, 97.24, 97.62)
 NO_SUB_MODEL = "augsub.sub_models=[]"
+STUDY = """
+title: A tiny study
+configs: [tiny.yaml]
+seeds: [5, 3]
+ways:
+  plain: ["augsub.sub_models=[]"]
+  drop path: ["augsub.sub_models=[{augmentations: [{name: drop_path, ratio: 0.5}]}]"]
+report: report.md
+"""
+
+
+def forge(path: str, config: str, top1: float, seed: int, **more: float) -> None:
+    """The folder of a finished run."""
+    folder = RunFolder(path)
+    folder.path.mkdir(parents=True)
+    folder.config.write_text(config)
+    measured = {"main_loss": 0.1, "top1": top1, "top5": 99.0, **more}
+    folder.summary.write_text(json.dumps({"images": 797, "iterations": 40, "seconds": 7.0, **measured}))
+    records = [{"iteration": 20, "epoch": 1.0, "main_loss": 1.0 + seed}, {"iteration": 40, "epoch": 2.0, **measured}]
+    folder.metrics.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    """Make the folder of a finished run; the working folder is the one above."""
+    """Make the folder of a finished run of the digits; the working folder is the one above."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name: str, top1: float, *overrides: str, seed: int = 0, **more: float) -> Path:
-        folder = RunFolder(tmp_path / name)
-        folder.checkpoints.mkdir(parents=True)
-        folder.config.write_text(to_yaml(load_config(DIGITS, [f"seed={seed}", f"output_dir={name}", *overrides])))
-        summary = {
-            "main_loss": 0.1,
-            "top1": top1,
-            "top5": 99.0,
-            "images": 797,
-            "iterations": 40,
-            "seconds": 7.0,
-            **more,
-        }
-        folder.summary.write_text(json.dumps(summary))
-        records = [
-            {"iteration": 20, "epoch": 1.0, "main_loss": 1.0 + seed},
-            {"iteration": 40, "epoch": 2.0, "main_loss": 0.1, "top1": top1, **more},
-        ]
-        folder.metrics.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-        return folder.path
+    def make(name: str, top1: float, *overrides: str, seed: int = 0, **more: float) -> None:
+        config = load_config(DIGITS, [f"seed={seed}", f"output_dir={name}", *overrides])
+        forge(name, to_yaml(config), top1, seed, **more)
 
     return make
 
 
 @pytest.fixture
-def two_ways(finished) -> None:
-    for seed in range(5):
-        finished(f"baseline_seed{seed}", BASELINE[seed], NO_SUB_MODEL, seed=seed)
-        finished(f"masksub_seed{seed}", MASKSUB[seed], seed=seed)
+def study(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny = "model: {kwargs: {depth: 1}}\ntrain: {max_iters: 60}\nevaluation: {period: 3}\nlog: {period: 5}\n"
+    Path("tiny.yaml").write_text(f"_base_: {DIGITS}\n{tiny}")
+    Path("study.yaml").write_text(STUDY)
+    return Path("study.yaml")
 
 
 @pytest.fixture
@@ -75,23 +86,16 @@ def rows(printed: str) -> dict[str, list[str]]:
     return {name: cells for name, *cells in table[2:]}
 
 
-def test_means_errors_and_intervals_are_those_of_scipy(two_ways):
-    baseline, masksub = read_ways(["baseline_*", "masksub_*"])
-    assert estimate(BASELINE).mean == pytest.approx(93.624)
-    assert estimate(BASELINE).error == pytest.approx(stats.sem(BASELINE))
-    assert estimate(BASELINE).error == pytest.approx(np.std(BASELINE, ddof=1) / math.sqrt(5))
+def test_means_errors_and_intervals_are_those_of_scipy(finished, compare):
+    for seed in range(5):
+        finished(f"baseline_seed{seed}", BASELINE[seed], NO_SUB_MODEL, seed=seed)
+        finished(f"masksub_seed{seed}", MASKSUB[seed], seed=seed)
+    masksub = read_ways(["baseline_*", "masksub_*"])[1]
+    assert masksub.differences("top1") == pytest.approx({0: 5.52, 1: 4.77, 2: 3.27, 3: 2.26, 4: 3.27})
     for confidence in (0.95, 0.995):
         expected = stats.ttest_rel(MASKSUB, BASELINE).confidence_interval(confidence)
-        found = paired_difference(masksub, baseline, "top1", confidence)
-        assert found.mean - found.half_width == pytest.approx(expected.low)
-        assert found.mean + found.half_width == pytest.approx(expected.high)
-    assert found.by_seed == pytest.approx({0: 5.52, 1: 4.77, 2: 3.27, 3: 2.26, 4: 3.27})
-    assert paired_difference(masksub, baseline, "top1").sign == 1
-    assert paired_difference(baseline, masksub, "top1").sign == -1
-    assert paired_difference(masksub, baseline, "seconds").sign == 0
-
-
-def test_the_table(two_ways, compare):
+        half = half_width(list(masksub.differences("top1").values()), confidence)
+        assert (3.818 - half, 3.818 + half) == pytest.approx((expected.low, expected.high))
     code, printed, _ = compare(*(f"{way}_seed{seed}" for seed in (3, 1, 4, 0, 2) for way in ("baseline", "masksub")))
     assert code == 0
     # t(0.975, 4) = 2.776; differences 5.52 4.77 3.27 2.26 3.27: mean 3.818, standard error 0.5827
@@ -99,6 +103,7 @@ def test_the_table(two_ways, compare):
         "baseline": ["5", "**93.62 ± 0.64**", "baseline", "99.00 ± 0.00", "0.1000 ± 0.0000", "7.0 ± 0.0"],
         "masksub": ["5", "**97.44 ± 0.13**", "+3.82 [+2.20, +5.44]", "99.00 ± 0.00", "0.1000 ± 0.0000", "7.0 ± 0.0"],
     }
+    assert f"{stats.sem(BASELINE):.2f} {stats.sem(MASKSUB):.2f}" == "0.64 0.13"
     assert f"- **baseline**: `{NO_SUB_MODEL}`\n" in printed
     assert "- **masksub**: `augsub.sub_models=[{weight: 0.5, augmentations: [{name: masking, ratio: 0.5}]}]`" in printed
 
@@ -109,12 +114,12 @@ def test_one_seed_has_no_interval_and_other_seeds_are_not_paired(finished, compa
     finished("longer", 92.0, "train.epochs=70", seed=7)
     table = rows(compare("baseline", "masksub", "longer")[1])
     assert table["masksub"][:3] == ["1", "**91.50**", "+1.50 (one seed: no interval)"]
-    assert table["longer"][2] == "no seed in common"
+    assert table["longer"][2] == "no seed in common" and math.isnan(half_width([1.5]))
     for seed, (first, second) in enumerate([(90, 93), (91, 92), (89, 94)], start=1):
         finished(f"baseline_{seed}", first, NO_SUB_MODEL, seed=seed)
         finished(f"masksub_{seed}", second, seed=seed)
     table = rows(compare("baseline*", "masksub_1", "masksub_2", "masksub_3")[1])
-    assert re.fullmatch(r"\+3\.00 \[-1\.97, \+7\.97\] over seeds 1, 2, 3", table["masksub"][2])
+    assert table["masksub"][2] == "+3.00 [-1.97, +7.97] over seeds 1, 2, 3"
 
 
 def test_another_metric_and_curves(finished, compare, tmp_path):
@@ -132,12 +137,11 @@ def test_another_metric_and_curves(finished, compare, tmp_path):
 @pytest.mark.parametrize(
     ("folders", "names"),
     [
-        (["x/vit_seed0", "x/vit_seed1", "x/swin_seed10", "x/swin_seed11"], ["vit", "swin"]),
         (["vit-0", "vit-1", "masking_0.1", "masking_0.1_11"], ["vit", "masking_0.1"]),
         (["a/seed0", "a/seed1", "b/seed10", "b/seed11"], ["train.epochs=60", "train.epochs=61"]),
         (["a/vit_0", "a/vit_1", "b/vit_10", "b/vit_11"], ["train.epochs=60", "train.epochs=61"]),
     ],
-    ids=["common", "decimals", "seeds_alone", "same_names"],
+    ids=["decimals", "seeds_alone", "same_names"],
 )
 def test_ways_are_named_by_folders_or_else_by_configurations(finished, folders, names):
     for folder, seed, epochs in zip(folders, (0, 1, 10, 11), (60, 60, 61, 61), strict=True):
@@ -152,7 +156,7 @@ def test_the_user_says_what_belongs_together(finished, compare):
     finished("b", 91.0, "data.workers=1", seed=1)
     finished("c", 95.0, NO_SUB_MODEL)
     finished("d", 96.0, NO_SUB_MODEL, seed=1)
-    code, printed, _ = compare("plain=c,d", "sub=[ab]")
+    code, printed, _ = compare("plain=c,d", "sub=a", "sub=[b]")
     assert code == 0 and list(rows(printed)) == ["plain", "sub"]
     assert rows(printed)["sub"][2] == "-5.00 [-5.00, -5.00]"
     assert "its runs differ in `data.workers`" in printed
@@ -161,16 +165,16 @@ def test_the_user_says_what_belongs_together(finished, compare):
 def test_wrong_folders_are_one_line(finished, compare, tmp_path):
     finished("good", 90.0)
     finished("other", 90.0, NO_SUB_MODEL)
-    finished("again", 90.0)
-    for name in ("unfinished", "continued", "damaged", "odd", "config"):
-        finished(name, 90.0, "train.epochs=9")
-    (tmp_path / "unfinished" / "summary.json").unlink()
-    with open(tmp_path / "continued" / "metrics.jsonl", "a") as metrics:
+    for name in ("again", "continued", "damaged", "odd", "config"):
+        finished(name, 90.0)
+    with open("continued/metrics.jsonl", "a") as metrics:
         metrics.write('{"iteration": 60, "epoch": 3.0}\n')
-    (tmp_path / "damaged" / "summary.json").write_text('{"top1": ')
-    (tmp_path / "odd" / "summary.json").write_text("3")
-    (tmp_path / "config" / "config.yaml").write_text("trian: {}")
-    (tmp_path / "empty").mkdir()
+    Path("damaged/summary.json").write_text('{"top1": ')
+    Path("odd/summary.json").write_text("3")
+    Path("config/config.yaml").write_text("trian: {}")
+    Path("empty").mkdir()
+    Path("unfinished").mkdir()
+    Path("unfinished/config.yaml").touch()
     finished("images", 90.0, NO_SUB_MODEL, images=100)
     finished("synthetic", 90.0, "data.dataset=synthetic")
     cases = {
@@ -185,32 +189,122 @@ def test_wrong_folders_are_one_line(finished, compare, tmp_path):
         ("good", "odd"): "odd/summary.json: is no summary of a run",
         ("good", "config"): "Key 'trian' not in 'Config'",
         ("good", "again"): "two runs of seed 0, good and again",
-        ("x=good", "x=other"): "x: 2 ways have this name",
+        ("x=good", "x=again"): "x: two runs of seed 0, good and again",
+        ("good=other", "good"): "good: 2 ways have this name",
         ("good", "images"): "images: the number of held-out images is 100, 797 in good",
         ("good", "synthetic"): "synthetic: data.dataset is synthetic, digits in good",
-        ("good", "other", "--metric", "ema_top1"): "good: has no ema_top1; its summary.json has main_loss, top1",
+        ("good", "other", "--metric", "ema_top1"): "good: has no ema_top1; its summary.json has images, iterations",
         ("good", "other", "--picture", "curves.docx"): "curves.docx: Format 'docx' is not supported",
         ("good", "other", "--picture", "good/config.yaml/c.png"): "good/config.yaml/c.png cannot be written",
         ("good", "other", "--jobs", "1"): "--jobs: belongs to --study",
         ("good", "--study", "s.yaml"): "--study: goes with --jobs alone",
         ("--jobs", "0", "--study", "s.yaml"): "--jobs = 0: allowed is at least 1",
-        ("--study", "s.yaml"): "config file s.yaml does not exist",
     }
     for arguments, message in cases.items():
         code, _, error = compare(*arguments)
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, (arguments, error)
         assert message in error
+    with RunFolder("good").opened(Path("good/config.yaml").read_text(), True):
+        locked = "import sys; from tools.compare_runs import main; sys.exit(main(['good', 'other']))"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run([sys.executable, "-c", locked], env=environment, capture_output=True, text=True)
+    message = f"error: good: a run is still writing into it (process {os.getpid()} on "
+    assert ended.returncode == 2 and ended.stderr.startswith(message)
 
 
-def test_a_folder_that_somebody_writes_into_is_refused(finished, compare):
-    folder = finished("running", 90.0)
-    script = "import sys; from engine.run_folder import RunFolder; folder = RunFolder(sys.argv[1])\n"
-    script += "with folder.opened(folder.config.read_text(), True): print('open', flush=True); input()"
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_our_studies_are_well_formed(path):
+    study = load_study(path)
+    study.seeds = study.seeds[:1]
+    runs = plan(study, path)
+    assert len(runs) == len(study.configs) * len(study.ways)
+    assert runs[0].config.augsub.sub_models == []  # the baseline is plain training
+    assert f"--study {path.relative_to(ROOT)}" in path.read_text()
+
+
+def test_a_wrong_study_is_refused_before_anything_runs(study):
+    cases = [
+        ("seeds:", "seed:", r"Key 'seed' not in 'Study'. Did you mean: 'seeds'\?"),
+        ("title: A tiny study", "", "missing mandatory value: title"),
+        ("[5, 3]", "[3, 3]", "seeds: 3 comes 2 times"),
+        ("[5, 3]", "[]", r"seeds = \[\]: at least one is needed"),
+        ("[5, 3]", "[x]", "Value 'x' of type 'str' could not be converted to Integer"),
+        ("[5, 3]", "[-1]", "study.yaml: seed = -1: allowed is in"),
+        ("tiny.yaml]", "tiny.yml]", "study.yaml: config file .*tiny.yml does not exist, did you mean .*tiny.yaml"),
+        ("drop path:", "plain:", "line 7: found duplicate key plain"),
+        ("drop path:", '"plain+":', "folders of the runs: .*tiny_plain_seed5 comes 2 times"),
+        ("  drop path: [", "  other: [seed=1, ", "ways: other: override 'seed=1': seed and output_dir are the study's"),
+        ("drop path:", "again: ['augsub.sub_models=[]']\n  drop path:", "again: is the same configuration as plain"),
+        ("ratio: 0.5", "ratio: 1.5", "ways: drop path: augsub.sub_models: .*ratio"),
+        ("drop_path,", "drop_pat,", "ways: drop path: augsub.sub_models: .*drop_path"),
+        ("augmentations:", "augmentation:", "ways: drop path: override .*Did you mean: 'augmentations'"),
+        ("  plain: ", "  # ", r"ways = \['drop path'\]: at least two are needed"),
+        ('["augsub.sub_models=[]"]', "3", "ways"),
+    ]
+    for old, new, message in cases:
+        assert old in STUDY
+        study.write_text(STUDY.replace(old, new))
+        with pytest.raises(InputError, match=message) as refused:
+            run_study(study, jobs=1)
+        assert "\n" not in str(refused.value) and str(study) in str(refused.value)
+    assert not Path("runs").exists()
+
+
+def test_the_report_of_a_finished_study(study, capsys):
+    for run, top1 in zip(plan(load_study(study), study), (90.0, 95.0, 91.0, 96.5), strict=True):  # seed 5, then 3
+        forge(run.config.output_dir, to_yaml(run.config), top1, run.config.seed, seconds=3.0 * top1)
+    written = run_study(study, jobs=2)
+    text = Path("report.md").read_text()
+    assert written == [Path("report.md"), *(Path(name) for name in re.findall(r"\]\((\w+\.png)\)", text))]
+    assert len(written) == 4 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
+    assert "Written by `python tools/compare_runs.py --study study.yaml`: 4 runs" in text
+    assert "1000 training images and 797 held-out ones of 8 x 8 pixels" in text
+    results, _, singles = text.partition("## What can be concluded")
+    assert rows(results)["plain"][:3] + rows(results)["plain"][-1:] == ["2", "**90.50 ± 0.50**", "baseline", "1.00"]
+    # differences 5 and 5.5: mean 5.25, standard error 0.25, t(0.975, 1) = 12.706
+    assert rows(results)["drop path"][2] == "+5.25 [+2.07, +8.43]" and rows(results)["drop path"][-1] == "2.00"
+    assert rows(singles) == {"plain": ["91.00", "90.00"], "drop path": ["96.50", "95.00"]}  # seed 3, then 5
+    assert "There is one comparison, which its interval of 95 % decides." in text
+    assert "- **better than the baseline**:\n  - drop path: +5.25 [+2.07, +8.43]\n- **worse" in text
+    assert "an accuracy of 90.5 % has a standard deviation of 1.04 points over" in text  # (90.5 * 9.5 / 797) ** 0.5
+
+    study.write_text(STUDY.replace("ratio: 0.5", "ratio: 0.25"))
+    with pytest.raises(InputError, match=r"tiny_drop_path_seed5: was trained with augsub.sub_models = .*'ratio': 0.5"):
+        run_study(study, jobs=1)
+
+
+def test_a_study_is_interrupted_and_continued(study, capsys):
+    study.write_text(STUDY.replace("[5, 3]", "[3]"))
+    first, report = RunFolder("runs/study/tiny_plain_seed3"), Path("report.md")
     with subprocess.Popen(
-        [sys.executable, "-c", script, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as holder:
-        assert holder.stdout.readline() == "open\n"
-        code, _, error = compare("running", "running")
-        holder.communicate("\n")
-    assert code == 2 and error.startswith(f"error: running: a run is still writing into it (process {holder.pid} on ")
-    assert RunFolder(folder).writer() is None
+        [sys.executable, compare_runs.__file__, "--study", study, "--jobs", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as started:
+        deadline = time.monotonic() + 120
+        while not (first.metrics.exists() and first.metrics.stat().st_size):
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
+        said = started.communicate(timeout=120)[1]
+    assert started.returncode == 130 and said.endswith("interrupted: the same command goes on\n")
+    assert first.last.exists() and "the state is saved" not in said
+    assert not first.summary.exists() and not report.exists()
+
+    assert report in run_study(study, jobs=2)
+    lines = [f"runs/study/tiny_{way}_seed3: finished" for way in ("drop_path", "plain")]
+    assert sorted(capsys.readouterr().err.splitlines()) == lines and "resumed" in first.log.read_text()
+    ended = [path.stat().st_mtime_ns for path in Path("runs").glob("*/*/summary.json")]
+    assert report in run_study(study, jobs=2)  # without training anything
+    assert [path.stat().st_mtime_ns for path in Path("runs").glob("*/*/summary.json")] == ended and len(ended) == 2
+
+
+def test_a_failing_run_ends_the_study(study):
+    Path("tiny.yaml").write_text(f"{Path('tiny.yaml').read_text()}optimizer: {{name: adamx}}\n")
+    with pytest.raises(RunError, match=r"^runs/study/tiny_plain_seed5: optimizer.*adamx") as failed:
+        run_study(study, jobs=1)
+    assert "\n" not in str(failed.value) and not Path("report.md").exists()
+    assert not list(Path("runs").glob("*/*"))

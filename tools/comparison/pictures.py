@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,99 +16,82 @@ from matplotlib.ticker import LogFormatter
 
 from engine.errors import InputError
 from engine.figure import BLUE, OKABE_ITO, VERMILION, save
-from tools.comparison.runs import CONFIDENCE, Way, paired_difference
-from tools.comparison.tables import Comparisons, percent
+from tools.comparison.runs import CONFIDENCE, METRICS, Way, half_width, percent
 
-LABELS = {
-    "top1": "held-out top-1 accuracy (%)",
-    "top5": "held-out top-5 accuracy (%)",
-    "ema_top1": "held-out top-1 accuracy of the EMA (%)",
-    "ema_top5": "held-out top-5 accuracy of the EMA (%)",
-    "main_loss": "training loss of the main model",
-}
-STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
 DPI = 130
 MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
 MOST_MARKERS = 20  # on a line
 MOST_LETTERS = 34  # in a line of a panel's title
 BEGINNING = 0.25  # of the training, where accuracies may lie below the picture
+MANY = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
+TWO = cycler(color=[BLUE, VERMILION])
 
 
 def draw_curves(ways: Sequence[Way], metric: str, path: Path) -> None:
     """All ways in one pair of axes: training loss on the left, accuracy on the right."""
     height = 4.2 + 0.25 * math.ceil(len(ways) / LEGEND_COLUMNS)
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
-    for axes, quantity in ((loss, "main_loss"), (accuracy, metric)):
-        axes.set_prop_cycle(STYLES)
-        for way in ways:
-            _draw_way(axes, way, quantity)
-        _finish(axes, quantity)
-    handles, names = accuracy.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
+    _draw(loss, ways, "main_loss", MANY)
+    _draw(accuracy, ways, metric, MANY)
+    figure.legend(handles=accuracy.lines, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
     save(figure, path, DPI)
 
 
-def draw_panels(comparisons: Comparisons, quantity: str, path: Path) -> None:
+def draw_panels(ways: Sequence[Way], quantity: str, path: Path) -> None:
     """A panel for each way but the baseline, which is in all of them."""
-    pairs = [(title, ways[0], way) for title, ways in comparisons.items() for way in ways[1:]]
-    columns = min(MOST_COLUMNS, len(pairs))
-    rows = math.ceil(len(pairs) / columns)
+    tried = [way for way in ways if way.baseline]
+    columns = min(MOST_COLUMNS, len(tried))
+    rows = math.ceil(len(tried) / columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(3.7 * columns, 3.3 * rows), layout="constrained", squeeze=False, sharey=True
     )
-    panels = list(grid.flat)
-    for axes, (title, baseline, way) in zip(panels, pairs, strict=False):
-        colours = {baseline.name: BLUE, way.name: VERMILION}
-        ends = {drawn.name: _draw_way(axes, drawn, quantity, color=colours[drawn.name]) for drawn in (baseline, way)}
-        _mark_ends(axes, ends, colours, quantity)
-        _finish(axes, quantity)
-        axes.set_title(textwrap.fill(_panel_title(comparisons, title, way), MOST_LETTERS), fontsize="medium")
-        if axes not in grid[:, 0]:
+    for index, axes in enumerate(grid.flat):
+        if index >= len(tried):
+            axes.set_axis_off()
+            continue
+        way = tried[index]
+        _draw(axes, [way.baseline, way], quantity, TWO)
+        _mark_ends(axes, quantity)
+        axes.set_title(textwrap.fill(_title(way, ways), MOST_LETTERS), fontsize="medium")
+        if index % columns:
             axes.set_ylabel("")
-    for unused in panels[len(pairs) :]:
-        unused.set_axis_off()
-    _start_late(panels[0], pairs, quantity)
-    tried = {way.name for _, _, way in pairs}
-    names = [pairs[0][1].name, tried.pop() if len(tried) == 1 else "the way in the title"]
-    figure.legend(panels[0].lines, names, loc="outside lower center", ncols=2, frameon=False)
+    if quantity != "main_loss":
+        _leave_out_beginning(grid[0, 0], ways, quantity)
+    names = {way.name for way in tried}
+    labels = [tried[0].baseline.name, names.pop() if len(names) == 1 else "the way in the title"]
+    figure.legend(grid[0, 0].lines, labels, loc="outside lower center", ncols=2, frameon=False)
     save(figure, path, DPI)
 
 
-def draw_differences(comparisons: Comparisons, metric: str, path: Path) -> None:
+def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
     """A row for each way but the baseline: its interval, and the difference of each seed."""
-    rows = [
-        (_panel_title(comparisons, title, way), way, ways[0]) for title, ways in comparisons.items() for way in ways[1:]
-    ]
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(rows)), layout="constrained")
-    for height, (_, way, baseline) in enumerate(rows):
-        difference = paired_difference(way, baseline, metric)
-        if not difference.by_seed:
-            continue
-        seeds = list(difference.by_seed.values())
-        axes.plot(
-            seeds,
-            [height + 0.25] * len(seeds),
-            "o",
-            color="black",
-            alpha=0.35,  # darker where seeds coincide
-            markersize=4,
-            markeredgewidth=0,
-            label="" if height else "one seed",
-        )
-        axes.errorbar(
-            difference.mean,
-            height,
-            xerr=difference.half_width,
-            fmt="o",
-            color=BLUE,
-            capsize=3,
-            label="" if height else f"mean, interval of {percent(CONFIDENCE)}",
-        )
+    tried = [way for way in ways if way.baseline]
+    differences = [list(way.differences(metric).values()) for way in tried]
+    rows = np.arange(len(tried))
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(tried)), layout="constrained")
+    axes.plot(
+        np.concatenate(differences),
+        np.repeat(rows + 0.25, [len(of_seeds) for of_seeds in differences]),
+        "o",
+        color="black",
+        alpha=0.35,  # darker where seeds coincide
+        markersize=4,
+        markeredgewidth=0,
+        label="one seed",
+    )
+    axes.errorbar(
+        [statistics.fmean(of_seeds) for of_seeds in differences],
+        rows,
+        xerr=[half_width(of_seeds) for of_seeds in differences],
+        fmt="o",
+        color=BLUE,
+        capsize=3,
+        label=f"mean, interval of {percent(CONFIDENCE)}",
+    )
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first one on top
-    baselines = {ways[0].name for ways in comparisons.values()}
-    axes.set_xlabel(f"{LABELS[metric].removesuffix(' (%)')}, difference to {', '.join(sorted(baselines))} (points)")
+    axes.set_yticks(rows, [_title(way, ways) for way in tried])
+    axes.set_ylim(len(tried) - 0.5, -0.5)  # the first one on top
+    axes.set_xlabel(f"held-out {METRICS[metric]}, difference to {tried[0].baseline.name} (points)")
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
@@ -129,50 +113,47 @@ def curve(way: Way, quantity: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(epochs), np.array([[of_run[epoch] for epoch in epochs] for of_run in of_runs])
 
 
-def _draw_way(axes: Axes, way: Way, quantity: str, **style: object) -> tuple[float, float]:
-    """Mean over seeds, and the range between the extremes; returns the last point of the mean."""
-    epochs, values = curve(way, quantity)
-    marker = "o" if len(epochs) <= MOST_MARKERS else ""
-    (line,) = axes.plot(epochs, values.mean(0), label=way.name, marker=marker, markersize=3, **style)
-    axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    return float(epochs[-1]), float(values[:, -1].mean())
-
-
-def _mark_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[str, str], quantity: str) -> None:
-    """Write the last value beside each curve, the upper one above it."""
-    highest = max(ends, key=lambda name: ends[name][1])
-    for name, end in ends.items():
-        offset = (6, 2 if name == highest else -9)
-        text = f"{end[1]:.2g}" if quantity == "main_loss" else f"{end[1]:.2f}"
-        axes.annotate(text, end, offset, textcoords="offset points", color=colours[name])
-    axes.set_xlim(0, 1.25 * max(epoch for epoch, _ in ends.values()))
-
-
-def _finish(axes: Axes, quantity: str) -> None:
-    axes.set(xlabel="epoch", ylabel=LABELS[quantity])
+def _draw(axes: Axes, ways: Sequence[Way], quantity: str, styles: cycler) -> None:
+    """A line for each way, the mean over seeds, in the range between the extremes."""
+    axes.set_prop_cycle(styles)
+    for way in ways:
+        epochs, values = curve(way, quantity)
+        marker = "o" if len(epochs) <= MOST_MARKERS else ""
+        (line,) = axes.plot(epochs, values.mean(0), label=way.name, marker=marker, markersize=3)
+        axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch")
     if quantity == "main_loss":
-        axes.set_yscale("log")
+        axes.set(ylabel="training loss of the main model", yscale="log")
         axes.margins(y=0.1)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(LogFormatter())  # as plain numbers, where there are few
+    else:
+        axes.set_ylabel(f"held-out {METRICS[quantity]} (%)")
     axes.grid(alpha=0.3, which="both")
 
 
-def _start_late(axes: Axes, pairs: Sequence[tuple[str, Way, Way]], quantity: str) -> None:
-    """Leave the first epochs' accuracies out of the picture, which would flatten all others."""
-    if quantity == "main_loss":
-        return
-    late = []
-    for _, *ways in pairs:
-        for way in ways:
-            epochs, values = curve(way, quantity)
-            late.append(values[:, epochs >= BEGINNING * epochs[-1]])
-    low, high = min(values.min() for values in late), max(values.max() for values in late)
-    margin = 0.06 * (high - low) or 1.0
-    axes.set_ylim(low - margin, high + margin)
+def _mark_ends(axes: Axes, quantity: str) -> None:
+    """Write the last value beside each line, the upper one above it."""
+    highest = max(axes.lines, key=lambda line: line.get_ydata()[-1])
+    for line in axes.lines:
+        end = line.get_xydata()[-1]
+        text = f"{end[1]:.2g}" if quantity == "main_loss" else f"{end[1]:.2f}"
+        offset = (6, 2 if line is highest else -9)
+        axes.annotate(text, end, offset, textcoords="offset points", color=line.get_color())
+    axes.set_xlim(0, 1.25 * max(line.get_xdata()[-1] for line in axes.lines))
 
 
-def _panel_title(comparisons: Comparisons, title: str, way: Way) -> str:
-    if len(comparisons) == 1:
+def _leave_out_beginning(axes: Axes, ways: Sequence[Way], quantity: str) -> None:
+    """Cut off the first epochs' accuracies, which would flatten all others."""
+    curves = [curve(way, quantity) for way in ways]
+    late = np.concatenate([values[:, epochs >= BEGINNING * epochs[-1]].ravel() for epochs, values in curves])
+    margin = 0.06 * np.ptp(late) or 1.0
+    axes.set_ylim(late.min() - margin, late.max() + margin)
+
+
+def _title(way: Way, ways: Sequence[Way]) -> str:
+    """What tells a way from all others that are tried."""
+    bases = {way.base for way in ways}
+    if len(bases) == 1:
         return way.name
-    return title if all(len(ways) == 2 for ways in comparisons.values()) else f"{title}, {way.name}"
+    return way.base if len(ways) == 2 * len(bases) else f"{way.base}, {way.name}"

@@ -1,44 +1,109 @@
-"""A study from its file to its report: tables, pictures, and what can be concluded from them."""
+"""Ways of training as Markdown: tables of finished runs, and the report of a study."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-import timm
-import torch
-
 from engine import atomic
-from engine.config_file import load_config
-from engine.data.datasets import build_source
 from engine.errors import writing_errors
-from tools.analysis import analyze_configured
+from engine.text import markdown_table
 from tools.comparison.pictures import draw_differences, draw_panels
-from tools.comparison.runs import CONFIDENCE, Way, check_comparable, estimate, make_way, paired_difference, read_run
-from tools.comparison.study import (
-    PlannedRun,
-    Study,
-    Variant,
-    errors_at,
-    load_study,
-    planned_runs,
-    train_missing,
-    variants,
-)
-from tools.comparison.tables import (
-    Comparisons,
-    caption,
-    difference_text,
+from tools.comparison.runs import (
+    CONFIDENCE,
+    METRICS,
+    Way,
+    check_comparable,
+    differing_keys,
+    half_width,
+    override_text,
     percent,
-    seeds_table,
-    summary_table,
+    read_run,
 )
+from tools.comparison.study import PlannedRun, Study, errors_at, load_study, plan, train_missing
 
-METRIC = "top1"
-VERDICTS = {1: "better than the baseline", -1: "worse than the baseline", 0: "undecided"}
+METRIC = "top1"  # that a study compares
+
+
+def summary_table(ways: Sequence[Way], metric: str) -> str:
+    """A row per way: mean ± standard error over seeds, and the paired difference to the baseline with its interval."""
+    beside = {"top5": ("top-5, %", 2), "main_loss": ("training loss", 4), "seconds": ("seconds", 1)}  # with decimals
+    beside.pop(metric, None)
+    header = ["seeds", f"{METRICS[metric].replace(' accuracy', '')}, %", "difference"]
+    header += [title for title, _ in beside.values()]
+    rows = [
+        [
+            len(way.runs),
+            f"**{_mean(way, metric, 2)}**",
+            difference_text(way, metric) if way.baseline else "baseline",
+            *(_mean(way, name, decimals) for name, (_, decimals) in beside.items()),
+        ]
+        for way in ways
+    ]
+    if all(way.flops is not None for way in ways):
+        header.append("FLOPs")
+        for way, row in zip(ways, rows, strict=True):
+            row.append(f"{way.flops / (way.baseline or way).flops:.2f}")
+    return _table(ways, header, rows)
+
+
+def caption(has_flops: bool = False) -> str:
+    """What the columns of the summary are."""
+    flops = " FLOPs are those of all forwards of a run, in parts of the baseline's." if has_flops else ""
+    return (
+        "Mean ± standard error over seeds, of the last evaluation and the last logged training loss of the main model: "
+        "of the runs' last checkpoints, not of their best ones. "
+        f"Differences are paired by seed, in points, with their interval of {percent(CONFIDENCE)} (Student's t). "
+        f"Seconds depend on the machine and on what runs beside.{flops}"
+    )
+
+
+def difference_text(way: Way, metric: str, confidence: float = CONFIDENCE) -> str:
+    """`+3.82 [+2.12, +5.52]`, or why there is no interval."""
+    by_seed = way.differences(metric)
+    if not by_seed:
+        return "no seed in common"
+    mean, half = statistics.fmean(by_seed.values()), half_width([*by_seed.values()], confidence)
+    if len(by_seed) == 1:
+        return f"{mean:+.2f} (one seed: no interval)"
+    is_partial = len(by_seed) < max(len(way.runs), len(way.baseline.runs))
+    common = f" over seeds {', '.join(map(str, by_seed))}" if is_partial else ""
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{common}"
+
+
+def configuration_lines(ways: Sequence[Way]) -> list[str]:
+    """What the configuration of each way has of its own."""
+    differing = differing_keys([way.first.config for way in ways])
+    lines = []
+    for index, way in enumerate(ways):
+        own = ", ".join(f"`{override_text(key, values[index])}`" for key, values in differing.items())
+        mixed = differing_keys([run.config for run in way.runs.values()])
+        lines.append(
+            f"- **{way.name}**: {own or 'as the others'}"
+            + (f"; its runs differ in {', '.join(f'`{key}`' for key in mixed)}" if mixed else "")
+        )
+    return lines
+
+
+def _mean(way: Way, name: str, decimals: int) -> str:
+    """Over seeds, with its standard error; one seed has none."""
+    values = way.values(name)
+    mean = f"{statistics.fmean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.{decimals}f}"
+
+
+def _table(ways: Sequence[Way], header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A row for each way, after its name; with the names of the configurations where there are several."""
+    if len({way.base for way in ways}) == 1:
+        return markdown_table(["training", *header], [[way.name, *row] for way, row in zip(ways, rows, strict=True)])
+    named = [[way.base, way.name, *row] for way, row in zip(ways, rows, strict=True)]
+    return markdown_table(["configuration", "training", *header], named)
 
 
 def run_study(path: Path, jobs: int) -> list[Path]:
@@ -52,58 +117,70 @@ def run_study(path: Path, jobs: int) -> list[Path]:
         RunError: a run failed. The same call goes on.
     """
     study = load_study(path)
-    tried = variants(study, path)
-    flops = {variant: _flops_per_image(variant, path) for variant in tried}
-    runs = planned_runs(study, tried)
+    runs = plan(study, path)
+    flops = {}
+    for run in runs[: len(study.configs) * len(study.ways)]:  # those of the first seed
+        with errors_at(f"{path}: ways: {run.way}"):
+            flops[run.base, run.way] = _flops_per_image(run)
     train_missing(runs, jobs)
-    comparisons = _compare(runs, flops)
-    return write_report(study, comparisons, f"python tools/compare_runs.py --study {path.as_posix()}")
+    ways: list[Way] = []
+    for (base, name), per_image in flops.items():
+        trained = [read_run(run.folder.path) for run in runs if (run.base, run.way) == (base, name)]
+        baseline = next((way for way in ways if way.base == base.stem), None)
+        images = trained[0].summary["iterations"] * trained[0].config.train.global_batch
+        ways.append(Way(name, {run.config.seed: run for run in trained}, baseline, base.stem, per_image * images))
+    return write_report(study, ways, f"python tools/compare_runs.py --study {path.as_posix()}")
 
 
-def _flops_per_image(variant: Variant, path: Path) -> int:
+def _flops_per_image(run: PlannedRun) -> int:
     """Multiply-adds of all forwards of a step, per image; what a model or an augmentation refuses is refused here."""
-    with errors_at(f"{path}: ways: {variant.way}"):
-        complexity = analyze_configured(load_config(variant.config, variant.overrides))
+    from tools.analysis import analyze_configured  # here: who only compares does not wait for torch
+
+    complexity = analyze_configured(run.config)
     return complexity.main.flops + complexity.sub_flops
 
 
-def _compare(runs: Sequence[PlannedRun], flops: dict[Variant, int]) -> Comparisons:
-    """Finished runs by configuration and way."""
-    comparisons: dict[str, list[Way]] = {}
-    for variant, per_image in flops.items():
-        way = make_way(variant.way, [read_run(run.folder) for run in runs if run.variant == variant])
-        images = way.first.summary["iterations"] * way.first.config.train.global_batch
-        comparisons.setdefault(variant.base, []).append(replace(way, flops=per_image * images))
-    for ways in comparisons.values():
-        check_comparable(ways)
-    return comparisons
-
-
-def write_report(study: Study, comparisons: Comparisons, command: str) -> list[Path]:
+def write_report(study: Study, ways: Sequence[Way], command: str) -> list[Path]:
     """Write the page and its pictures, and return their paths.
 
     Args:
-        comparisons: by name of the configuration; all ways with their FLOPs.
+        ways: all with their FLOPs.
         command: what wrote it.
+
+    Raises:
+        InputError: runs of a configuration were not measured on the same images.
+        RunError: a file cannot be written.
     """
+    baselines = [way for way in ways if not way.baseline]
+    for baseline in baselines:
+        check_comparable([way for way in ways if way.base == baseline.base])
     page = Path(study.report)
     pictures = {name: page.with_name(f"{page.stem}_{name}.png") for name in ("differences", "accuracy", "loss")}
-    draw_differences(comparisons, METRIC, pictures["differences"])
-    draw_panels(comparisons, METRIC, pictures["accuracy"])
-    draw_panels(comparisons, "main_loss", pictures["loss"])
+    draw_differences(ways, METRIC, pictures["differences"])
+    draw_panels(ways, METRIC, pictures["accuracy"])
+    draw_panels(ways, "main_loss", pictures["loss"])
+    seeds = sorted(study.seeds)
     text = Template(Path(__file__).with_suffix(".md").read_text()).substitute(
         title=study.title,
         description=study.description.strip(),
         command=command,
-        runs=sum(len(way.runs) for ways in comparisons.values() for way in ways),
-        seeds=f"{len(study.seeds)} seeds" if len(study.seeds) > 1 else "seed",
-        versions=f"torch {torch.__version__.partition('+')[0]} and timm {timm.__version__}",
-        facts="\n".join(_facts(name, ways[0]) for name, ways in comparisons.items()),
-        summary=summary_table(comparisons, METRIC),
+        runs=sum(len(way.runs) for way in ways),
+        seeds=f"{len(seeds)} seeds" if len(seeds) > 1 else "seed",
+        versions=f"torch {version('torch').partition('+')[0]} and timm {version('timm')}",
+        facts="\n".join(map(_about_data, baselines)),
+        summary=summary_table(ways, METRIC),
         caption=caption(has_flops=True),
-        conclusions=_conclusions(comparisons),
-        single=seeds_table(comparisons, METRIC),
-        changes="\n".join(f"- **{way}**: {_in_words(overrides)}" for way, overrides in study.ways.items()),
+        conclusions=_conclusions(ways),
+        samples="\n".join(map(_about_images, baselines)),
+        single=_table(
+            ways,
+            [f"seed {seed}" for seed in seeds],
+            [[f"{way.runs[seed].value(METRIC):.2f}" for seed in seeds] for way in ways],
+        ),
+        changes="\n".join(
+            f"- **{way}**: {', '.join(f'`{override}`' for override in overrides) or 'the configuration as it is'}"
+            for way, overrides in study.ways.items()
+        ),
         **{name: picture.name for name, picture in pictures.items()},
     )
     with writing_errors(page):
@@ -111,57 +188,47 @@ def write_report(study: Study, comparisons: Comparisons, command: str) -> list[P
     return [page, *pictures.values()]
 
 
-def _in_words(overrides: list[str]) -> str:
-    return ", ".join(f"`{override}`" for override in overrides) or "the configuration as it is"
+def _conclusions(ways: Sequence[Way]) -> str:
+    """Verdicts that hold for all differences together."""
+    tried = [way for way in ways if way.baseline]
+    confidence = 1 - (1 - CONFIDENCE) / len(tried)  # Bonferroni
+    verdicts = {"better than the baseline": "", "worse than the baseline": "", "undecided": ""}
+    for way in tried:
+        differences = [*way.differences(METRIC).values()]
+        mean, half = statistics.fmean(differences), half_width(differences, confidence)
+        verdict = "better than the baseline" if mean > half else "worse than the baseline"
+        name = way.name if len({way.base for way in ways}) == 1 else f"{way.base}, {way.name}"
+        verdicts[verdict if abs(mean) > half else "undecided"] += (
+            f"\n  - {name}: {difference_text(way, METRIC, confidence)}"
+        )
+    if len(tried) == 1:
+        text = f"There is one comparison, which its interval of {percent(confidence)} decides."
+    else:
+        text = (
+            f"Each of the {len(tried)} intervals above is of {percent(CONFIDENCE)}: a few would miss zero by chance "
+            f"although nothing differs. Intervals of {percent(confidence)} (Bonferroni) hold all together with "
+            f"{percent(CONFIDENCE)}; by those the ways are"
+        )
+    return f"{text}\n\n" + "\n".join(f"- **{verdict}**:{names or ' none'}" for verdict, names in verdicts.items())
 
 
-def _facts(name: str, baseline: Way) -> str:
+def _about_data(baseline: Way) -> str:
     """What the runs of a configuration have in common."""
+    from engine.data.datasets import build_source  # here: who only compares does not wait for torch
+
     run = baseline.first
     data = run.config.data
     return (
-        f"- **{name}**: {run.config.model.name} on {data.dataset}, {len(build_source(run.config).train)} training "
-        f"images and {run.summary['images']} held-out ones of {data.image_size} x {data.image_size} pixels"
+        f"- **{baseline.base}**: {run.config.model.name} on {data.dataset}, {len(build_source(run.config).train)} "
+        f"training images and {run.summary['images']} held-out ones of {data.image_size} x {data.image_size} pixels"
     )
 
 
-def _conclusions(comparisons: Comparisons) -> str:
-    """Verdicts that hold for all comparisons together, and what they leave out."""
-    pairs = [(name, ways[0], way) for name, ways in comparisons.items() for way in ways[1:]]
-    confidence = 1 - (1 - CONFIDENCE) / len(pairs)  # Bonferroni
-    found: dict[int, list[str]] = {sign: [] for sign in VERDICTS}
-    for name, baseline, way in pairs:
-        title = way.name if len(comparisons) == 1 else f"{name}, {way.name}"
-        sign = paired_difference(way, baseline, METRIC, confidence).sign
-        found[sign].append(f"{title}: {difference_text(way, baseline, METRIC, confidence)}")
-    verdicts = "\n".join(
-        "\n  - ".join([f"- **{VERDICTS[sign]}**:{'' if names else ' none'}", *names]) for sign, names in found.items()
-    )
-    samples = "\n".join(_about_images(name, ways[0]) for name, ways in comparisons.items())
-    return f"{_about_many(len(pairs), confidence)}\n\n{verdicts}\n\n{ABOUT_SEEDS}\n\n{samples}"
-
-
-ABOUT_SEEDS = (
-    "The intervals are about seeds: initial weights, order of images, masks. All runs share one split of the data, and "
-    "the recipe of their configuration but for what is listed below. What other images would give, they do not say:"
-)
-
-
-def _about_many(pairs: int, confidence: float) -> str:
-    if pairs == 1:
-        return f"There is one comparison, which its interval of {percent(confidence)} decides."
-    return (
-        f"Each of the {pairs} intervals above is of {percent(CONFIDENCE)}: a few would miss zero by chance although "
-        f"nothing differs. Intervals of {percent(confidence)} (Bonferroni) hold all together with "
-        f"{percent(CONFIDENCE)}; by those the ways are"
-    )
-
-
-def _about_images(name: str, baseline: Way) -> str:
+def _about_images(baseline: Way) -> str:
     """How much an accuracy depends on which images were held out, a binomial's standard deviation."""
-    images, accuracy = baseline.first.summary["images"], estimate(baseline.values(METRIC)).mean
+    images, accuracy = baseline.first.summary["images"], statistics.fmean(baseline.values(METRIC))
     deviation = math.sqrt(accuracy * (100 - accuracy) / images)
     return (
-        f"- **{name}**: one of {images} images is {100 / images:.2f} points; an accuracy of {accuracy:.1f} % has a "
-        f"standard deviation of {deviation:.2f} points over samples of {images} images"
+        f"- **{baseline.base}**: one of {images} images is {100 / images:.2f} points; an accuracy of {accuracy:.1f} % "
+        f"has a standard deviation of {deviation:.2f} points over samples of {images} images"
     )

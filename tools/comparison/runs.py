@@ -6,14 +6,12 @@ import glob
 import json
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from scipy import stats
 
 from engine.config import Config
 from engine.config_file import leaves, load_config
@@ -24,12 +22,17 @@ from engine.typed_yaml import Dumper
 from engine.writers import Record, read_lines
 
 CONFIDENCE = 0.95
-SAME_IMAGES = ("data.dataset", "data.eval_split")  # what runs must share to be measured on the same images
+METRICS = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "ema_top1": "top-1 accuracy of the EMA",
+    "ema_top5": "top-5 accuracy of the EMA",
+}  # on held-out images, in percent
 OWN_KEYS = ("seed", "output_dir")  # what the runs of one way may differ in
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class Run:
     """A run that reached its end.
 
     Attributes:
@@ -53,7 +56,53 @@ class FinishedRun:
         return self.summary[name]
 
 
-def read_run(path: Path) -> FinishedRun:
+@dataclass(frozen=True)
+class Way:
+    """Runs of one way of training.
+
+    Attributes:
+        runs: by seed.
+        baseline: what this way is compared with; None if it is a baseline itself.
+        base: name of the configuration that a study's way starts from.
+        flops: multiply-adds of all forwards of one run, if somebody counted them.
+    """
+
+    name: str
+    runs: dict[int, Run]
+    baseline: Way | None = None
+    base: str = ""
+    flops: float | None = None
+
+    def values(self, name: str) -> list[float]:
+        """One value per seed."""
+        return [run.value(name) for run in self.runs.values()]
+
+    def differences(self, metric: str) -> dict[int, float]:
+        """This way minus its baseline, for each seed that both have."""
+        common = [seed for seed in self.runs if seed in self.baseline.runs]
+        return {seed: self.runs[seed].value(metric) - self.baseline.runs[seed].value(metric) for seed in common}
+
+    @property
+    def first(self) -> Run:
+        """Any run, where all are alike."""
+        return next(iter(self.runs.values()))
+
+
+def half_width(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """Half of Student's t interval around the mean of some values; NaN for a single one, which has none."""
+    from scipy import stats  # here: a command's --help does not need it
+
+    if len(values) < 2:
+        return math.nan
+    return float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+
+
+def percent(share: float) -> str:
+    """`95 %` for 0.95."""
+    return f"{100 * share:.4g} %"
+
+
+def read_run(path: Path) -> Run:
     """The run in a folder.
 
     Raises:
@@ -68,7 +117,7 @@ def read_run(path: Path) -> FinishedRun:
     reason = why_unfinished(folder)
     if reason is not None:
         raise InputError(f"{path}: the run is not finished, {reason}; continue it with --resume")
-    return FinishedRun(path, load_config(folder.config), _read_summary(folder), read_lines(folder.metrics))
+    return Run(path, load_config(folder.config), _read_summary(folder), read_lines(folder.metrics))
 
 
 def refuse_if_written(folder: RunFolder) -> None:
@@ -100,71 +149,63 @@ def _read_summary(folder: RunFolder) -> Record:
     return with_nan(summary)
 
 
-@dataclass(frozen=True)
-class Way:
-    """Runs of one configuration, by seed.
-
-    Attributes:
-        flops: multiply-adds of all forwards of one run, if somebody counted them.
-    """
-
-    name: str
-    runs: dict[int, FinishedRun]
-    flops: float | None = None
-
-    def values(self, metric: str) -> list[float]:
-        """One value per seed."""
-        return [run.value(metric) for run in self.runs.values()]
-
-    @property
-    def first(self) -> FinishedRun:
-        """Any run, where all are alike."""
-        return next(iter(self.runs.values()))
-
-
-@dataclass
-class Group:
-    """Runs that belong together; `name` is empty where the user gave none."""
-
-    name: str
-    runs: list[FinishedRun]
-
-
 def read_ways(arguments: Sequence[str]) -> list[Way]:
-    """Ways of training, in the order in which they are first mentioned.
+    """Ways of training, in the order in which they are first mentioned; the first one is the baseline.
 
     Args:
         arguments: folders, and `name=folder,folder` for runs that make one way whatever their configurations;
             a folder may have wildcards.
 
     Raises:
-        InputError: a folder without a finished run, a name or a seed that comes twice.
+        InputError: a folder without a finished run, a seed that comes twice in one way, two ways of one name.
     """
-    groups: list[Group] = []
+    groups: dict[tuple[str, str], list[Run]] = {}  # by the name that the user gave, or else by the configuration
     for argument in arguments:
         name, equals, folders = argument.partition("=")
-        if equals and not Path(argument).exists():
-            groups.append(Group(name, [run for folder in folders.split(",") for run in _read_runs(folder)]))
-        else:
-            for run in _read_runs(argument):
-                _add(run, groups)
-    _name([group for group in groups if not group.name])
-    for name, count in Counter(group.name for group in groups).items():
+        is_named = equals and not Path(argument).exists()
+        for run in (run for folder in (folders.split(",") if is_named else [argument]) for run in _read_runs(folder)):
+            groups.setdefault((name, "") if is_named else ("", recipe(run.config)), []).append(run)
+    found = iter(_find_names([runs for (name, _), runs in groups.items() if not name]))
+    names = [name or next(found) for name, _ in groups]
+    for name, count in Counter(names).items():
         if count > 1:
-            raise InputError(
-                f"{name}: {count} ways have this name; give all folders of one at once: NAME=FOLDER,FOLDER"
-            )
-    return [make_way(group.name, group.runs) for group in groups]
+            raise InputError(f"{name}: {count} ways have this name; give others: NAME=FOLDER,FOLDER")
+    ways: list[Way] = []
+    for name, runs in zip(names, groups.values(), strict=True):
+        ways.append(Way(name, _by_seed(name, runs), baseline=ways[0] if ways else None))
+    return ways
 
 
-def make_way(name: str, runs: Sequence[FinishedRun]) -> Way:
-    """Runs by seed, lowest first."""
-    by_seed: dict[int, FinishedRun] = {}
+def _read_runs(pattern: str) -> list[Run]:
+    path = Path(expanded(pattern))
+    matches = [] if path.exists() else sorted(Path(match) for match in glob.glob(str(path)))
+    return [read_run(folder) for folder in matches or [path]]
+
+
+def _by_seed(name: str, runs: Sequence[Run]) -> dict[int, Run]:
+    """Lowest seed first."""
+    by_seed: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: run.config.seed):
         other = by_seed.setdefault(run.config.seed, run)
         if other is not run:
             raise InputError(f"{name}: two runs of seed {run.config.seed}, {other.path} and {run.path}")
-    return Way(name, by_seed)
+    return by_seed
+
+
+def _find_names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """By what the folders' names have in common; where that does not tell them apart, by the configurations."""
+    names = [_common_name(runs) for runs in groups]
+    if "" in names or len(set(names)) < len(names):
+        differing = differing_keys([runs[0].config for runs in groups])
+        texts = [[override_text(key, value) for value in values] for key, values in differing.items()]
+        names = [" ".join(words) for words in zip(*texts, strict=True)] or names
+    return [name or str(runs[0].path) for name, runs in zip(names, groups, strict=True)]
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    """`digits_vit` for digits_vit_seed0, digits_vit_seed1 …; empty where that is all the names have."""
+    names = {re.sub(rf"(^|[_-])(seed[_-]?)?{run.config.seed}$", "", run.path.resolve().name) for run in runs}
+    return names.pop() if len(names) == 1 else ""
 
 
 def override_text(key: str, value: object) -> str:
@@ -173,84 +214,19 @@ def override_text(key: str, value: object) -> str:
     return f"{key}={flow.strip().removesuffix('...').strip()}"  # YAML ends a bare value with a line of dots
 
 
-def _read_runs(pattern: str) -> list[FinishedRun]:
-    path = Path(expanded(pattern))
-    matches = [] if path.exists() else sorted(Path(match) for match in glob.glob(str(path)))
-    return [read_run(folder) for folder in matches or [path]]
+def recipe(config: Config) -> str:
+    """A configuration but for what the runs of one way may differ in, as text."""
+    content = {key: value for key, value in leaves(config).items() if key not in OWN_KEYS}
+    return json.dumps(content, sort_keys=True)
 
 
-def _add(run: FinishedRun, groups: list[Group]) -> None:
-    for group in groups:
-        if not group.name and not differing_keys([group.runs[0], run]):
-            group.runs.append(run)
-            return
-    groups.append(Group("", [run]))
-
-
-def _name(groups: Sequence[Group]) -> None:
-    """By what the folders' names have in common; where that does not tell them apart, by the configurations."""
-    names = [_common_name(group.runs) for group in groups]
-    if "" in names or len(set(names)) < len(names):
-        differing = differing_keys([group.runs[0] for group in groups])
-        texts = [[override_text(key, value) for value in values] for key, values in differing.items()]
-        names = [" ".join(words) for words in zip(*texts, strict=True)] or names
-    for group, name in zip(groups, names, strict=True):
-        group.name = name or str(group.runs[0].path)
-
-
-def _common_name(runs: Sequence[FinishedRun]) -> str:
-    """`digits_vit` for digits_vit_seed0, digits_vit_seed1 …; empty where that is all the names have."""
-    names = {re.sub(rf"(^|[_-])(seed[_-]?)?{run.config.seed}$", "", run.path.resolve().name) for run in runs}
-    return names.pop() if len(names) == 1 else ""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, with its standard error; one seed has none."""
-
-    mean: float
-    error: float | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of the differences between runs of the same seed.
-
-    Attributes:
-        by_seed: way minus baseline; empty where they have no seed in common.
-        half_width: of the confidence interval around the mean; one seed has none.
-    """
-
-    by_seed: dict[int, float]
-    half_width: float | None
-
-    @property
-    def mean(self) -> float:
-        """Of the differences."""
-        return statistics.fmean(self.by_seed.values())
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the whole interval lies above or below zero, else 0."""
-        if self.half_width is None or abs(self.mean) <= self.half_width:
-            return 0
-        return 1 if self.mean > 0 else -1
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error, the sample's standard deviation over the root of its size."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Estimate(statistics.fmean(values), error)
-
-
-def paired_difference(way: Way, baseline: Way, metric: str, confidence: float = CONFIDENCE) -> Difference:
-    """Student's t interval of the differences over common seeds."""
-    common = [seed for seed in way.runs if seed in baseline.runs]
-    by_seed = {seed: way.runs[seed].value(metric) - baseline.runs[seed].value(metric) for seed in common}
-    if len(common) < 2:
-        return Difference(by_seed, None)
-    quantile = float(stats.t.ppf((1 + confidence) / 2, len(common) - 1))
-    return Difference(by_seed, quantile * estimate(list(by_seed.values())).error)
+def differing_keys(configs: Sequence[Config]) -> dict[str, list[object]]:
+    """Keys in which configurations differ, with the value of each; seeds and folders left out."""
+    contents = [leaves(config) for config in configs]
+    values = {key: [content[key] for content in contents] for key in contents[0] if key not in OWN_KEYS}
+    return {
+        key: of_configs for key, of_configs in values.items() if any(value != of_configs[0] for value in of_configs)
+    }
 
 
 def check_comparable(ways: Sequence[Way]) -> None:
@@ -258,23 +234,20 @@ def check_comparable(ways: Sequence[Way]) -> None:
     if len(ways) < 2:
         given = f"here is only {ways[0].name}" if ways else "here is none"
         raise InputError(f"nothing to compare: {given}; name the folders of runs, trained in at least two ways")
-    runs = [run for way in ways for run in way.runs.values()]
-    for key in SAME_IMAGES:
-        _refuse_if_different(runs, [leaves(run.config)[key] for run in runs], key)
-    _refuse_if_different(runs, [int(run.value("images")) for run in runs], "the number of held-out images")
+    first, images = ways[0].first, _images(ways[0].first)
+    for run in (run for way in ways for run in way.runs.values()):
+        for what, value in _images(run).items():
+            if value != images[what]:
+                raise InputError(
+                    f"{run.path}: {what} is {value}, {images[what]} in {first.path}: accuracies on different images "
+                    "cannot be compared"
+                )
 
 
-def _refuse_if_different(runs: Sequence[FinishedRun], values: Sequence[object], what: str) -> None:
-    for run, value in zip(runs, values, strict=True):
-        if value != values[0]:
-            raise InputError(
-                f"{run.path}: {what} is {value}, {values[0]} in {runs[0].path}: accuracies on different images "
-                "cannot be compared"
-            )
-
-
-def differing_keys(runs: Sequence[FinishedRun]) -> dict[str, list[object]]:
-    """Keys in which the configurations differ, with the value of each run; seeds and folders left out."""
-    configs = [leaves(run.config) for run in runs]
-    values = {key: [config[key] for config in configs] for key in configs[0] if key not in OWN_KEYS}
-    return {key: of_runs for key, of_runs in values.items() if any(value != of_runs[0] for value in of_runs)}
+def _images(run: Run) -> dict[str, object]:
+    """What tells whether two runs were measured on the same images."""
+    return {
+        "data.dataset": run.config.data.dataset,
+        "data.eval_split": run.config.data.eval_split,
+        "the number of held-out images": int(run.value("images")),
+    }

@@ -23,7 +23,7 @@ from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
 from engine.text import expanded
-from tools.comparison.runs import OWN_KEYS, refuse_if_written, why_unfinished
+from tools.comparison.runs import OWN_KEYS, recipe, refuse_if_written, why_unfinished
 
 # ruff: noqa: UP006, UP045
 
@@ -44,40 +44,24 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way of training of one configuration, for any seed."""
-
-    config: Path
-    way: str
-    overrides: tuple[str, ...]
-    folder: Path  # of its runs, but for the seed
-
-    @property
-    def base(self) -> str:
-        """Name of the configuration."""
-        return self.config.stem
-
-
-@dataclass(frozen=True)
 class PlannedRun:
-    """A variant with a seed."""
+    """One way of training of one configuration, with one seed.
 
-    variant: Variant
-    seed: int
+    Attributes:
+        base: the configuration's file.
+        overrides: all that the run changes in it.
+        config: what the two make.
+    """
+
+    base: Path
+    way: str
+    overrides: list[str]
+    config: Config
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> RunFolder:
         """Where it is trained."""
-        return self.variant.folder.with_name(f"{self.variant.folder.name}_seed{self.seed}")
-
-    @property
-    def overrides(self) -> list[str]:
-        """All that the run changes in the configuration."""
-        return [*self.variant.overrides, f"seed={self.seed}", f"output_dir={self.folder}"]
-
-    def load(self) -> Config:
-        """The run's configuration."""
-        return load_config(self.variant.config, self.overrides)
+        return RunFolder(self.config.output_dir)
 
 
 def load_study(path: Path) -> Study:
@@ -101,35 +85,36 @@ def load_study(path: Path) -> Study:
     return study
 
 
-def variants(study: Study, path: Path) -> list[Variant]:
-    """Every way of every configuration, checked against the configuration's schema.
+def plan(study: Study, path: Path) -> list[PlannedRun]:
+    """All runs of the study in a file, checked against the schema; the first seed of everything comes first.
 
     Raises:
         InputError: a configuration is missing or refuses a seed or what a way overrides, or two ways are the same.
     """
-    found = [
-        Variant(
-            path.parent / config, way, tuple(overrides), Path(study.output_dir, f"{Path(config).stem}_{_slug(way)}")
-        )
-        for config in study.configs
-        for way, overrides in study.ways.items()
-    ]
-    _refuse_twice(f"{path}: folders of the runs", [variant.folder for variant in found])
-    for config in study.configs:
-        for seed in study.seeds:
-            with errors_at(str(path)):
-                load_config(path.parent / config, [f"seed={seed}"])
-    contents: dict[Path, dict[str, str]] = {}
-    for variant in found:
-        with errors_at(f"{path}: ways: {variant.way}"):
-            for override in variant.overrides:
-                if override.partition("=")[0] in OWN_KEYS:
-                    raise InputError(f"override {override!r}: {' and '.join(OWN_KEYS)} are the study's own")
-            text = repr(load_config(variant.config, variant.overrides))
-            other = contents.setdefault(variant.config, {}).setdefault(text, variant.way)
-            if other != variant.way:
-                raise InputError(f"is the same configuration as {other}")
-    return found
+    bases = [path.parent / config for config in study.configs]
+    with errors_at(str(path)):
+        for base in bases:
+            for seed in study.seeds:
+                load_config(base, [f"seed={seed}"])
+    runs = [_plan_run(study, path, base, way, seed) for seed in study.seeds for base in bases for way in study.ways]
+    _refuse_twice(f"{path}: folders of the runs", [run.config.output_dir for run in runs])
+    found: dict[tuple[Path, str], str] = {}
+    for run in runs:
+        other = found.setdefault((run.base, recipe(run.config)), run.way)
+        if other != run.way:
+            raise InputError(f"{path}: ways: {run.way}: is the same configuration as {other}")
+    return runs
+
+
+def _plan_run(study: Study, path: Path, base: Path, way: str, seed: int) -> PlannedRun:
+    with errors_at(f"{path}: ways: {way}"):
+        for override in study.ways[way]:
+            if override.partition("=")[0] in OWN_KEYS:
+                raise InputError(f"override {override!r}: {' and '.join(OWN_KEYS)} are the study's own")
+        name = re.sub(r"[^\w.]+", "_", way).strip("_").lower()
+        folder = Path(study.output_dir, f"{base.stem}_{name}_seed{seed}")
+        overrides = [*study.ways[way], f"seed={seed}", f"output_dir={folder}"]
+        return PlannedRun(base, way, overrides, load_config(base, overrides))
 
 
 @contextmanager
@@ -139,15 +124,6 @@ def errors_at(place: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
-
-
-def planned_runs(study: Study, variants: Sequence[Variant]) -> list[PlannedRun]:
-    """All runs; every variant's first seed comes before anything's second."""
-    return [PlannedRun(variant, seed) for seed in study.seeds for variant in variants]
-
-
-def _slug(way: str) -> str:
-    return re.sub(r"[^\w.]+", "_", way).strip("_").lower()
 
 
 def _refuse_twice(place: str, values: Sequence[object]) -> None:
@@ -166,7 +142,7 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
     """
     for run in runs:
         _refuse_another(run)
-    missing = [run for run in runs if why_unfinished(RunFolder(run.folder)) is not None]
+    missing = [run for run in runs if why_unfinished(run.folder) is not None]
     processes: set[subprocess.Popen] = set()
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -176,7 +152,7 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
                 future.result()
                 bar.update()
                 if bar.disable:
-                    print(f"{futures[future].folder}: finished", file=sys.stderr, flush=True)
+                    print(f"{futures[future].folder.path}: finished", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(processes):
@@ -188,7 +164,7 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
 
 def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolExecutor) -> None:
     """Run tools/train_net.py to its end; it is among `processes` as long as it lasts. After a failure none starts."""
-    command = [sys.executable, TRAIN_NET, "--resume", "--config", run.variant.config, *run.overrides]
+    command = [sys.executable, TRAIN_NET, "--resume", "--config", run.base, *run.overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command,
@@ -205,19 +181,20 @@ def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolEx
     if process.returncode:
         pool.shutdown(wait=False, cancel_futures=True)  # before this thread takes the next run
         last = said.strip().splitlines()[-1:] or [f"ended with exit code {process.returncode}"]
-        raise RunError(f"{run.folder}: {last[0].removeprefix('error: ')}")
+        raise RunError(f"{run.folder.path}: {last[0].removeprefix('error: ')}")
 
 
 def _refuse_another(run: PlannedRun) -> None:
-    folder = RunFolder(run.folder)
-    refuse_if_written(folder)
-    if not folder.config.exists():
+    from engine.run_model import IF_AVAILABLE  # here: who only compares does not wait for torch
+
+    refuse_if_written(run.folder)
+    if not run.folder.config.exists():
         return
-    study, run_as_trained = run.load(), load_config(folder.config)
+    study, run_as_trained = load_config(run.base, run.overrides), load_config(run.folder.config)
     fill_in_from(study, run_as_trained)
     for key, (planned, trained) in differences(study, run_as_trained).items():
         if key != "output_dir" and planned != IF_AVAILABLE:  # which becomes false where it is not
             raise InputError(
-                f"{run.folder}: was trained with {key} = {trained}, the study says {planned}: "
+                f"{run.folder.path}: was trained with {key} = {trained}, the study says {planned}: "
                 "remove the folder to train it anew, or give the study another output_dir"
             )
