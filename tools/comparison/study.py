@@ -185,7 +185,7 @@ def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolEx
 
 
 def _refuse_another(run: PlannedRun) -> None:
-    from engine.run_model import IF_AVAILABLE  # here: who only compares does not wait for torch
+    from engine.defaults import IF_AVAILABLE  # here: who only compares does not wait for torch
 
     refuse_if_written(run.folder)
     if not run.folder.config.exists():
