@@ -16,7 +16,7 @@ test: $(DEVELOP)  ## install, then run the tests: at most five minutes on two co
 	$(PYTEST)
 
 test-slow: $(DEVELOP)  ## every class of timm, a step of every full-size recipe, torch.compile …
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(TESTS)
 
 test-faults: $(DEVELOP)  ## real faults in real runs
 	$(PYTEST) -m faults
