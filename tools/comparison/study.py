@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from engine.config import Config
 from engine.config_file import differences, fill_in_from, load_config, read_over, reported
-from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
 from engine.text import expanded
