@@ -52,6 +52,14 @@ def test_projection_and_mlp_dropouts_have_the_ratio_and_no_other(variant, make_m
     assert rates_during(model, images, torch.nn.Dropout, "p") == own
 
 
+@pytest.mark.parametrize("name", ["drop_path", "dropout"])
+def test_a_sub_model_is_one_in_evaluation_mode_too(name, make_model, images):
+    model = augsub.patch(make_model("vit")).eval()
+    main, (sub, other) = model(images), (model(images, augsub=name, augsub_ratio=0.5) for _ in range(2))
+    assert not torch.equal(sub, main) and not torch.equal(sub, other)
+    assert torch.equal(model(images), main)
+
+
 def test_drop_path_drops_that_share_of_paths(make_model):
     """A block whose branches are dropped hands its input on."""
     model = augsub.patch(make_model("vit")).train()
