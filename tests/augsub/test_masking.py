@@ -91,9 +91,7 @@ def test_partial_cells_at_the_end_of_a_side(make_model):
     torch.testing.assert_close(logits, model(masked))
 
 
-@pytest.mark.parametrize(
-    ("positions", "side", "cell"), [(56, 224, 32), (7, 224, 32), (149, 299, 32), (3, 10, 5), (25, 331, 32)]
-)
+@pytest.mark.parametrize(("positions", "side", "cell"), [(56, 224, 32), (149, 299, 32), (3, 10, 5), (25, 331, 32)])
 def test_positions_lie_in_the_cell_of_their_centre(positions, side, cell):
     expected = [int((position + 0.5) * side / positions / cell) for position in range(positions)]
     assert cell_of_position(positions, side, cell, torch.device("cpu")).tolist() == expected
