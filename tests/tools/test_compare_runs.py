@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -23,7 +22,7 @@ from engine.run_folder import RunFolder
 from tools import compare_runs
 from tools.comparison.pictures import curve
 from tools.comparison.report import run_study
-from tools.comparison.runs import half_width, read_ways
+from tools.comparison.runs import interval, read_ways
 from tools.comparison.study import load_study, plan
 
 ROOT = Path(__file__).parents[2]
@@ -94,8 +93,8 @@ def test_means_errors_and_intervals_are_those_of_scipy(finished, compare):
     assert masksub.differences("top1") == pytest.approx({0: 5.52, 1: 4.77, 2: 3.27, 3: 2.26, 4: 3.27})
     for confidence in (0.95, 0.995):
         expected = stats.ttest_rel(MASKSUB, BASELINE).confidence_interval(confidence)
-        half = half_width(list(masksub.differences("top1").values()), confidence)
-        assert (3.818 - half, 3.818 + half) == pytest.approx((expected.low, expected.high))
+        mean, half = interval(masksub.differences("top1").values(), confidence)
+        assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
     code, printed, _ = compare(*(f"{way}_seed{seed}" for seed in (3, 1, 4, 0, 2) for way in ("baseline", "masksub")))
     assert code == 0
     # t(0.975, 4) = 2.776; differences 5.52 4.77 3.27 2.26 3.27: mean 3.818, standard error 0.5827
@@ -114,7 +113,7 @@ def test_one_seed_has_no_interval_and_other_seeds_are_not_paired(finished, compa
     finished("longer", 92.0, "train.epochs=70", seed=7)
     table = rows(compare("baseline", "masksub", "longer")[1])
     assert table["masksub"][:3] == ["1", "**91.50**", "+1.50 (one seed: no interval)"]
-    assert table["longer"][2] == "no seed in common" and math.isnan(half_width([1.5]))
+    assert table["longer"][2] == "no seed in common"
     for seed, (first, second) in enumerate([(90, 93), (91, 92), (89, 94)], start=1):
         finished(f"baseline_{seed}", first, NO_SUB_MODEL, seed=seed)
         finished(f"masksub_{seed}", second, seed=seed)
@@ -215,9 +214,8 @@ def test_wrong_folders_are_one_line(finished, compare, tmp_path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_our_studies_are_well_formed(path):
     study = load_study(path)
-    study.seeds = study.seeds[:1]
     runs = plan(study, path)
-    assert len(runs) == len(study.configs) * len(study.ways)
+    assert len(runs) == len(study.configs) * len(study.ways) * len(study.seeds)
     assert runs[0].config.augsub.sub_models == []  # the baseline is plain training
     assert f"--study {path.relative_to(ROOT)}" in path.read_text()
 
@@ -226,13 +224,13 @@ def test_a_wrong_study_is_refused_before_anything_runs(study):
     cases = [
         ("seeds:", "seed:", r"Key 'seed' not in 'Study'. Did you mean: 'seeds'\?"),
         ("title: A tiny study", "", "missing mandatory value: title"),
-        ("[5, 3]", "[3, 3]", "seeds: 3 comes 2 times"),
+        ("[5, 3]", "[3, 3]", "runs/study/tiny_plain_seed3 would be the folder of 2 runs"),
         ("[5, 3]", "[]", r"seeds = \[\]: at least one is needed"),
         ("[5, 3]", "[x]", "Value 'x' of type 'str' could not be converted to Integer"),
-        ("[5, 3]", "[-1]", "study.yaml: seed = -1: allowed is in"),
-        ("tiny.yaml]", "tiny.yml]", "study.yaml: config file .*tiny.yml does not exist, did you mean .*tiny.yaml"),
+        ("[5, 3]", "[-1]", "study.yaml: .*seed = -1: allowed is in"),
+        ("tiny.yaml]", "tiny.yml]", "study.yaml: .*config file .*tiny.yml does not exist, did you mean .*tiny.yaml"),
         ("drop path:", "plain:", "line 7: found duplicate key plain"),
-        ("drop path:", '"plain+":', "folders of the runs: .*tiny_plain_seed5 comes 2 times"),
+        ("drop path:", '"plain+":', "runs/study/tiny_plain_seed5 would be the folder of 2 runs"),
         ("  drop path: [", "  other: [seed=1, ", "ways: other: override 'seed=1': seed and output_dir are the study's"),
         ("drop path:", "again: ['augsub.sub_models=[]']\n  drop path:", "again: is the same configuration as plain"),
         ("ratio: 0.5", "ratio: 1.5", "ways: drop path: augsub.sub_models: .*ratio"),
@@ -297,9 +295,6 @@ def test_a_study_is_interrupted_and_continued(study, capsys):
     assert report in run_study(study, jobs=2)
     lines = [f"runs/study/tiny_{way}_seed3: finished" for way in ("drop_path", "plain")]
     assert sorted(capsys.readouterr().err.splitlines()) == lines and "resumed" in first.log.read_text()
-    ended = [path.stat().st_mtime_ns for path in Path("runs").glob("*/*/summary.json")]
-    assert report in run_study(study, jobs=2)  # without training anything
-    assert [path.stat().st_mtime_ns for path in Path("runs").glob("*/*/summary.json")] == ended and len(ended) == 2
 
 
 def test_a_failing_run_ends_the_study(study):

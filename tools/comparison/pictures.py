@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.ticker import LogFormatter
 
 from engine.errors import InputError
 from engine.figure import BLUE, OKABE_ITO, VERMILION, save
-from tools.comparison.runs import CONFIDENCE, METRICS, Way, half_width, percent
+from tools.comparison.runs import CONFIDENCE, METRICS, Way, interval, percent
 
 DPI = 130
 MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
@@ -67,6 +66,7 @@ def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
     """A row for each way but the baseline: its interval, and the difference of each seed."""
     tried = [way for way in ways if way.baseline]
     differences = [list(way.differences(metric).values()) for way in tried]
+    means, half_widths = zip(*map(interval, differences), strict=True)
     rows = np.arange(len(tried))
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(tried)), layout="constrained")
     axes.plot(
@@ -80,9 +80,9 @@ def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
         label="one seed",
     )
     axes.errorbar(
-        [statistics.fmean(of_seeds) for of_seeds in differences],
+        means,
         rows,
-        xerr=[half_width(of_seeds) for of_seeds in differences],
+        xerr=half_widths,
         fmt="o",
         color=BLUE,
         capsize=3,

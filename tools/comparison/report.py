@@ -19,12 +19,12 @@ from tools.comparison.runs import (
     Way,
     check_comparable,
     differing_keys,
-    half_width,
+    interval,
     override_text,
     percent,
     read_run,
 )
-from tools.comparison.study import PlannedRun, Study, errors_at, load_study, plan, train_missing
+from tools.comparison.study import Study, load_study, plan, train_missing
 
 METRIC = "top1"  # that a study compares
 
@@ -67,7 +67,7 @@ def difference_text(way: Way, metric: str, confidence: float = CONFIDENCE) -> st
     by_seed = way.differences(metric)
     if not by_seed:
         return "no seed in common"
-    mean, half = statistics.fmean(by_seed.values()), half_width([*by_seed.values()], confidence)
+    mean, half = interval(by_seed.values(), confidence)
     if len(by_seed) == 1:
         return f"{mean:+.2f} (one seed: no interval)"
     is_partial = len(by_seed) < max(len(way.runs), len(way.baseline.runs))
@@ -118,26 +118,14 @@ def run_study(path: Path, jobs: int) -> list[Path]:
     """
     study = load_study(path)
     runs = plan(study, path)
-    flops = {}
-    for run in runs[: len(study.configs) * len(study.ways)]:  # those of the first seed
-        with errors_at(f"{path}: ways: {run.way}"):
-            flops[run.base, run.way] = _flops_per_image(run)
     train_missing(runs, jobs)
     ways: list[Way] = []
-    for (base, name), per_image in flops.items():
-        trained = [read_run(run.folder.path) for run in runs if (run.base, run.way) == (base, name)]
-        baseline = next((way for way in ways if way.base == base.stem), None)
-        images = trained[0].summary["iterations"] * trained[0].config.train.global_batch
-        ways.append(Way(name, {run.config.seed: run for run in trained}, baseline, base.stem, per_image * images))
+    for first in runs[: len(study.configs) * len(study.ways)]:  # those of the first seed
+        trained = [read_run(run.folder.path) for run in runs if (run.base, run.way) == (first.base, first.way)]
+        baseline = next((way for way in ways if way.base == first.base.stem), None)
+        flops = first.flops * trained[0].summary["iterations"] * first.config.train.global_batch
+        ways.append(Way(first.way, {run.config.seed: run for run in trained}, baseline, first.base.stem, flops))
     return write_report(study, ways, f"python tools/compare_runs.py --study {path.as_posix()}")
-
-
-def _flops_per_image(run: PlannedRun) -> int:
-    """Multiply-adds of all forwards of a step, per image; what a model or an augmentation refuses is refused here."""
-    from tools.analysis import analyze_configured  # here: who only compares does not wait for torch
-
-    complexity = analyze_configured(run.config)
-    return complexity.main.flops + complexity.sub_flops
 
 
 def write_report(study: Study, ways: Sequence[Way], command: str) -> list[Path]:
@@ -194,8 +182,7 @@ def _conclusions(ways: Sequence[Way]) -> str:
     confidence = 1 - (1 - CONFIDENCE) / len(tried)  # Bonferroni
     verdicts = {"better than the baseline": "", "worse than the baseline": "", "undecided": ""}
     for way in tried:
-        differences = [*way.differences(METRIC).values()]
-        mean, half = statistics.fmean(differences), half_width(differences, confidence)
+        mean, half = interval(way.differences(METRIC).values(), confidence)
         verdict = "better than the baseline" if mean > half else "worse than the baseline"
         name = way.name if len({way.base for way in ways}) == 1 else f"{way.base}, {way.name}"
         verdicts[verdict if abs(mean) > half else "undecided"] += (

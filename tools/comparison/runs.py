@@ -6,8 +6,9 @@ import glob
 import json
 import math
 import re
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +89,14 @@ class Way:
         return next(iter(self.runs.values()))
 
 
-def half_width(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Half of Student's t interval around the mean of some values; NaN for a single one, which has none."""
+def interval(values: Collection[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Mean, and half the width of Student's t interval around it: NaN for a single value, which has none."""
     from scipy import stats  # here: a command's --help does not need it
 
-    if len(values) < 2:
-        return math.nan
-    return float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    half = math.nan
+    if len(values) > 1:
+        half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem([*values]))
+    return statistics.fmean(values), half
 
 
 def percent(share: float) -> str:
@@ -234,20 +236,16 @@ def check_comparable(ways: Sequence[Way]) -> None:
     if len(ways) < 2:
         given = f"here is only {ways[0].name}" if ways else "here is none"
         raise InputError(f"nothing to compare: {given}; name the folders of runs, trained in at least two ways")
-    first, images = ways[0].first, _images(ways[0].first)
+    expected: dict[str, object] = {}
     for run in (run for way in ways for run in way.runs.values()):
-        for what, value in _images(run).items():
-            if value != images[what]:
+        images = {
+            "data.dataset": run.config.data.dataset,
+            "data.eval_split": run.config.data.eval_split,
+            "the number of held-out images": int(run.value("images")),
+        }
+        for what, value in images.items():
+            if value != expected.setdefault(what, value):
                 raise InputError(
-                    f"{run.path}: {what} is {value}, {images[what]} in {first.path}: accuracies on different images "
-                    "cannot be compared"
+                    f"{run.path}: {what} is {value}, {expected[what]} in {ways[0].first.path}: accuracies on different "
+                    "images cannot be compared"
                 )
-
-
-def _images(run: Run) -> dict[str, object]:
-    """What tells whether two runs were measured on the same images."""
-    return {
-        "data.dataset": run.config.data.dataset,
-        "data.eval_split": run.config.data.eval_split,
-        "the number of held-out images": int(run.value("images")),
-    }

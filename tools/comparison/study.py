@@ -7,10 +7,10 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Dict, List, Optional  # noqa: UP035  (OmegaConf reads these at run time)
 
@@ -50,12 +50,14 @@ class PlannedRun:
         base: the configuration's file.
         overrides: all that the run changes in it.
         config: what the two make.
+        flops: multiply-adds of all forwards of a step, per image.
     """
 
     base: Path
     way: str
     overrides: list[str]
     config: Config
+    flops: int
 
     @property
     def folder(self) -> RunFolder:
@@ -67,7 +69,7 @@ def load_study(path: Path) -> Study:
     """The study in a YAML file.
 
     Raises:
-        InputError: missing or malformed file, unknown or missing key, wrong type, nothing to try, or something twice.
+        InputError: missing or malformed file, unknown or missing key, wrong type, or nothing to try.
     """
     content = read_over(Study, path)
     with reported(str(path)):
@@ -75,60 +77,46 @@ def load_study(path: Path) -> Study:
     study.output_dir = expanded(study.output_dir or f"runs/{path.stem}")
     study.report, study.configs = expanded(study.report), [expanded(config) for config in study.configs]
     for key in ("configs", "seeds"):
-        values = getattr(study, key)
-        if not values:
+        if not getattr(study, key):
             raise InputError(f"{path}: {key} = []: at least one is needed")
-        _refuse_twice(f"{path}: {key}", values)
     if len(study.ways) < 2:
         raise InputError(f"{path}: ways = {list(study.ways)}: at least two are needed, the baseline first")
     return study
 
 
 def plan(study: Study, path: Path) -> list[PlannedRun]:
-    """All runs of the study in a file, checked against the schema; the first seed of everything comes first.
+    """All runs of the study in a file, the first seed of everything before the second one of anything.
 
     Raises:
-        InputError: a configuration is missing or refuses a seed or what a way overrides, or two ways are the same.
+        InputError: a configuration is missing, it or its model refuses a seed or what a way overrides, or two ways
+            are the same.
     """
-    bases = [path.parent / config for config in study.configs]
-    with errors_at(str(path)):
-        for base in bases:
-            for seed in study.seeds:
-                load_config(base, [f"seed={seed}"])
-    runs = [_plan_run(study, path, base, way, seed) for seed in study.seeds for base in bases for way in study.ways]
-    _refuse_twice(f"{path}: folders of the runs", [run.config.output_dir for run in runs])
-    found: dict[tuple[Path, str], str] = {}
-    for run in runs:
-        other = found.setdefault((run.base, recipe(run.config)), run.way)
-        if other != run.way:
-            raise InputError(f"{path}: ways: {run.way}: is the same configuration as {other}")
-    return runs
+    from tools.analysis import analyze_configured  # here: who only compares does not wait for torch
 
-
-def _plan_run(study: Study, path: Path, base: Path, way: str, seed: int) -> PlannedRun:
-    with errors_at(f"{path}: ways: {way}"):
-        for override in study.ways[way]:
-            if override.partition("=")[0] in OWN_KEYS:
-                raise InputError(f"override {override!r}: {' and '.join(OWN_KEYS)} are the study's own")
+    runs: list[PlannedRun] = []
+    known: dict[tuple[Path, str], str] = {}
+    for base, way in product([path.parent / config for config in study.configs], study.ways):
         name = re.sub(r"[^\w.]+", "_", way).strip("_").lower()
-        folder = Path(study.output_dir, f"{base.stem}_{name}_seed{seed}")
-        overrides = [*study.ways[way], f"seed={seed}", f"output_dir={folder}"]
-        return PlannedRun(base, way, overrides, load_config(base, overrides))
-
-
-@contextmanager
-def errors_at(place: str) -> Iterator[None]:
-    """Say in an InputError which part of a study it is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
-
-
-def _refuse_twice(place: str, values: Sequence[object]) -> None:
-    value, count = Counter(values).most_common(1)[0]
+        try:
+            for override in study.ways[way]:
+                if override.partition("=")[0] in OWN_KEYS:
+                    raise InputError(f"override {override!r}: {' and '.join(OWN_KEYS)} are the study's own")
+            config = load_config(base, study.ways[way])
+            other = known.setdefault((base, recipe(config)), way)
+            if other != way:
+                raise InputError(f"is the same configuration as {other}")
+            cost = analyze_configured(config)
+            for seed in study.seeds:
+                folder = Path(study.output_dir, f"{base.stem}_{name}_seed{seed}")
+                overrides = [*study.ways[way], f"seed={seed}", f"output_dir={folder}"]
+                config = load_config(base, overrides)
+                runs.append(PlannedRun(base, way, overrides, config, cost.main.flops + cost.sub_flops))
+        except InputError as error:
+            raise InputError(f"{path}: ways: {way}: {error}") from error
+    folder, count = Counter(run.config.output_dir for run in runs).most_common(1)[0]
     if count > 1:
-        raise InputError(f"{place}: {value} comes {count} times")
+        raise InputError(f"{path}: configs, seeds, ways: {folder} would be the folder of {count} runs")
+    return sorted(runs, key=lambda run: study.seeds.index(run.config.seed))
 
 
 def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
