@@ -219,7 +219,7 @@ def override_text(key: str, value: object) -> str:
 def recipe(config: Config) -> str:
     """A configuration but for what the runs of one way may differ in, as text."""
     content = {key: value for key, value in leaves(config).items() if key not in OWN_KEYS}
-    return json.dumps(content, sort_keys=True)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=True)
 
 
 def differing_keys(configs: Sequence[Config]) -> dict[str, list[object]]:
