@@ -99,7 +99,8 @@ def test_the_time_left_is_that_of_the_average_step(monkeypatch, caplog):
 def test_tensorboard_has_curves_and_the_configuration(tmp_path):
     config = Config(model=ModelConfig(name="vit"))
     write_all([TensorBoardWriter(config, tmp_path, 0)], record(10, loss=3.0), record(20, loss=2.0))
-    # what a run that was killed after 20 had written is hidden by the one that goes on from 10
+    # what a run that was killed after 20 had written is hidden by the one that goes on from 10, in a later second
+    time.sleep(1.1)
     write_all([TensorBoardWriter(config, tmp_path, 10)], record(20, loss=1.5))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 3.0), (20, 1.5)]
