@@ -133,10 +133,11 @@ def resolve(
     Raises:
         InputError: something cannot be found out, or would make another run of the one that goes on.
     """
-    resolved = complete(config, saved_config(newest) if newest is not None else None)
+    saved = load_metadata(newest) if newest is not None else None
+    resolved = complete(config, saved_content(saved.get("config")) if saved is not None else None)
     source = open_data(resolved)
-    if newest is not None:
-        check_resumed(resolved, source, load_metadata(newest), newest)
+    if saved is not None:
+        check_resumed(resolved, source, saved, newest)
     if resolved.train.global_batch is None and source.train is not None:
         resolved.train.global_batch = batch_for(len(source.train), process.world_size)
     if resolved.model.pretrained == IF_AVAILABLE:
