@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
-from engine.errors import InputError, Preempted, RunError
+from engine.errors import Preempted, RunError
 from engine.text import expanded
 
 FAILED = 2
@@ -33,17 +33,9 @@ def tool_parser(description: str, epilog: str | None = None) -> argparse.Argumen
     )
 
 
-def located(text: str) -> str:
-    """The type of an argument that names a model or where it lies: `~` is a home folder."""
-    try:
-        return expanded(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def as_path(text: str) -> Path:
     """The type of an argument that names a file or a folder: `~` is a home folder."""
-    return Path(located(text))
+    return Path(expanded(text))
 
 
 def exit_code(run: Callable[[], int | None], traceback: bool = False, after_interrupt: str = "") -> int:

@@ -80,8 +80,6 @@ def three(low: float, meaning: str) -> Rule:
     return Rule(lambda value: len(value) == 3 and all(low < number < math.inf for number in value), f"three {meaning}")
 
 
-LARGEST = 1e38  # what fits into float32
-LARGEST_OF = {float: LARGEST, int: 2**63, bool: 1}
 T = TypeVar("T")
 Tunable = Annotated[T, MAY_CHANGE]
 File = Annotated[str, FILE]
@@ -92,7 +90,7 @@ Positive = Annotated[float, above(0)]
 Share = Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
 Part = Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
 Probability = Annotated[float, Rule(lambda value: 0 <= value <= 1, "in [0, 1]")]
-Interval = Annotated[List[float], increasing(0, LARGEST, "above 0")]
+Interval = Annotated[List[float], increasing(0, math.inf, "above 0")]
 SEED = Rule(lambda value: 0 <= value < 2**32, "in [0, 2**32)")
 BETAS = Rule(lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
 MINMAX = Rule(
@@ -410,37 +408,20 @@ def _out_of_range(section: Section, prefix: str = "") -> Iterator[str]:
         if isinstance(value, Section):
             yield from _out_of_range(value, f"{prefix}{key}.")
             continue
-        yield from _unusable(value, prefix + key)
+        yield from _without_space(value, prefix + key)
         for rule in rules if value is not None else ():
-            if isinstance(rule, Rule) and not _holds(rule, value):
-                yield f"{prefix}{key} = {shortened(value)}: allowed is {rule.meaning}"
+            if isinstance(rule, Rule) and not rule.allows(value):
+                yield f"{prefix}{key} = {value}: allowed is {rule.meaning}"
 
 
-def _holds(rule: Rule, value: Any) -> bool:
-    """Whether a value is allowed; one that cannot even be compared is not."""
-    try:
-        return rule.allows(value)
-    except TypeError:
-        return False
-
-
-def shortened(value: Any, longest: int = 200) -> str:
-    """A value in a message."""
-    text = str(value)
-    return text if len(text) <= longest else f"{text[:longest]}…"
-
-
-def _unusable(content: Any, key: str) -> Iterator[str]:
-    """What no key can have: too large a number, or no value for `depth:4`, which YAML takes for a key of its own."""
-    if isinstance(content, Section):
-        content = vars(content)
+def _without_space(content: Any, key: str) -> Iterator[str]:
+    """`depth:4`, which YAML takes for a key of that name without a value."""
+    content = vars(content) if isinstance(content, Section) else content
     if isinstance(content, dict | list):
         for name, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from _unusable(value, f"{key}.{name}")
+            yield from _without_space(value, f"{key}.{name}")
     elif content is None and ":" in key:
         yield f"{key} = null: a space is missing after the colon, {key.replace(':', ': ')}"
-    elif isinstance(content, int | float) and LARGEST_OF[type(content)] < abs(content) < math.inf:
-        yield f"{key} = {shortened(content, 20)}: too large, allowed is 2**63, of fractions {LARGEST:g}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:

@@ -166,7 +166,7 @@ def _complete(content: DictConfig, place: str, overrides: Sequence[str]) -> Conf
     with reported(place):
         for key in marked(FILE):
             if path := OmegaConf.select(merged, key):
-                OmegaConf.update(merged, key, expanded(path, f"{key} = "))
+                OmegaConf.update(merged, key, expanded(path))
         config: Config = OmegaConf.to_object(merged)
     check(config)
     return config

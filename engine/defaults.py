@@ -79,7 +79,7 @@ def train(config: Config, process: Process, resume: bool) -> None:
     with LogFile() as log, ExitStack() as until_the_end:
         store = open_store(config, process, resume)
         newest = store.newest() if resume else None
-        resolved, source = resolve(config, process, newest)
+        resolved, source, changes = resolve(config, process, newest)
         trainer = build_trainer(resolved, source, process, store, is_resumed=newest is not None)
         if process.is_main:
             until_the_end.enter_context(folder.opened(to_yaml(resolved), is_resumed=resume))
@@ -89,7 +89,7 @@ def train(config: Config, process: Process, resume: bool) -> None:
         if newest is not None:
             trainer.load_state_dict(load(newest, shardings_of(trainer.state_dict(), trainer.optimizer)), newest)
             LOGGER.info("resumed %s after %d of %d iterations", newest, trainer.iteration, trainer.max_iterations)
-            for change in changes_on_resume(resolved, saved_config(newest)):
+            for change in changes:
                 LOGGER.info("changed: %s", change)
         elif resume:
             LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
@@ -122,10 +122,11 @@ def resolve(
     process: Process,
     newest: Path | None = None,
     open_data: Callable[[Config], DataSource] = open_source,
-) -> tuple[Config, DataSource]:
-    """The complete configuration, read-only from here on, and the data it is for; the user's plugins are imported.
+) -> tuple[Config, DataSource, list[str]]:
+    """The complete configuration, read-only from here on, the data it is for, and what it changes in a run.
 
     What `config` leaves open comes from the checkpoint where the run goes on, else from the model and the data.
+    The user's plugins are imported.
 
     Args:
         newest: that checkpoint; None at the beginning.
@@ -133,43 +134,39 @@ def resolve(
     Raises:
         InputError: something cannot be found out, or would make another run of the one that goes on.
     """
-    saved = load_metadata(newest) if newest is not None else None
-    resolved = complete(config, saved_content(saved.get("config")) if saved is not None else None)
+    saved = load_metadata(newest) if newest is not None else {}
+    before = saved_content(saved.get("config")) if newest is not None else {}
+    resolved = complete(config, before)
+    changes = changes_on_resume(resolved, before)
     source = open_data(resolved)
-    if saved is not None:
+    if newest is not None:
         check_resumed(resolved, source, saved, newest)
     if resolved.train.global_batch is None and source.train is not None:
         resolved.train.global_batch = batch_for(len(source.train), process.world_size)
     if resolved.model.pretrained == IF_AVAILABLE:
         resolved.model.pretrained = newest is None and has_pretrained_weights(resolved)
     resolved.freeze()
-    return resolved, source
+    return resolved, source, changes
 
 
 def complete(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
-    """A copy in which nothing is left to the model any more; the user's plugins are imported.
+    """A copy in which nothing is left to the model any more: image size, normalisation, evaluation crop.
+
+    The user's plugins are imported.
 
     Args:
         saved: the configuration of the run that goes on, which comes before what the model says.
 
     Raises:
-        InputError: something cannot be found out, or would make another run of the one that goes on.
+        InputError: timm does not know it.
     """
     import_plugins(config.plugins)
-    completed = deepcopy(config)
-    if saved is not None:
-        fill_in_from(completed, saved)
-        changes_on_resume(completed, saved)
-    fill_in_from_model(completed)
-    return completed
-
-
-def fill_in_from_model(config: Config) -> None:
-    """What the configuration leaves to the model: image size, normalisation, evaluation crop."""
+    config = deepcopy(config)
+    fill_in_from(config, saved or {})
     transform = config.transform
     left_open = [key for key in MODELS_TRANSFORM if getattr(transform, key) is None]
     if config.data.image_size is not None and not left_open:
-        return
+        return config
     with input_errors("model.name"):
         image_size, listed = image_settings(config.model.name)
     config.data.image_size = config.data.image_size or image_size
@@ -180,6 +177,7 @@ def fill_in_from_model(config: Config) -> None:
         raise InputError(f"model.name = {config.model.name}: timm lists no {', '.join(missing)} for it, set them")
     for key in left_open:
         setattr(transform, key, listed[key])
+    return config
 
 
 def has_pretrained_weights(config: Config) -> bool:
@@ -210,11 +208,6 @@ def import_plugins(modules: Sequence[str]) -> None:
         raise InputError(f"plugins: {module} cannot be imported: {error or type(error).__name__}") from error
     finally:
         sys.path.remove("")
-
-
-def saved_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint belongs to."""
-    return saved_content(load_metadata(checkpoint).get("config"))
 
 
 def build_run_model(config: Config, source: DataSource, process: Process, is_resumed: bool = False) -> nn.Module:

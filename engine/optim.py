@@ -10,18 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch import Tensor
 from torch.optim import Optimizer
 
 from augsub.registry import did_you_mean
-from engine.checkpoint import check_structure
 from engine.config import OptimizerConfig, ScheduleConfig
 from engine.errors import InputError, input_errors
 
 FUSED = ("adam", "adamw", "sgd")  # of torch's own optimisers; timm's LAMB and others work on many tensors at once
-
-# These have the shape of their parameter, or are one number for it (NovoGrad)
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
@@ -54,26 +49,6 @@ def _needs_of_a_step(optimizer: Optimizer) -> Iterator[str]:
             yield f"its step needs a {name}"
 
 
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take up a saved state.
-
-    Raises:
-        ValueError: it is not built like this optimiser's.
-    """
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(state)
-    check_structure(groups, optimizer.state_dict()["param_groups"], "optimizer.param_groups")
-    types: dict[str, type] = {}
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if not isinstance(value, types.setdefault(name, type(value))):
-                raise ValueError(
-                    f"optimizer.state: {name} is a {type(value).__name__} here and a {types[name].__name__} there"
-                )
-            if name in MOMENTS and value is not None and not _has_shape_of(parameter, value):
-                raise ValueError(f"optimizer.state: {name} does not have the shape of its parameter")
-
-
 @contextmanager
 def optimizer_errors() -> Iterator[None]:
     """Report what an optimiser raises at a step: it does not look at its arguments or its state before."""
@@ -83,10 +58,6 @@ def optimizer_errors() -> Iterator[None]:
         raise InputError(
             f"optimizer: its arguments, or its state in the checkpoint, do not fit: {type(error).__name__}: {error}"
         ) from error
-
-
-def _has_shape_of(parameter: Tensor, value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.ndim == 0 or value.shape == parameter.shape)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from engine.errors import InputError
-
 LOCAL_MODEL = "local-dir:"  # timm's prefix for a folder in place of a model's name
 
 
@@ -20,22 +18,10 @@ def readable_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def expanded(path: str, place: str = "") -> str:
-    """A path, or a model's name that holds one, with the home folder that `~` or `~user` means.
-
-    Args:
-        place: what stands before the path in a message: "data.root = ".
-
-    Raises:
-        InputError: there is no such user.
-    """
+def expanded(path: str) -> str:
+    """A path, or a model's name that holds one, with the home folder that `~` or `~user` means."""
     prefix = LOCAL_MODEL if path.startswith(LOCAL_MODEL) else ""
-    found = os.path.expanduser(path.removeprefix(prefix))
-    if found.startswith("~"):
-        raise InputError(
-            f"{place}{path}: {found.partition('/')[0]} has no home folder; what is called so here is ./{found}"
-        )
-    return prefix + found
+    return prefix + os.path.expanduser(path.removeprefix(prefix))
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

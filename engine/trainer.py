@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from augsub.objective import ObjectiveOutput, SubModelObjective
-from engine.checkpoint import check_structure
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.metrics import RunningMeans
-from engine.optim import load_optimizer, optimizer_errors
+from engine.optim import optimizer_errors
 from engine.precision import Precision
 from engine.seeding import derive_seed, seed_all
 from engine.train_loop import TrainerBase
@@ -127,16 +126,13 @@ class Trainer(TrainerBase):
             InputError: the checkpoint `source` is of another model.
         """
         try:
-            check_structure(self.bare_model.state_dict(), state["model"], "model")
             self.bare_model.load_state_dict(state["model"])
             self.iteration = state["iteration"]
-            load_optimizer(self.optimizer, state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
             self.precision.load_state_dict(state["scaler"])
-            check_structure(self.means.state_dict(), state["means"], "means")
             self.means.load_state_dict(state["means"])
             for hook in self.hooks:
                 if hook.state_name in state["hooks"]:
-                    check_structure(hook.state_dict(), state["hooks"][hook.state_name], hook.state_name)
                     hook.load_state_dict(state["hooks"][hook.state_name])
                 else:
                     hook.start_late()

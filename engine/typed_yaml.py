@@ -16,8 +16,6 @@ import yaml
 
 # ruff: noqa: UP006, UP007
 
-MOST_NODES = 10_000  # keys and values of a file, aliases written out: nine short lines of aliases can make billions
-
 
 class Merge:
     """The key `<<`, whose value's keys belong to the mapping around it."""
@@ -41,7 +39,7 @@ def read(text: str | bytes, schema: Any) -> Any:
     """The content of a YAML document whose top level has the type `schema`; None if it is empty.
 
     Raises:
-        yaml.YAMLError: no YAML, a key that comes twice, a tag, or too many aliases.
+        yaml.YAMLError: no YAML, a key that comes twice, or a tag.
     """
     return yaml.load(text, partial(_Loader, schema=schema))
 
@@ -109,12 +107,6 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         is_text = kind is yaml.ScalarNode and value and str in allowed and looks_like not in allowed
         return f"{TAG}str" if is_text else tag
 
-    def construct_document(self, node: yaml.Node) -> Any:
-        """The content, unless aliases make too much of it."""
-        if _count(node, {}) > MOST_NODES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_NODES} values", problem_mark=node.start_mark)
-        return super().construct_document(node)
-
 
 class Dumper(yaml.SafeDumper):
     """Writes what `read` reads back: text that either version of YAML takes for something else is in quotes."""
@@ -124,13 +116,3 @@ for _name, (_, _pattern) in SCALARS.items():
     for _of in (_Loader, Dumper):
         _of.add_implicit_resolver(TAG + _name, re.compile(f"(?:{_pattern})$"), None)
 _Loader.add_constructor(f"{TAG}int", lambda _, node: int(node.value, 16 if node.value.startswith("0x") else 10))
-
-
-def _count(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
-    """Nodes in a node, itself among them, as if every alias were written out."""
-    if node not in known:
-        known[node] = 1  # for an alias of what it stands in
-        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        nodes = (part for pair in parts for part in pair) if isinstance(node, yaml.MappingNode) else parts
-        known[node] += sum(_count(part, known) for part in nodes)
-    return known[node]

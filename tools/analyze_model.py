@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from engine.command_line import exit_code, located, tool_parser
+from engine.command_line import exit_code, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
-from engine.text import markdown_table, to_json
+from engine.text import expanded, markdown_table, to_json
 
 AUGSUB, RATIO = "masking", 0.5  # of --model
 
@@ -28,7 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
-    what.add_argument("--model", type=located, metavar="NAME", help="any timm model, as timm builds it")
+    what.add_argument("--model", type=expanded, metavar="NAME", help="any timm model, as timm builds it")
     what.add_argument("--all-configs", action="store_true", help="every file in configs/, and the literature")
     what.add_argument("--list-support", metavar="WILDCARD", help="timm models by name, for example 'vit_*'")
     parser.add_argument("--augsub", metavar="NAME", help=f"sub-model of --model (default {AUGSUB})")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.checkpoint import load_metadata
 from engine.config import Config
-from engine.config_file import CONFIGS, changes_on_resume, load_config
+from engine.config_file import CONFIGS, load_config
 from engine.data.source import IMAGENET, DataSource
 from engine.defaults import (
     build_run_model,
@@ -21,7 +21,6 @@ from engine.defaults import (
     open_source,
     open_store,
     resolve,
-    saved_config,
 )
 from engine.distributed import Process, is_sharded
 from engine.errors import InputError
@@ -48,8 +47,7 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
     store = open_store(config, process, resume)
     newest = store.newest() if resume else None
     missing: list[InputError] = []
-    config, source = resolve(config, process, newest, partial(_data_or_imagenet, missing=missing))
-    changes = changes_on_resume(config, saved_config(newest)) if newest is not None else []
+    config, source, changes = resolve(config, process, newest, partial(_data_or_imagenet, missing=missing))
     trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
     if process.is_main:
         picture = RunFolder(config.output_dir).plan

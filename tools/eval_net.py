@@ -23,21 +23,21 @@ from engine.command_line import (
     launched_processes,
     launched_rank,
     leave,
-    located,
     log_to_terminal,
     tool_parser,
 )
 from engine.errors import InputError, memory_errors
+from engine.text import expanded
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; None: of this process."""
     parser = tool_parser(__doc__)
     parser.add_argument(
-        "what", type=located, metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model"
+        "what", type=expanded, metavar="WHAT", help="folder of a run, checkpoint, file of weights, or timm model"
     )
     parser.add_argument(
-        "--model", type=located, metavar="NAME", help="timm model of a file of weights that has no configuration"
+        "--model", type=expanded, metavar="NAME", help="timm model of a file of weights that has no configuration"
     )
     parser.add_argument("--variant", metavar="NAME", help="ImageNet's relatives: real, v2, a, r, sketch, c")
     parser.add_argument(

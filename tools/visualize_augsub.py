@@ -18,9 +18,10 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from engine.command_line import as_path, exit_code, located, tool_parser
+from engine.command_line import as_path, exit_code, tool_parser
 from engine.config_file import load_config
 from engine.errors import InputError, input_errors
+from engine.text import expanded
 
 FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")
 AUGMENTATIONS = ("masking", "random_crop", "random_crop+masking", "drop_path", "dropout")
@@ -33,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE", help="the model and the sub-models of a configuration")
     what.add_argument(
-        "--model", type=located, metavar="NAME", help="any timm model (default: one each of three families)"
+        "--model", type=expanded, metavar="NAME", help="any timm model (default: one each of three families)"
     )
     parser.add_argument("--augsub", nargs="+", metavar="NAME", help="sub-models; + composes several into one")
     parser.add_argument("--ratio", nargs="+", type=float, metavar="R", help="one or more for each (default 0.5)")

@@ -1,11 +1,15 @@
+"""Reading a configuration: inheritance, overrides, mistakes, files by name; what a resumed run may change."""
+
 from __future__ import annotations
 
 import dataclasses
+from functools import reduce
 
 import pytest
 
-from engine.config import Config
-from engine.config_file import CONFIGS, load_config, to_yaml
+from engine.config import FILE, Config, marked
+from engine.config_file import CONFIGS, changes_on_resume, load_config, parse_config, saved_content, to_yaml
+from engine.defaults import complete
 from engine.errors import InputError
 
 
@@ -36,21 +40,11 @@ def test_base_files_overrides_and_schema_are_merged_in_that_order(write):
     assert config.output_dir == "runs/run"
 
 
-def test_the_printed_configuration_reads_back_equal(write):
-    config = load_config(write("run.yaml", "train: {epochs: 9}\nmodel: {kwargs: {depths: [1, 2]}}\n"), ["seed=3"])
-    assert load_config(write("again.yaml", to_yaml(config))) == config
-
-
 def test_free_keys_are_set_one_by_one_or_replaced_as_a_whole(write):
     path = write("run.yaml", "model: {kwargs: {depth: 4, width: 3}}")
     assert load_config(path, ["model.kwargs.depth=5"]).model.kwargs == {"depth": 5, "width": 3}
     assert load_config(path, ["model.kwargs={depth: 5}"]).model.kwargs == {"depth": 5}
     assert load_config(path, ["model.kwargs={}"]).model.kwargs == {}
-
-
-def test_interpolation(write):
-    path = write("run.yaml", "seed: 5\noutput_dir: runs/seed${seed}\n")
-    assert load_config(path, ["seed=6"]).output_dir == "runs/seed6"
 
 
 @pytest.mark.parametrize(
@@ -103,12 +97,6 @@ def test_mistakes_are_one_clear_line(write, text, overrides, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_mistyped_file_name_is_met_with_the_nearest(write):
-    write("swin_b.yaml", "")
-    with pytest.raises(InputError, match=r"did you mean .*swin_b.yaml"):
-        load_config(write("other.yaml", "").with_name("swin_d.yaml"))
-
-
 def test_a_configuration_is_found_by_its_name(write, monkeypatch):
     folder = write("swin_x.yaml", "seed: 5\n").parent
     recipe = load_config("swin_b")
@@ -140,3 +128,39 @@ def test_a_complete_configuration_is_read_only(write):
         with pytest.raises(dataclasses.FrozenInstanceError, match=f"{key}: the configuration is complete"):
             setattr(section, key, 4)
     assert load_config(write("again.yaml", to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("key", marked(FILE))
+def test_a_tilde_is_the_home_folder_in_keys_that_name_files(monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/x")
+    prefix = "local-dir:" if key == "model.name" else ""
+    for given, meant in (("~/x", "/home/x/x"), ("a/~/x", "a/~/x"), ("./~x", "./~x")):
+        config = parse_config("", "here", [f"{key}={prefix}{given}", "data.train_split=~/x"])
+        assert reduce(getattr, key.split("."), config) == prefix + meant
+        assert config.data.train_split == "~/x"  # no file
+
+
+LEFT_TO_THE_MODEL = ("data.image_size=null", "transform.mean=null", "transform.eval_crop=null")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("transform.auto_augment=null", "--resume: transform.auto_augment = None, the run has 3a. Only "),
+        ("transform.color_jitter=null", "--resume: transform.color_jitter = None, the run has 0.3. Only "),
+        ("seed=5", "--resume: seed = 5, the run has 0. Only "),
+        ("data.workers=3", None),
+    ],
+)
+def test_a_resumed_run_keeps_what_it_found_and_changes_what_may_change(override, message):
+    """null means none for the transforms, and left to the model for others."""
+    saved = saved_content(to_yaml(complete(load_config("deit3_b_400e", LEFT_TO_THE_MODEL))))
+    current = complete(load_config("deit3_b_400e", [*LEFT_TO_THE_MODEL, override, "output_dir=elsewhere"]), saved)
+    assert (current.data.image_size, current.transform.mean) == (224, [0.485, 0.456, 0.406])
+    assert current.transform.eval_crop == 0.9  # timm's
+    if message is None:
+        assert changes_on_resume(current, saved) == ["data.workers: 10 -> 3"]
+    else:
+        with pytest.raises(InputError) as refused:
+            changes_on_resume(current, saved)
+        assert str(refused.value).startswith(message)

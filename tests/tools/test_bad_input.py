@@ -14,11 +14,6 @@ import pytest
 import timm
 import torch
 
-import tools.compare_runs
-import tools.eval_net
-import tools.export
-import tools.train_net
-import tools.visualize_augsub
 from engine.config import Config, EmaConfig
 from engine.defaults import log_warnings
 from engine.errors import InputError
@@ -28,7 +23,6 @@ ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
 RESNET = ("model.name=resnet18", "model.kwargs={}")
-NOBODY = "~no_such_user_of_ours"
 
 
 def augmented(augmentation: str) -> str:
@@ -117,30 +111,9 @@ def test_an_average_that_a_short_run_does_not_fill_is_told(steps, advice, caplog
     assert not caplog.messages and advice**steps < 1e-3
 
 
-def test_a_missing_config_is_one_clear_line(train_net):
-    code, _, error = train_net("--config", ROOT / "configs" / "digit_vit.yaml")
-    assert code == 2 and "did you mean" in error and "digits_vit.yaml" in error
-
-
 def test_the_traceback_can_be_asked_for(train_net):
     with pytest.raises(InputError):
         train_net("--config", DIGITS, "--traceback", "train.epohcs=3")
-
-
-@pytest.mark.parametrize(
-    ("tool", "arguments"),
-    [
-        (tools.export, ("last.pt", f"{NOBODY}/x.pt")),
-        (tools.eval_net, (f"{NOBODY}/run",)),
-        (tools.compare_runs, ("--study", f"{NOBODY}/study.yaml")),
-        (tools.visualize_augsub, ("--images", "a.png", f"{NOBODY}/b.png")),
-    ],
-)
-def test_an_argument_of_no_user(call, capsys, tool, arguments):
-    with pytest.raises(SystemExit) as ended:
-        call(tool, *arguments)
-    assert ended.value.code == 2
-    assert f": {NOBODY} has no home folder; " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_there_is_not_overwritten_and_not_mistaken(train_net, tmp_path):

@@ -1,10 +1,9 @@
-"""Terminals and file systems without UTF-8, and names that are none, or that a picture could take for a formula."""
+"""Terminals and file systems without UTF-8, names that are none, and `~` wherever a path enters."""
 
 from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import subprocess
 import sys
@@ -15,12 +14,14 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
+import tools.compare_runs
 import tools.eval_net
+import tools.export
 import tools.train_net
 import tools.visualize_augsub
 from engine.config_file import load_config
 from engine.figure import save
-from engine.writers import LogFile
+from tools.comparison.study import load_study
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -38,13 +39,12 @@ log: {csv: true, period: 1}
 def folder(tmp_path, monkeypatch) -> Path:
     """The working folder: a configuration and images whose names are no ASCII, or no UTF-8."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2)):
-        for name in ("Bäume", LATIN_1):
+    for name in ("Bäume", LATIN_1):
+        for split, count in (("train", 4), ("val", 2)):
             classes = tmp_path / "bäume" / split / name
             classes.mkdir(parents=True)
             for number in range(count):
-                Image.fromarray(rng.integers(255, size=(16, 16, 3), dtype=np.uint8)).save(classes / f"é{number}.png")
+                Image.fromarray(np.full((16, 16, 3), 9 * number, np.uint8)).save(classes / f"é{number}.png")
     (tmp_path / "ünï.yaml").write_text(f"_base_: {ROOT}/configs/digits_vit.yaml{SETTINGS}", encoding="utf-8")
     return tmp_path
 
@@ -59,6 +59,8 @@ def test_a_run_where_nothing_is_utf_8_and_its_evaluation(call, folder):
     assert call(tools.eval_net, "läufe/ä", "--output", "ß")[0] == 0
     table = Path("ß/classes.csv").read_text(encoding="utf-8")
     assert "trained,Bäume,2," in table and "trained,caf\\xe9 $^_{,2," in table
+    code, _, error = call(tools.train_net, "--config", "ünï.yaml", f"output_dir={LATIN_1}")
+    assert code == 2 and error.startswith("error: override 'output_dir=caf\\udce9 $^_{': must be UTF-8")
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -76,19 +78,6 @@ def test_the_help_of_every_tool_can_be_printed(monkeypatch, name):
     assert "usage: " in printed and printed.endswith("\\u2026 \\xb1 \\udce9\n")
 
 
-def test_what_cannot_be_saved_is_refused(call, folder):
-    code, _, error = call(tools.train_net, "--config", "ünï.yaml", f"output_dir={LATIN_1}")
-    assert code == 2 and error.startswith("error: override 'output_dir=caf\\udce9 $^_{': must be UTF-8")
-    assert not Path(LATIN_1).exists()
-
-
-def test_the_log_keeps_names_that_are_no_utf_8(tmp_path):
-    with LogFile() as log:
-        log.open(tmp_path / "log.txt")
-        logging.getLogger("engine").warning("%s cannot be read ✓", LATIN_1)
-    assert "caf\\udce9 $^_{ cannot be read ✓" in (tmp_path / "log.txt").read_text(encoding="utf-8")
-
-
 def test_pictures_take_any_name(call, folder):
     figure, axes = plt.subplots()
     axes.set_title("a $x$ $_{ \\frac")
@@ -98,3 +87,32 @@ def test_pictures_take_any_name(call, folder):
     named = ("--model", "vit_tiny_patch16_224", "--augsub", "masking", "--images", str(image), "--output", "ä.png")
     code, output, _ = call(tools.visualize_augsub, *named)
     assert (code, output) == (0, "ä.png\n") and Path("ä.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_in_the_home_folder_is_found_by_every_tool(tmp_path, monkeypatch, call):
+    """Trained, compared, evaluated and exported with `~` throughout; nothing appears where the commands were given."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for path in (home, here):
+        path.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "base.yaml").write_text(f"_base_: {ROOT}/configs/digits_vit.yaml\n")
+    (home / "plain.yaml").write_text("_base_: [~/base.yaml]\n")
+    text = "title: a\nconfigs: [~/base.yaml]\nseeds: [1]\nways: {a: [], b: []}\nreport: ~/r.md\noutput_dir: ~/x\n"
+    (home / "study.yaml").write_text(text)
+    study = load_study(home / "study.yaml")
+    assert (study.configs, study.report, study.output_dir) == ([f"{home}/base.yaml"], f"{home}/r.md", f"{home}/x")
+    for seed in (0, 1):
+        run = ("--config", "~/plain", f"output_dir=~/runs/r{seed}", f"seed={seed}", "train.max_iters=2")
+        assert call(tools.train_net, *run)[0] == 0
+    assert load_config(home / "runs" / "r0" / "config.yaml").output_dir == f"{home}/runs/r0"
+    assert call(tools.train_net, *run, "--eval-only", "evaluation.checkpoint=~/runs/r0/checkpoints/last.pt")[0] == 0
+    assert call(tools.compare_runs, "a=~/runs/r0", "b=~/runs/r*1", "--picture", "~/c.png")[0] == 0
+    assert call(tools.eval_net, "~/runs/r0", "--output", "~/evaluated")[0] == 0
+    code, output, _ = call(tools.export, "~/runs/r0/checkpoints/last.pt", "~/model")
+    assert code == 0 and f"local-dir:{home}/model" in output
+    own = ("data.dataset=digits", "data.image_size=8")
+    assert call(tools.eval_net, "local-dir:~/model", "--output", "~/e", *own)[0] == 0
+    assert call(tools.visualize_augsub, "--config", "~/plain.yaml", "--output", "~/seen.png")[0] == 0
+    assert all((home / name).is_file() for name in ("c.png", "evaluated/results.json", "seen.png"))
+    assert not list(here.iterdir())
