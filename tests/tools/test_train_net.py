@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,14 +72,10 @@ def test_a_run_ends_with_a_table_and_everything_in_its_folder(command, tmp_path)
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_iters"] == 40
     state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
     assert "cls_token" in state["model"] and state["iteration"] == 40
+    first, *_, last = records(folder)
+    assert last["main_loss"] < first["main_loss"] and last["sub_loss"] < first["sub_loss"]
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {"last.pt", "previous.pt", "best.pt", "iter_40.pt"}
-
-
-def test_training_learns(train_net, tmp_path):
-    assert train_net("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=200")[0] == 0
-    first, *_, last = records(tmp_path / "run")
-    assert last["main_loss"] < 0.7 * first["main_loss"] and last["sub_loss"] < first["sub_loss"] and last["top1"] > 50
 
 
 def test_the_baseline_has_no_sub_model(train_net, tmp_path):
@@ -109,44 +106,26 @@ def test_tensorboard_shows_once_what_the_sub_models_see(train_net, tmp_path):
     assert (sub[~is_kept] == (0.15 * main[~is_kept] + 0.85 * 255).round()).all()
 
 
-# The real package wants an account, or writes a database of its own; this one writes down what it is asked
-FAKE_WANDB = """
-import json, os
-
-class Error(Exception):
-    pass
-
-def note(call, **arguments):
-    with open(os.environ["WANDB_CALLS"], "a") as file:
-        file.write(json.dumps([call, arguments]) + "\\n")
-
-class Run:
-    def log(self, values, step):
-        note("log", values=values, step=step)
-
-    def finish(self, exit_code):
-        note("finish", exit_code=exit_code)
-
-def init(**arguments):
-    if "WANDB_REFUSES" in os.environ:
-        raise Error("No API key configured.\\nUse `wandb login` to log in.")
-    note("init", **arguments)
-    return Run()
-"""
-
-
 @pytest.fixture
-def wandb_calls(tmp_path, monkeypatch):
-    """A package of that name on the path; gives what it was called with so far."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "wandb.py").write_text(FAKE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    monkeypatch.setenv("WANDB_CALLS", str(tmp_path / "calls"))
-    yield lambda name: [arguments for call, arguments in records(tmp_path, "calls") if call == name]
-    sys.modules.pop("wandb", None)
+def wandb(monkeypatch):
+    """In place of the package, which wants an account or writes a database: notes what it is asked; may refuse."""
+    calls, run = [], SimpleNamespace()
+    run.log = lambda values, step: calls.append(("log", {"iteration": step, **values}))
+    run.finish = lambda exit_code: calls.append(("finish", exit_code))
+
+    def init(**arguments):
+        if package.refusal:
+            raise package.Error(package.refusal)
+        calls.append(("init", arguments))
+        return run
+
+    package = SimpleNamespace(init=init, Error=type("Error", (Exception,), {}), refusal=None)
+    package.calls = lambda name: [value for call, value in calls if call == name]
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return package
 
 
-def test_reports_and_a_stop_change_no_bit_of_the_training(train_net, tmp_path, wandb_calls):
+def test_reports_and_a_stop_change_no_bit_of_the_training(train_net, tmp_path, wandb):
     """A run with every kind of state: in one go, and stopped and resumed with everything on that is written."""
     run = (*SHORT, *EVERY_STATE)
     assert train_net(*run, f"output_dir={tmp_path}/plain", "train.max_iters=30")[0] == 0
@@ -169,30 +148,28 @@ def test_reports_and_a_stop_change_no_bit_of_the_training(train_net, tmp_path, w
         table = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     assert table == written
 
-    first, second = wandb_calls("init")
+    first, second = wandb.calls("init")
     assert (first["project"], first["name"], first["config"]["train.max_iters"]) == ("digits", "all", 18)
     assert second["id"] == first["id"] and second["resume"] == "allow"
-    assert [{"iteration": call["step"], **call["values"]} for call in wandb_calls("log")] == written
-    assert wandb_calls("finish") == 2 * [{"exit_code": 0}]
+    assert wandb.calls("log") == written and wandb.calls("finish") == [0, 0]
 
 
-def test_wandb_that_is_missing_or_refuses_is_one_line(train_net, tmp_path, monkeypatch, request):
+def test_wandb_that_is_missing_or_refuses_is_one_line(train_net, tmp_path, monkeypatch, wandb):
     """The same command goes later; a run that fails is marked so."""
     run = (*SHORT, f"output_dir={tmp_path}/run", "train.max_iters=2", "log.wandb=digits")
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed, where it is
-    code, _, error = train_net(*run)
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "wandb", None)
+        code, _, error = train_net(*run)
     assert code == 2 and "log.wandb = digits: the package cannot be imported" in error and "pip install wandb" in error
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
-    monkeypatch.delitem(sys.modules, "wandb")
-    calls = request.getfixturevalue("wandb_calls")
-    monkeypatch.setenv("WANDB_REFUSES", "1")
+    wandb.refusal = "No API key configured.\nUse `wandb login` to log in."
     code, _, error = train_net(*run)
     assert code == 2 and error.count("\n") == 1
     assert "W&B does not begin: No API key configured. Use `wandb login`" in error
-    monkeypatch.delenv("WANDB_REFUSES")
-    assert train_net(*run)[0] == 0 and len(calls("init")) == len(calls("log")) == 1
+    wandb.refusal = None
+    assert train_net(*run)[0] == 0 and len(wandb.calls("init")) == len(wandb.calls("log")) == 1
     assert train_net(*run[:-3], f"output_dir={tmp_path}/ruined", "log.wandb=digits", "optimizer.lr=1e30")[0] == 2
-    assert calls("finish") == [{"exit_code": 0}, {"exit_code": 1}]
+    assert wandb.calls("finish") == [0, 1]
 
 
 def test_a_run_of_the_version_before_goes_on_to_the_same_end(train_net, tmp_path):
@@ -201,11 +178,9 @@ def test_a_run_of_the_version_before_goes_on_to_the_same_end(train_net, tmp_path
     run = ("--config", BEFORE / "run.yaml", f"output_dir={tmp_path}/run", "train.max_iters=40", "--resume")
     code, _, error = train_net(*run)
     assert code == 0, error
-    state, expected = (
-        load(tmp_path / "run" / "checkpoints" / "last.pt"),
-        load_file(BEFORE / "expected_weights.safetensors"),
-    )
+    state = load(tmp_path / "run" / "checkpoints" / "last.pt")
     averages = {f"ema.{name}": tensor for name, tensor in state["hooks"]["ema"]["model"].items()}
+    expected = load_file(BEFORE / "expected_weights.safetensors")
     torch.testing.assert_close({**state["model"], **averages}, expected, rtol=1e-4, atol=1e-6)  # another machine's sums
     lines, before = records(tmp_path / "run"), records(BEFORE, "expected_metrics.jsonl")
     assert [line["iteration"] for line in lines] == [line["iteration"] for line in before]
@@ -244,12 +219,18 @@ def test_two_processes_train_and_count_every_image_once(command, torchrun, train
     assert alone["top1"] == pytest.approx(end["top1"], abs=0.13)  # one image of 797 on the edge
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision(train_net, tmp_path, amp):
-    run = ("--config", DIGITS, f"output_dir={tmp_path}/run", "train.max_iters=3", "log.period=1", f"train.amp={amp}")
-    assert train_net(*run)[0] == 0 and records(tmp_path / "run")[-1]["main_loss"] < 2.6
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert ("on this CPU the run uses float32" in log) == (amp == "fp16" and not torch.cuda.is_available())
+def test_precisions_and_layouts_change_rounding_alone(train_net, tmp_path):
+    losses = {}
+    for setting in ("amp=off", "amp=bf16", "amp=fp16", "channels_last=true"):
+        run = (f"output_dir={tmp_path}/{setting}", "train.max_iters=5", f"train.{setting}", "log.period=5")
+        assert train_net("--config", "digits_resnet", *run)[0] == 0
+        losses[setting] = records(tmp_path / setting)[-1]["main_loss"]
+    usual = losses.pop("amp=off")
+    if not torch.cuda.is_available():
+        assert losses.pop("amp=fp16") == usual
+        assert "on this CPU the run uses float32" in (tmp_path / "amp=fp16" / "log.txt").read_text()
+    for loss in losses.values():
+        assert loss == pytest.approx(usual, rel=0.02) and loss != usual  # or the setting would not be in use
 
 
 @pytest.mark.parametrize(
@@ -293,20 +274,10 @@ def test_compiled_training_is_the_same_training(command, torchrun, tmp_path, str
     assert compiled["ema_top1"] == pytest.approx(eager["ema_top1"], abs=5)
 
 
-def test_channels_last_changes_rounding_alone(train_net, tmp_path):
-    for layout in ("false", "true"):
-        run = (f"output_dir={tmp_path}/{layout}", "train.max_iters=5", f"train.channels_last={layout}", "log.period=5")
-        assert train_net("--config", "digits_resnet", *run)[0] == 0
-    usual, channels_last = (records(tmp_path / layout)[-1]["main_loss"] for layout in ("false", "true"))
-    assert channels_last == pytest.approx(usual, rel=1e-3)
-    assert channels_last != usual  # or the layout would not be in use
-
-
-@pytest.mark.parametrize("augmentation", ["masking", "random_crop"])
-def test_statistics_of_frozen_layers_stay(train_net, tmp_path, augmentation):
+def test_statistics_of_frozen_layers_stay(train_net, tmp_path):
     """Over steps, sub-models and an evaluation, which puts the whole model back into training mode."""
-    sub_model = f"augsub.sub_models=[{{augmentations: [{{name: {augmentation}, ratio: 0.5}}]}}]"
-    run = (sub_model, "data.image_size=64", "train.global_batch=300", "train.max_iters=4")  # an epoch has three steps
+    both = ", ".join(f"{{augmentations: [{{name: {name}, ratio: 0.5}}]}}" for name in ("masking", "random_crop"))
+    run = (f"augsub.sub_models=[{both}]", "data.image_size=64", "train.global_batch=300", "train.max_iters=4")
     frozen = "model.frozen=[layer1,bn1]"
     assert train_net("--config", "digits_resnet", f"output_dir={tmp_path}/run", *run, frozen)[0] == 0
     for name, value in load(tmp_path / "run" / "checkpoints" / "last.pt")["model"].items():
@@ -362,16 +333,12 @@ def test_the_bar_says_how_far_how_long_how_fast_and_how_good(tmp_path):
 def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
     code, output, _ = train_net("--config", DIGITS, "--print-config", "seed=4")
     assert code == 0 and yaml.safe_load(output)["seed"] == 4
-    (tmp_path / "printed.yaml").write_text(output)
-    assert train_net("--config", tmp_path / "printed.yaml", "--print-config")[1] == output
-
-
-def test_an_override_may_follow_resume_with_or_without_auto(train_net, tmp_path):
     for resume in (["--resume"], ["--resume", "auto"], ["--resume=auto"]):
-        output = train_net("--config", DIGITS, *resume, "train.max_iters=7", "--print-config")[1]
-        assert yaml.safe_load(output)["train"]["max_iters"] == 7
+        assert train_net("--config", DIGITS, *resume, "seed=4", "--print-config")[1] == output
     with pytest.raises(SystemExit):
         train_net("--config", DIGITS, "--resume", "never", "--print-config")
+    (tmp_path / "printed.yaml").write_text(output)
+    assert train_net("--config", tmp_path / "printed.yaml", "--print-config")[1] == output
 
 
 def test_help_fits_into_a_terminal(train_net, monkeypatch, capsys):
