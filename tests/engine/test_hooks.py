@@ -234,28 +234,20 @@ def test_a_signal_ends_the_run_after_a_save(tmp_path, number, steps):
     assert load(folder.last)["iteration"] == 2 and signal.getsignal(number) == before
 
 
-def test_own_hooks_are_made_by_name():
+def test_own_hooks_are_made_by_name(monkeypatch):
     class Own(HookBase):
         def __init__(self, period: int = 1) -> None:
             self.period = period
 
-    for cls in (Own, dict):
-        HOOK_REGISTRY._do_register(f"Test{cls.__name__}", cls)
-    try:
-        (hook,) = build_own_hooks([{"name": "TestOwn", "period": 3}])
-        assert isinstance(hook, Own) and hook.period == 3
-        refused = {
-            "x": "allowed is a mapping",
-            "{}": "allowed is a mapping",
-            "TestOwm": "unknown hook 'TestOwm'; known: ",
-        }
-        for name, message in refused.items():
-            with pytest.raises(ValueError, match=message):
-                build_own_hooks([{"name": name} if name.startswith("T") else name])
-        with pytest.raises(TypeError, match="unexpected keyword"):
-            build_own_hooks([{"name": "TestOwn", "perod": 3}])
-        with pytest.raises(TypeError, match="is no subclass of engine"):
-            build_own_hooks([{"name": "Testdict"}])
-    finally:
-        for name in ("TestOwn", "Testdict"):
-            del HOOK_REGISTRY._obj_map[name]
+    monkeypatch.setattr(HOOK_REGISTRY, "_obj_map", {"Own": Own, "dict": dict})
+    (hook,) = build_own_hooks([{"name": "Own", "period": 3}])
+    assert isinstance(hook, Own) and hook.period == 3
+    for description, message in (
+        ("Own", "allowed is a mapping"),
+        ({"period": 3}, "allowed is a mapping"),
+        ({"name": "Owm"}, "unknown hook 'Owm'; known: Own, dict"),
+        ({"name": "Own", "perod": 3}, "unexpected keyword"),
+        ({"name": "dict"}, "is no subclass of engine"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            build_own_hooks([description])

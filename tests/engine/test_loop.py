@@ -46,7 +46,7 @@ class Loop(TrainerBase):
             raise RuntimeError("fault")
 
 
-def test_hooks_run_in_list_order_around_every_step():
+def test_hooks_run_in_list_order_around_every_step_and_are_closed_after_an_error():
     calls: list = []
     loop = Loop(calls)
     loop.register_hooks([Recorder("a", calls), Recorder("b", calls)])
@@ -58,10 +58,7 @@ def test_hooks_run_in_list_order_around_every_step():
     assert calls == [
         (name, point, done) for point, done in expected for name in ([""] if point == "run_step" else ["a", "b"])
     ]
-
-
-def test_after_an_error_hooks_are_closed_but_not_told_that_training_ended():
-    calls: list = []
+    calls.clear()
     loop = Loop(calls, fails=True)
     loop.register_hooks([Recorder("a", calls)])
     with pytest.raises(RuntimeError, match="fault"):
