@@ -37,21 +37,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def link(source: Path, path: Path) -> None:
-    """Make `path` another name of `source`.
+    """Make `path` another name of a file's content as it is now, whatever `source` becomes later.
 
-    Of a file the content as it is now, whatever `source` becomes later, in a copy where links are impossible; of a
-    folder a symbolic link, relative, so that both can be moved together.
+    Where links are impossible it is a copy.
     """
     temporary = temporary_name(path)
     temporary.unlink(missing_ok=True)
-    if source.is_dir():
-        os.symlink(os.path.relpath(source, path.parent), temporary)
-    else:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-            sync(temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        sync(temporary)
     put_in_place(temporary, path)
 
 

@@ -1,28 +1,32 @@
-"""The checkpoints of a run: files or folders of shards; `last`, the one before it, `best` and a few numbered ones."""
+"""The checkpoints of a run: `last`, the one before it, `best` and a few numbered ones, each one file."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.tensor import distribute_tensor
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from engine import atomic, checkpoint_file, sharded_checkpoint
-from engine.checkpoint_file import join_tensors, split_tensors
+from engine.checkpoint_file import TensorPath, join_tensors, split_tensors
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.run_folder import RunFolder
-from engine.sharded_checkpoint import Shardings, unsharded
 
 LOGGER = logging.getLogger("engine")
 
+# For a tensor's place in a state and its size: the sharded tensor that it is divided like, or None
+Shardings = Callable[[TensorPath, torch.Size], DTensor | None]
 
-def load(path: Path, shardings: Shardings = unsharded) -> dict[str, Any]:
-    """The content of a checkpoint, a file or a folder of shards; what would run code is refused.
+
+def load(path: Path, shardings: Shardings = lambda path, size: None) -> dict[str, Any]:
+    """The content of a checkpoint; what would run code is refused.
 
     Args:
         shardings: of a sharded tensor this process gets its shard, all others are whole, on the CPU.
@@ -30,14 +34,27 @@ def load(path: Path, shardings: Shardings = unsharded) -> dict[str, Any]:
     Raises:
         InputError: missing, damaged, or holding more than tensors and plain values.
     """
-    if path.is_dir():
-        return sharded_checkpoint.load(path, shardings)
-    tensors, plain = split_tensors(checkpoint_file.load(path))
+    tensors, plain = split_tensors((sharded_checkpoint if path.is_dir() else checkpoint_file).load(path))
     for place, tensor in tensors.items():
         like = shardings(place, tensor.size())
         if like is not None:
             tensors[place] = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return join_tensors(tensors, plain)
+
+
+def shardings_of(state: dict[str, Any], optimizer: Optimizer) -> Shardings:
+    """How the tensors of a trainer's state are divided among the processes.
+
+    The states of a fresh optimiser are not there yet: those of a parameter's size are sharded like the parameter.
+    """
+    own, _ = split_tensors(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def sharding(path: TensorPath, size: torch.Size) -> DTensor | None:
+        tensor = parameters[path[2]] if path[:2] == ("optimizer", "state") else own.get(path)
+        return tensor if isinstance(tensor, DTensor) and tensor.size() == size else None
+
+    return sharding
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
@@ -72,18 +89,14 @@ class CheckpointStore:
 
     Args:
         keep: numbered checkpoints that stay.
-        is_sharded: write a folder, every process its shards; else the main process writes one file.
-        in_background: write files in a thread while training goes on, from a copy in memory.
+        in_background: write in a thread while training goes on, from a copy in memory.
     """
 
-    def __init__(
-        self, folder: RunFolder, process: Process, keep: int = 0, is_sharded: bool = False, in_background: bool = False
-    ) -> None:
+    def __init__(self, folder: RunFolder, process: Process, keep: int = 0, in_background: bool = False) -> None:
         self._folder = folder
         self._process = process
         self._keep = keep
-        self._is_sharded = is_sharded
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background and not is_sharded else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._writing: Future[None] | None = None  # what the thread does
         self._is_last_damaged = False
 
@@ -93,20 +106,17 @@ class CheckpointStore:
         Raises:
             RunError: the disk refuses, now or at the save before this one.
         """
-        iteration = state["iteration"]
+        state = self._whole(state)
+        if not self._process.is_main:
+            return
         names = [self._folder.best] if is_best else []
         if is_numbered and self._keep:
-            names.append(self._folder.checkpoints / f"iter_{iteration}.pt")
-        if self._is_sharded:
-            target = self._folder.checkpoints / ".sharded" / str(iteration)  # `last` and others are links to it
-            sharded_checkpoint.save(state, target, self._process)
-            if self._process.is_main:
-                self._put(target, names)
-        elif self._process.is_main and self._thread is not None:
-            self.wait()
-            self._writing = self._thread.submit(self._write, _copied(state), names)
-        elif self._process.is_main:
+            names.append(self._folder.checkpoints / f"iter_{state['iteration']}.pt")
+        if self._thread is None:
             self._write(state, names)
+        else:
+            self.wait()
+            self._writing = self._thread.submit(self._write, state, names)
 
     def check(self) -> None:
         """Raise the error of a save in the background as soon as there is one, without waiting."""
@@ -149,34 +159,25 @@ class CheckpointStore:
         names = (folder.last, folder.previous, *reversed(folder.list_numbered()), folder.best)
         return [path for path in names if path.exists()]
 
-    def _write(self, state: dict[str, Any], names: list[Path]) -> None:
-        """Write one file, and give it its names."""
-        staged = self._folder.checkpoints / ".new.pt"
-        with checkpoint_file.writing(self._folder.last):
-            checkpoint_file.save(state, staged)
-        self._put(staged, names)
-        staged.unlink()
+    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with what is sharded in one piece, on the main process; in the background a copy on the CPU."""
+        tensors, plain = split_tensors(state)
+        for path, tensor in tensors.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self._process.is_main and (whole is not tensor or self._thread is not None):
+                tensors[path] = whole.detach().to("cpu", copy=True)
+        return join_tensors(tensors, copy.deepcopy(plain))
 
-    def _put(self, staged: Path, names: list[Path]) -> None:
-        """Let `last` and other names mean a complete checkpoint, and remove what is not kept."""
-        folder = self._folder
+    def _write(self, state: dict[str, Any], names: list[Path]) -> None:
+        """Write a file, give it its names, and remove what is not kept."""
+        folder, staged = self._folder, self._folder.checkpoints / ".new.pt"
         with checkpoint_file.writing(folder.last):
-            if folder.last.exists() and not self._is_last_damaged:
-                atomic.link(folder.last.resolve(), folder.previous)
+            checkpoint_file.save(state, staged)
+            if folder.last.is_file() and not self._is_last_damaged:
+                atomic.link(folder.last, folder.previous)
             for name in (folder.last, *names):
                 atomic.link(staged, name)
             self._is_last_damaged = False
             for old in folder.list_numbered()[: -self._keep] if self._keep else ():
                 old.unlink()
-            # unnamed shards, those of killed saves too: when one is complete, no other is being written
-            named = {path.resolve() for path in folder.checkpoints.glob("*.pt")}
-            for shards in folder.checkpoints.glob(".sharded/*"):
-                if shards.resolve() not in named:
-                    shutil.rmtree(shards)
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU, which later training steps do not change."""
-    tensors, plain = split_tensors(state)
-    copies = {path: tensor.detach().to("cpu", copy=True) for path, tensor in tensors.items()}
-    return join_tensors(copies, copy.deepcopy(plain))
+            staged.unlink()

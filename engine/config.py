@@ -313,7 +313,7 @@ class CheckpointConfig(Section):
     period: Optional[Count] = None  # iterations; null: one epoch
     every_minutes: Optional[Positive] = None  # also after that much time
     keep: NotNegativeInt = 2  # numbered checkpoints that stay
-    background: bool = True  # write while training goes on, from a copy in the CPU's memory; fsdp2 always waits
+    background: bool = True  # write while training goes on, from a copy in the CPU's memory
 
 
 @dataclass

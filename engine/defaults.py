@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import augsub
-from engine.checkpoint import CheckpointStore, load, load_metadata
+from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
 from engine.data.datasets import build_source
@@ -45,7 +45,6 @@ from engine.optim import build_optimizer, build_schedule
 from engine.precision import Precision
 from engine.run_folder import RunFolder
 from engine.seeding import seed_all
-from engine.sharded_checkpoint import shardings_of
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
 from engine.writers import LogFile
@@ -106,9 +105,7 @@ def open_store(config: Config, process: Process, resume: bool) -> CheckpointStor
     folder, checkpoint = RunFolder(config.output_dir), config.checkpoint
     if process.is_main and not resume:
         folder.refuse_if_taken()
-    return CheckpointStore(
-        folder, process, checkpoint.keep, is_sharded(config.distributed, process), checkpoint.background
-    )
+    return CheckpointStore(folder, process, checkpoint.keep, checkpoint.background)
 
 
 def open_source(config: Config) -> DataSource:

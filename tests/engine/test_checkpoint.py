@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from engine import checkpoint_file
-from engine.checkpoint import CheckpointStore, load, load_metadata
+from engine.checkpoint import CheckpointStore, load, load_metadata, verify
 from engine.checkpoint_file import join_tensors, split_tensors
 from engine.distributed import Process
 from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
 
+ROOT = Path(__file__).parents[2]
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -184,23 +187,44 @@ def test_a_save_in_the_background_writes_the_state_of_its_moment_and_tells_its_e
     store.wait()  # told once
 
 
-def test_sharded_checkpoints_have_the_same_names_and_leave_nothing_behind(folder):
-    killed = folder.checkpoints / ".sharded" / ".3.tmp" / "__0_0.distcp"
-    killed.parent.mkdir(parents=True)
-    killed.write_bytes(b"a part")
-    store = save_all(folder, 7, keep=2, is_sharded=True)
-    names = {path.name: load(path)["iteration"] for path in folder.checkpoints.glob("*.pt")}
-    assert names == {"last.pt": 7, "previous.pt": 6, "best.pt": 1, "iter_4.pt": 4, "iter_6.pt": 6}
-    assert sorted(path.name for path in (folder.checkpoints / ".sharded").iterdir()) == ["1", "4", "6", "7"]
-    shard = next(folder.last.glob("*.distcp"))
-    content = bytearray(shard.read_bytes())
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """A folder that an earlier version wrote, see its README.md."""
+    return shutil.copytree(ROOT / "tests" / "data" / "shards_before_23", tmp_path / "shards.pt")
+
+
+def test_a_folder_of_shards_is_read_as_the_version_did_that_wrote_it(shards):
+    verify(shards)
+    tensors, plain = split_tensors(load(shards))
+    expected = load_file(shards / "expected.safetensors")
+    assert {".".join(map(str, path)): tensor for path, tensor in tensors.items()}.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[".".join(map(str, path))]) for path, tensor in tensors.items())
+    assert plain.keys() == load_metadata(shards).keys() and plain["iteration"] == 4
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.pt", "__0_0.distcp"])
+def test_a_damaged_or_dangerous_folder_of_shards_is_refused(shards, tmp_path, name):
+    content = bytearray((shards / name).read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert store.newest() == folder.previous
-    (folder.best / ".metadata").write_bytes(pickle.dumps(Harmful(folder.path / "executed")))
-    with pytest.raises(InputError, match=r"best\.pt is damaged or no checkpoint: the index names .*open"):
-        load(folder.best)
-    assert not (folder.path / "executed").exists()
+    (shards / name).write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        verify(shards)
+    dangerous = pickle.dumps(Harmful(tmp_path / "executed"))
+    (shards / name).write_bytes(dangerous + bytes(max(0, len(content) - len(dangerous))))  # the index fits
+    with pytest.raises(InputError, match="is damaged or no checkpoint"):
+        load(shards)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_of_shards_as_the_last_checkpoint_is_followed_by_files(folder, shards):
+    shards.rename(folder.checkpoints / "4")
+    for name in (folder.last, folder.best):
+        name.symlink_to("4")
+    store = CheckpointStore(folder, ALONE)
+    assert store.newest() == folder.last
+    for iteration in (5, 6):
+        store.save(state(iteration), is_best=False, is_numbered=False)
+    assert [load(path)["iteration"] for path in (folder.last, folder.previous, folder.best)] == [6, 5, 4]
 
 
 def test_a_state_is_taken_apart_and_put_together_again():
