@@ -25,7 +25,7 @@ RUN = ("--config", DIGITS, "model.kwargs.depth=1", "model.kwargs.embed_dim=16", 
        "evaluation.batch=800", "log.period=1", "checkpoint.period=2", "checkpoint.keep=2")  # fmt: skip
 TIMEOUT = 60
 REFUSED = re.compile(r"error: [^\n]+\n")
-FILES, CONTENTS, SHARDED = 120, 80, 30
+FILES, CONTENTS = 120, 80
 EVERY = 8  # of the mutants is evaluated and started from too
 
 Change = Callable[[random.Random, bytes, Path], bytes]
@@ -124,9 +124,7 @@ def copied(original: Path, folder: Path) -> Path:
     for path in sorted(original.rglob("*")):
         new = folder / path.relative_to(original)
         new.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():
-            new.symlink_to(os.readlink(path))
-        elif path.is_file() and path.stat().st_ino in copies:
+        if path.is_file() and path.stat().st_ino in copies:
             os.link(copies[path.stat().st_ino], new)
         elif path.is_file():
             shutil.copyfile(path, new)
@@ -148,11 +146,11 @@ def weights_and_results(folder: Path) -> tuple[dict, list]:
     return tensors, [summary[key] for key in ("top1", "main_loss", "sub_loss", "iterations")]
 
 
-def complaint(ended, rank: int = 0) -> str | None:
+def complaint(ended) -> str | None:
     """How a process breaks the promise, or None."""
     if "Traceback" in ended.err or "unforeseen" in ended.err or ended.code not in (0, 2):
         return f"exit code {ended.code}: {ended.err[-700:]}"
-    if ended.code == 2 and not REFUSED.fullmatch(ended.err.removeprefix(f"[rank {rank}] ")):
+    if ended.code == 2 and not REFUSED.fullmatch(ended.err):
         return f"not one line: {ended.err[-700:]}"
     return None
 
@@ -230,38 +228,4 @@ def test_nonsensical_content(resumed, finished):
     for number in range(CONTENTS):
         state = nonsense(rng, load(finished / "4" / "checkpoints" / "last.pt"))
         problems += resumed(number, saved(state), in_place=False, must_end_equal=False)
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.faults(
-    fault="a sharded checkpoint damaged: index, shard or plain values",
-    promise="both processes go on from the newest intact checkpoint, or end in one line each",
-)
-def test_damaged_shards(server, tmp_path):
-    rng, problems, sentinel = random.Random(6), [], tmp_path / "executed"
-    run = [*RUN, "distributed.strategy=fsdp2"]
-    for iterations in (4, 6):
-        ended = server.run_processes(2, *run, f"train.max_iters={iterations}", f"output_dir={tmp_path}/{iterations}")
-        assert [end.code for end in ended] == [0, 0], ended[0].err
-    for number in range(SHARDED):
-        folder = tmp_path / "damaged"
-        shards = copied(tmp_path / "4", folder) / ".sharded" / "4"
-        victim = shards / (".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt")[number % 4]
-        change = rng.choice((flipped, zeroed, truncated, swapped))
-        before = victim.read_bytes()
-        replace(victim, change(rng, before, sentinel), in_place=rng.random() < 0.5)
-        damaged = victim.read_bytes() != before
-        ends = server.run_processes(2, *run, "train.max_iters=6", "--resume", f"output_dir={folder}")
-        complaints = [complaint(end, rank) for rank, end in enumerate(ends)]
-        if all(end.code == 0 for end in ends):
-            if damaged and "WARNING: checkpoint" not in ends[0].out and victim.name != "state.pt":
-                complaints.append("the damage is not named")
-            if not is_same_end(folder, tmp_path / "6"):
-                complaints.append("another end")
-        elif change is not swapped or victim.name != "state.pt":
-            complaints.append(f"no earlier checkpoint was used: {ends[0].err}")
-        if sentinel.exists():
-            complaints.append("code was executed")
-        problems += [f"{number} {victim.name} {change.__name__}: {problem}" for problem in complaints if problem]
-        shutil.rmtree(folder)
     assert not problems, "\n".join(problems)

@@ -24,9 +24,8 @@ MEMORY = 12 << 30  # bytes: what is too large for it must not take the machine d
 REFUSED = re.compile(r"error: [^\n]+\n")
 NOT_FORESEEN = ("Traceback", "unforeseen")  # the second word marks the last resort of tools/train_net.py
 
-HUGE = 10**400
-NUMBERS = (-1, 0, 1, 2, 3, -0.5, 0.5, 1.5, 1e-12, 10**9, 10**19, HUGE, 1e300, float("nan"), float("inf"), -float("inf"))
-WORDS = ("", "text", "0", "ünïçødé ✓", "a\nb\tc\0d".replace("\0", "\x7f"), "x" * 3000, "../..", "off", "1e400", "null")
+NUMBERS = (-1, 0, 1, 2, 3, -0.5, 0.5, 1.5, 1e-12, 10**9, float("nan"), float("inf"), -float("inf"))
+WORDS = ("", "text", "0", "ünïçødé ✓", "a\nb\tc\0d".replace("\0", "\x7f"), "x" * 300, "../..", "off", "1e400", "null")
 SHAPES = (None, True, False, [], {}, [[1], [2, [3]]], {"a": {"b": 1}}, [None], ["x", 1, None], [1, 2], {1: 2}, [{}])
 # What is legal, and takes minutes to build or to draw
 TOO_SLOW = {"depth": (3, 3), "compile": (0, "text"), "image_size": (float("inf"), -1)}  # up to that, or else that
@@ -87,7 +86,7 @@ def wrong_value(rng: random.Random, content: dict) -> Mutant:
 def wrong_section(rng: random.Random, content: dict) -> Mutant:
     """A scalar or a list for a mapping, or the other way round."""
     path = rng.choice([path[:length] for path in leaves(content) for length in (1, 2, 3) if len(path) >= length])
-    parent(content, path)[path[-1]] = copy.deepcopy(rng.choice(rng.choice((SHAPES, SHAPES, WORDS, (5, -0.5, HUGE)))))
+    parent(content, path)[path[-1]] = copy.deepcopy(rng.choice(rng.choice((SHAPES, SHAPES, WORDS, (5, -0.5, 10**9)))))
     return Mutant(text(content), [], names(path))
 
 
@@ -164,7 +163,7 @@ AUGMENTATIONS = (
     [{"name": "masking", "ratio": 0.5, "cell": 0}], [{"name": "masking", "ratio": 0.5, "cell": 10**9}],
     [["masking", [5]]],
     [{"name": "masking", "ratio": 0.5, "mode": ["a"]}], [{"name": "masking", "mode": {}}], [{"name": "drop_path"}],
-    [{"name": "masking", "ratio": HUGE}], [{"name": "drop_path", "ratio": 0.999999}], [{"name": "masking", "ratio": 1}],
+    [{"name": "drop_path", "ratio": 0.999999}], [{"name": "masking", "ratio": 1}],
     [{"name": "random_crop", "ratio": 0.99}], [{"name": "masking", "ratio": 0.99}], [{"name": "dropout", "ratio": -1}],
     ["é"], [""], [{"name": "masking", "self": 1}], [{"name": "compose", "members": []}], [["masking", "masking"]],
 )  # fmt: skip
@@ -175,7 +174,7 @@ def bad_augmentation(rng: random.Random, content: dict) -> Mutant:
     sub_models = content["augsub"]["sub_models"]
     sub_models[0]["augmentations"] = copy.deepcopy(rng.choice(AUGMENTATIONS))
     if rng.random() < 0.2:
-        sub_models.append(copy.deepcopy(rng.choice((None, 5, "masking", [], {"weight": HUGE}, {"weigth": 1}, {}))))
+        sub_models.append(copy.deepcopy(rng.choice((None, 5, "masking", [], {"weight": 10**9}, {"weigth": 1}, {}))))
     return Mutant(text(content), [], ("augsub", "sub_models", "masking"))
 
 

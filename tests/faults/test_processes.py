@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 from engine.checkpoint import load
@@ -92,28 +91,6 @@ def test_own_statistics(server, tmp_path, assert_same_end, strategy):
     assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
     assert "after 12 of 24" in ended[0].out
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
-
-
-@pytest.mark.faults(
-    fault="a sharded checkpoint is wanted as one plain timm file",
-    promise="timm loads the exported file strictly, and the logits are the run's",
-)
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_export(server, tmp_path, suffix):
-    run = ["--config", DIGITS["swin"], *TWENTY_STEPS, RATES["swin"], "ema.enabled=true", "distributed.strategy=fsdp2"]
-    ended = server.run_processes(2, *run, f"output_dir={tmp_path}/run")
-    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
-    assert checkpoint.is_symlink() and checkpoint.is_dir()
-    for option in ([], ["--ema"]):
-        file = tmp_path / f"plain.{suffix}"
-        command = [sys.executable, ROOT / "tools" / "export.py", checkpoint, file, *option]
-        printed = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
-        assert printed.returncode == 0, printed.stderr
-        model = eval(printed.stdout, {"timm": timm})
-        state = load(checkpoint)
-        expected = state["hooks"]["ema"]["model"] if option else state["model"]
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.faults(
