@@ -410,8 +410,16 @@ def _out_of_range(section: Section, prefix: str = "") -> Iterator[str]:
             continue
         yield from _without_space(value, prefix + key)
         for rule in rules if value is not None else ():
-            if isinstance(rule, Rule) and not rule.allows(value):
+            if isinstance(rule, Rule) and not _holds(rule, value):
                 yield f"{prefix}{key} = {value}: allowed is {rule.meaning}"
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    """Whether a value is allowed; one that cannot even be compared is not."""
+    try:
+        return rule.allows(value)
+    except TypeError:
+        return False
 
 
 def _without_space(content: Any, key: str) -> Iterator[str]:

@@ -24,8 +24,8 @@ MEMORY = 12 << 30  # bytes: what is too large for it must not take the machine d
 REFUSED = re.compile(r"error: [^\n]+\n")
 NOT_FORESEEN = ("Traceback", "unforeseen")  # the second word marks the last resort of tools/train_net.py
 
-NUMBERS = (-1, 0, 1, 2, 3, -0.5, 0.5, 1.5, 1e-12, 10**9, float("nan"), float("inf"), -float("inf"))
-WORDS = ("", "text", "0", "ünïçødé ✓", "a\nb\tc\0d".replace("\0", "\x7f"), "x" * 300, "../..", "off", "1e400", "null")
+NUMBERS = (-1, 0, 1, 2, 3, -0.5, 0.5, 1.5, 1e-12, 10**6, 10**9, 1e30, 1e38, float("nan"), float("inf"), -float("inf"))
+WORDS = ("", "text", "0", "ünïçødé ✓", "a\nb\tc\0d".replace("\0", "\x7f"), "x" * 200, "../..", "off", "1e400", "null")
 SHAPES = (None, True, False, [], {}, [[1], [2, [3]]], {"a": {"b": 1}}, [None], ["x", 1, None], [1, 2], {1: 2}, [{}])
 # What is legal, and takes minutes to build or to draw
 TOO_SLOW = {"depth": (3, 3), "compile": (0, "text"), "image_size": (float("inf"), -1)}  # up to that, or else that
@@ -163,7 +163,7 @@ AUGMENTATIONS = (
     [{"name": "masking", "ratio": 0.5, "cell": 0}], [{"name": "masking", "ratio": 0.5, "cell": 10**9}],
     [["masking", [5]]],
     [{"name": "masking", "ratio": 0.5, "mode": ["a"]}], [{"name": "masking", "mode": {}}], [{"name": "drop_path"}],
-    [{"name": "drop_path", "ratio": 0.999999}], [{"name": "masking", "ratio": 1}],
+    [{"name": "masking", "ratio": 1e9}], [{"name": "drop_path", "ratio": 0.999999}], [{"name": "masking", "ratio": 1}],
     [{"name": "random_crop", "ratio": 0.99}], [{"name": "masking", "ratio": 0.99}], [{"name": "dropout", "ratio": -1}],
     ["é"], [""], [{"name": "masking", "self": 1}], [{"name": "compose", "members": []}], [["masking", "masking"]],
 )  # fmt: skip
