@@ -22,9 +22,8 @@ from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
 from engine.data.datasets import build_source
-from engine.data.loaders import batch_for, build_loaders
-from engine.data.rules import check_classes, check_resumed
-from engine.data.source import DataSource
+from engine.data.loaders import DataLoaders, batch_for
+from engine.data.source import DataSource, check_classes, check_resumed
 from engine.distributed import Process, is_sharded, replicate, shard, synchronise_batchnorm
 from engine.errors import InputError, input_errors, memory_errors
 from engine.hooks import build_own_hooks
@@ -293,7 +292,7 @@ def build_trainer(
     A resumed run needs neither a hub nor the file it started from.
     """
     seed_all(config.seed)  # the initial weights are the same in all processes
-    data = build_loaders(config, source, process)
+    data = DataLoaders(config, source, process)
     bare_model = build_run_model(config, source, process, is_resumed)
     mixup = build_mixup(config, source.num_classes, data.micro_batch, process.device)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))

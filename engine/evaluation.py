@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augsub
+from engine.data.source import DataSource
 from engine.data.stream import IGNORED
 from engine.distributed import Process
 from engine.errors import InputError, RunError
@@ -32,25 +32,20 @@ class Metrics:
         confusion: [true, predicted], (K, K) images.
 
     Args:
-        num_classes: K, to know calibration and confusion too; None: accuracy and cross-entropy alone.
-        candidates: numbers of the model's classes among which it chooses, in the order of the labels; None: all.
-        accepted: (N, M) right classes of each of N images, filled up with IGNORED, of which labels are rows.
+        source: the images, to know calibration and confusion of their K classes too; None: accuracy and cross-entropy
+            alone.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        num_classes: int | None = None,
-        candidates: Sequence[int] | None = None,
-        accepted: Tensor | None = None,
-    ) -> None:
-        self._candidates = None if candidates is None else torch.tensor(candidates, device=device)
-        self._accepted = None if accepted is None else accepted.to(device)
-        self._is_detailed = num_classes is not None
+    def __init__(self, device: torch.device, source: DataSource | None = None) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.totals = zeros(5)
         self._sums = [self.totals]
-        if num_classes is not None:
+        self._candidates, self._accepted = None, None
+        self._is_detailed = source is not None
+        if source is not None:
+            self._candidates = None if source.candidates is None else torch.tensor(source.candidates, device=device)
+            self._accepted = None if source.accepted is None else source.accepted.to(device)
+            num_classes = len(source.class_names)
             self.calibration, self.confusion = zeros(3, BINS), zeros(num_classes, num_classes)
             self._sums += [self.calibration, self.confusion]
 
@@ -87,12 +82,6 @@ class Metrics:
         """Take over what was counted on other images."""
         for own, others in zip(self._sums, other._sums, strict=True):
             own += others
-
-    def refuse_non_finite(self, name: str) -> None:
-        """Raise RunError if a logit was NaN or infinite: no figure says anything of such a model, here `name`."""
-        images, spoilt = map(int, self.totals[:2].tolist())
-        if spoilt:
-            raise RunError(f"evaluation: logits of {name} are NaN or infinite for {spoilt} of {images} images")
 
     def figures(self) -> dict[str, float]:
         """`top1` and `top5` in percent, mean cross-entropy `eval_loss`, number of `images`; with K known also `ece`.
@@ -132,56 +121,46 @@ def _best_label(logits: Tensor, accepted: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels == IGNORED, IGNORED, best)
 
 
-def evaluate(
-    model: nn.Module, loader: Loader, precision: Precision, process: Process, name: str = "the model"
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images; as `measure`."""
-    metrics, _ = measure(model, {"": loader}, partial(Metrics, process.device), precision, process, name)
-    return metrics.figures()
-
-
 @torch.no_grad()
-def measure(
+def evaluate(
     model: nn.Module,
-    loaders: Mapping[str, Loader],
-    new_metrics: Callable[[], Metrics],
+    loader: Loader,
     precision: Precision,
     process: Process,
     name: str = "the model",
+    metrics: Metrics | None = None,
     augmentation: augsub.SubModelAugmentation | None = None,
     seed: int = 0,
-) -> tuple[Metrics, dict[str, dict[str, float]]]:
-    """Metrics on all images, and figures on each source of images. All processes call it together.
+) -> dict[str, float]:
+    """The figures of `Metrics` on all images. All processes call it together.
 
     Args:
         model: without distributed wrapper; its training mode is restored.
-        loaders: of this process's share of the images, by source; those labelled IGNORED are not counted.
+        loader: of this process's share of the images; those labelled IGNORED are not counted.
         name: of the model, for a message.
+        metrics: where images are counted, new ones; None: accuracy and cross-entropy are.
         augmentation: of the sub-model that is evaluated in place of the model, which is patched. What it draws
             follows from `seed`, the process and the number of the batch: the same command gives the same figures,
             another `evaluation.batch` or number of processes other draws.
 
     Raises:
-        InputError: a source without images.
-        RunError: a logit is NaN or infinite.
+        InputError: there are no images.
+        RunError: a logit is NaN or infinite: no figure says anything of such a model.
     """
-    was_training, batches = model.training, count()
-    whole, parts = new_metrics(), {}
+    was_training, metrics = model.training, metrics or Metrics(process.device)
     model.eval()
-    for source, loader in loaders.items():
-        part = new_metrics()
-        for images, labels in loader:
-            if augmentation is not None:
-                seed_all(derive_seed(seed, process.rank, next(batches)))
-            with precision.autocast():
-                logits = model(images) if augmentation is None else model(images, augsub=augmentation)
-            part.update(logits.float(), labels)
-        part.reduce(process)
-        part.refuse_non_finite(f"{name} on {source}" if source else name)
-        parts[source] = part.figures()
-        whole.add(part)
+    for number, (images, labels) in enumerate(loader):
+        if augmentation is not None:
+            seed_all(derive_seed(seed, process.rank, number))
+        with precision.autocast():
+            logits = model(images) if augmentation is None else model(images, augsub=augmentation)
+        metrics.update(logits.float(), labels)
     model.train(was_training)
-    return whole, parts
+    metrics.reduce(process)
+    images, spoilt = map(int, metrics.totals[:2].tolist())
+    if spoilt:
+        raise RunError(f"evaluation: logits of {name} are NaN or infinite for {spoilt} of {images} images")
+    return metrics.figures()
 
 
 @dataclass(frozen=True)
@@ -190,17 +169,15 @@ class Result:
 
     Attributes:
         prefix: "" or, of averaged weights, "ema_".
-        augmentation: of the sub-model; None: the main model.
         metrics: on all images.
         parts: figures on each source of the images, by name.
-        sub_models: of a main model.
+        augmentation: of the sub-model; None: the main model.
     """
 
     prefix: str
-    augmentation: augsub.SubModelAugmentation | None
     metrics: Metrics
     parts: dict[str, dict[str, float]]
-    sub_models: Sequence[Result] = ()
+    augmentation: augsub.SubModelAugmentation | None = None
 
     @property
     def weights(self) -> str:
@@ -208,43 +185,12 @@ class Result:
         return WEIGHTS[self.prefix]
 
     @property
-    def name(self) -> str:
-        """The sub-model's, without its ratio if it has one augmentation."""
+    def sub_model(self) -> tuple[str, float | None]:
+        """Name and ratio of the sub-model; of several augmentations all that they are, and None."""
         members = self.augmentation.members
-        return members[0].name if len(members) == 1 else str(self.augmentation)
-
-    @property
-    def ratio(self) -> float | None:
-        """The sub-model's; None for one of several augmentations."""
-        members = self.augmentation.members
-        return members[0].ratio if len(members) == 1 else None
+        return (members[0].name, members[0].ratio) if len(members) == 1 else (str(self.augmentation), None)
 
     @property
     def mean_corruption_error(self) -> float:
         """Top-1 error in percent, mean over all corruptions and severities; not divided by AlexNet's as the mCE is."""
         return sum(100 - figures["top1"] for figures in self.parts.values()) / len(self.parts)
-
-
-@dataclass(frozen=True)
-class Description:
-    """What was evaluated, and how.
-
-    Attributes:
-        model: timm's name.
-        source: checkpoint, or whose weights they are.
-        data: the images in a few words.
-        image_size: pixels, square.
-        crop: share of the resized image's side that the centre crop keeps; None: images are used as they are.
-        interpolation: of the resizing, or None.
-        parameters: of the main model.
-        class_names: by label.
-    """
-
-    model: str
-    source: str
-    data: str
-    image_size: int
-    crop: float | None
-    interpolation: str | None
-    parameters: int
-    class_names: Sequence[str]

@@ -24,11 +24,11 @@ from torch.utils.data import default_collate
 import augsub
 from engine import atomic
 from engine.config import Config, TransformConfig
-from engine.data.files import DecodingError, UnreadableImage, decode, is_image, natural_order, reason_of
+from engine.data.files import UnreadableImage, decode, is_image, natural_order
 from engine.data.source import IMAGENET, DataSource
-from engine.data.transforms import Normalise, build_delivery, build_eval_transform, normalisation
+from engine.data.transforms import Delivery, Normalise, build_eval_transform, normalisation
 from engine.defaults import create_configured_model
-from engine.errors import InputError, input_errors, writing_errors
+from engine.errors import InputError, first_line, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
 from engine.text import readable_name
 from models.build import create_model, image_settings
@@ -112,7 +112,7 @@ def _rows(
 
 def _held_out_images(config: Config, source: DataSource) -> list[NamedImage]:
     """A few held-out images, from the first to the last."""
-    deliver = build_delivery(config, torch.device("cpu"), is_training=False)
+    deliver = Delivery(config, torch.device("cpu"), is_training=False)
     indices = _evenly(range(len(source.held_out)))
     try:
         images, _ = deliver(*default_collate([source.held_out[index] for index in indices]))
@@ -159,8 +159,8 @@ def _read(file: Path) -> Image.Image:
     try:
         with file.open("rb") as opened:
             return decode(opened)
-    except (OSError, DecodingError) as error:
-        raise InputError(f"--images {file}: cannot be read: {reason_of(error)}") from error
+    except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
+        raise InputError(f"--images {file}: cannot be read: {first_line(error)}") from error
 
 
 def _record(

@@ -9,9 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,43 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from engine.config import Config, TrainConfig
-from engine.data.files import UnreadableImage, reason_of
+from engine.data.files import UnreadableImage
 from engine.data.source import DataSource
-from engine.data.stream import HeldOutShare, SeededDataset, TrainingOrder
-from engine.data.transforms import Delivery, build_delivery, pixel_dtype
+from engine.data.stream import IGNORED, SampleKey, SeededDataset, TrainingOrder, held_out_order
+from engine.data.transforms import Delivery, normalisation
 from engine.distributed import Process
-from engine.errors import InputError, RunError
+from engine.errors import InputError, RunError, first_line
 
 LOGGER = logging.getLogger("engine")
 STEPS_PER_EPOCH = 16  # that small data should have at least
 SMALLEST, LARGEST = 8, 64  # images per process: enough for BatchNorm, and a first guess at what fits into memory
-WORKER_DIED = "DataLoader worker (pid"  # so begins torch's message
-RAISED_IN_WORKER = "in DataLoader worker process"  # so goes on the message of a user's error, after "Caught OSError"
-PATIENCE = 5.0  # seconds between a connection that broke and the notice that the process behind it is dead
-
-
-@dataclass
-class DataLoaders:
-    """The data of a run, as one process sees it.
-
-    Attributes:
-        train_from: all micro-batches that are left, given the iterations already done.
-        held_out: this process's share of the held-out images, each image in one share only.
-        bad_files: files that could not be read so far, held-out ones included.
-        micro_batch: training images at once in one process.
-        accumulation: micro-batches per step.
-        max_iterations: steps of the whole run.
-        source: the data set.
-    """
-
-    train_from: Callable[[int], Batches]
-    held_out: HeldOutLoader
-    bad_files: BadFiles
-    micro_batch: int
-    accumulation: int
-    iterations_per_epoch: int
-    max_iterations: int
-    source: DataSource
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) and labels (B,)
+PATIENCE = 2.0  # seconds between a connection that broke and the notice that the process behind it is dead
 
 
 def batch_for(num_samples: int, world_size: int) -> int:
@@ -69,97 +43,70 @@ def accumulation_for(train: TrainConfig, world_size: int) -> int:
     """Micro-batches per step: the configured number, or the smallest with at most `train.micro_batch` images each.
 
     Raises:
-        InputError: the global batch does not divide into them; which numbers it divides into is said.
+        InputError: the global batch does not divide into them.
     """
     per_process, rest = divmod(train.global_batch, world_size)
     if rest:
-        fitting = [count for count in range(1, train.global_batch + 1) if train.global_batch % count == 0]
-        nearest = [max(n for n in fitting if n < world_size), *(n for n in fitting if n > world_size)][:2]
-        raise InputError(
-            f"train.global_batch = {train.global_batch}: does not divide into {world_size} processes, whatever "
-            f"train.accumulation is; use {' or '.join(map(str, nearest))} processes"
-        )
+        raise InputError(f"train.global_batch = {train.global_batch}: does not divide into {world_size} processes")
     divisors = [count for count in range(1, per_process + 1) if per_process % count == 0]
     if train.accumulation is None:
         most = train.micro_batch or per_process
         return next(count for count in divisors if per_process // count <= most)
     if train.accumulation not in divisors:
-        nearest = sorted(divisors, key=lambda count: abs(count - train.accumulation))[:3]
         raise InputError(
-            f"train.accumulation = {train.accumulation}: {world_size} x {per_process} images of "
-            f"train.global_batch = {train.global_batch} do not divide into it; "
-            f"train.accumulation = {' or '.join(map(str, sorted(nearest)))} would do"
+            f"train.accumulation = {train.accumulation}: {per_process} images of each of {world_size} processes "
+            f"(train.global_batch = {train.global_batch}) do not divide into it; allowed is any of {divisors}"
         )
     return train.accumulation
 
 
-def build_loaders(config: Config, source: DataSource, process: Process) -> DataLoaders:
-    """Divide the data among processes.
+class DataLoaders:
+    """The data of a run, divided among processes, as one process sees it.
+
+    Attributes:
+        source: the data set.
+        micro_batch: training images at once in one process.
+        accumulation: micro-batches per step.
+        max_iterations: steps of the whole run.
+        bad_files: files that could not be read so far, held-out ones included.
+        held_out: this process's share of the held-out images, each image in one share only.
 
     Raises:
         InputError: a global batch that does not fit the processes or the data.
     """
-    train, num_samples = config.train, len(source.train)
-    if train.global_batch > num_samples:
-        raise InputError(f"train.global_batch = {train.global_batch}: more than the {num_samples} training images")
-    accumulation = accumulation_for(train, process.world_size)
-    micro_batch = train.global_batch // (process.world_size * accumulation)
-    iterations_per_epoch = num_samples // train.global_batch
-    max_iterations = min(train.epochs * iterations_per_epoch, train.max_iters or sys.maxsize)
 
-    bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
+    def __init__(self, config: Config, source: DataSource, process: Process) -> None:
+        train, images = config.train, len(source.train)
+        if train.global_batch > images:
+            raise InputError(f"train.global_batch = {train.global_batch}: more than the {images} training images")
+        self._config, self._process, self.source = config, process, source
+        self.accumulation = accumulation_for(train, process.world_size)
+        self.micro_batch = train.global_batch // (process.world_size * self.accumulation)
+        self.iterations_per_epoch = images // train.global_batch
+        self.max_iterations = min(train.epochs * self.iterations_per_epoch, train.max_iters or sys.maxsize)
+        self.bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
+        self.held_out = build_held_out(config, source, process, self.bad_files)
 
-    def train_from(iteration: int) -> Batches:
+    def train_from(self, iteration: int) -> Generator[Batch]:
+        """All micro-batches that are left, given the iterations already done."""
         order = TrainingOrder(
-            num_samples=num_samples,
-            repeats=config.data.repeats,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            rank=process.rank,
-            world_size=process.world_size,
-            seed=config.seed,
+            num_samples=len(self.source.train),
+            repeats=self._config.data.repeats,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            rank=self._process.rank,
+            world_size=self._process.world_size,
+            seed=self._config.seed,
             first_iteration=iteration,
-            last_iteration=max_iterations,
+            last_iteration=self.max_iterations,
         )
-        dataset = SeededDataset(source.train, attempts=config.data.bad_files + 1)
-        loader = DataLoader(dataset, batch_sampler=order, **_loading(config, process))
-        return Batches(loader, bad_files, build_delivery(config, process.device, is_training=True))
-
-    return DataLoaders(
-        train_from=train_from,
-        held_out=build_held_out(config, source, process, bad_files),
-        bad_files=bad_files,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        iterations_per_epoch=iterations_per_epoch,
-        max_iterations=max_iterations,
-        source=source,
-    )
+        return iter(Batches(self._config, self.source, self._process, self.bad_files, order, is_training=True))
 
 
-def build_held_out(
-    config: Config, source: DataSource, process: Process, bad_files: BadFiles | None = None
-) -> HeldOutLoader:
-    """This process's share of the held-out images; what is no image has the label IGNORED.
-
-    Args:
-        bad_files: where unreadable files are counted; None counts those of this loader alone.
-    """
-    if bad_files is None:
-        bad_files = BadFiles(config.data.bad_files, logs=process.rank == 0)
-    blank = torch.zeros(source.image_shape(config.data.image_size), dtype=pixel_dtype(config))
-    share = HeldOutShare(source.held_out, process.rank, process.world_size, blank)
-    loader = DataLoader(share, batch_size=config.evaluation.batch, **_loading(config, process))
-    return HeldOutLoader(loader, bad_files, build_delivery(config, process.device, is_training=False))
-
-
-def _loading(config: Config, process: Process) -> dict[str, Any]:
-    return {
-        "num_workers": min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
-        "collate_fn": collate,
-        "worker_init_fn": _leave_signals_to_the_trainer,
-        "pin_memory": process.device.type == "cuda",
-    }
+def build_held_out(config: Config, source: DataSource, process: Process, bad_files: BadFiles) -> Batches:
+    """This process's share of the held-out images; what is no image has the label IGNORED."""
+    order = held_out_order(len(source.held_out), process.rank, process.world_size, config.evaluation.batch)
+    return Batches(config, source, process, bad_files, order, is_training=False)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -215,83 +162,82 @@ class BadFiles:
         self._reasons = dict(state["reasons"])
 
 
-def collate(samples: list[Any]) -> tuple[list[Tensor] | None, list[UnreadableImage]]:
-    """A batch [images (B, C, H, W), labels (B,)] and the bad files met in making it.
+def collate(samples: list[Any]) -> tuple[list[Tensor], list[UnreadableImage]]:
+    """Of pairs (image, label) and bad files a batch [images (B, C, H, W), labels (B,)] and the bad files."""
+    bad_files = [sample for sample in samples if isinstance(sample, UnreadableImage)]
+    return default_collate(samples[: len(samples) - len(bad_files)]), bad_files
+
+
+class Batches(Iterable[Batch]):
+    """Images and labels on the device; each iteration over them has workers of its own.
 
     Args:
-        samples: pairs (image, label) and bad files; None is an image for which no other could be found.
-    """
-    bad_files = [sample for sample in samples if isinstance(sample, UnreadableImage)]
-    pairs = [sample for sample in samples if not isinstance(sample, UnreadableImage)]
-    return None if any(pair is None for pair in pairs) else default_collate(pairs), bad_files
-
-
-class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """Delivered pairs (images (B, C, H, W), labels (B,)) of a loader whose bad files are recorded.
+        source: its training images, or the held-out ones.
+        bad_files: where unreadable files are recorded.
+        order: what each batch holds.
 
     Raises:
-        InputError: more bad files than allowed.
-        RunError: a worker died.
+        InputError: more bad files than allowed, or nothing else; by the iteration.
     """
 
-    def __init__(self, loader: DataLoader, bad_files: BadFiles, deliver: Delivery) -> None:
-        self._bad_files = bad_files
-        self._deliver = deliver
-        self._workers = loader.num_workers
-        with worker_deaths(self._workers):
-            self._batches = iter(loader)  # draws from the global generator: not to be put off to the first batch
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        with worker_deaths(self._workers):
-            delivered = self._receive()
-        if delivered is None:
-            raise StopIteration
-        batch, found = delivered
-        self._bad_files.record(bad_file.args for bad_file in found)
-        if batch is None:
-            name, reason = found[0].args
-            raise InputError(f"no training image can be read in place of {name}, which cannot either: {reason}")
-        return self._deliver(*batch)
-
-    def close(self) -> None:
-        """End the workers. The garbage collector may close the queue to them before it tells them to end,
-        and they heed no SIGTERM."""
-        if self._workers:
-            self._batches._shutdown_workers()  # torch has no public name for it
-
-    def _receive(self) -> Any:
-        """What `collate` gave, or None at the end; a connection that a dead worker left broken is its death."""
-        try:
-            return next(self._batches, None)
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            if not self._workers or RAISED_IN_WORKER in str(error):
-                raise
-            time.sleep(PATIENCE)  # cut short by torch's handler of the signal, which knows who died and why
-            raise RuntimeError(f"{WORKER_DIED} unknown) is gone: {reason_of(error)}") from error
-
-
-class HeldOutLoader:
-    """This process's held-out images, to be gone through many times, as :class:`Batches`."""
-
-    def __init__(self, loader: DataLoader, bad_files: BadFiles, deliver: Delivery) -> None:
-        self._loader = loader
-        self._deliver = deliver
-        self.bad_files = bad_files
+    def __init__(
+        self,
+        config: Config,
+        source: DataSource,
+        process: Process,
+        bad_files: BadFiles,
+        order: TrainingOrder | Sequence[list[SampleKey]],
+        is_training: bool,
+    ) -> None:
+        blank = torch.zeros(source.image_shape(config.data.image_size))
+        self._dataset = SeededDataset(
+            source.train if is_training else source.held_out,
+            attempts=config.data.bad_files + 1 if is_training else 1,
+            blank=blank if normalisation(config)[0] is None else blank.byte(),
+        )
+        self._loader = DataLoader(
+            self._dataset,
+            batch_sampler=order,
+            num_workers=min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
+            collate_fn=collate,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            pin_memory=process.device.type == "cuda",
+            generator=torch.Generator(),  # torch draws a seed for the workers: not from the training's generator
+        )
+        self._order, self._bad_files, self._is_training = order, bad_files, is_training
+        self._deliver = Delivery(config, process.device, is_training)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._order)
+
+    def __iter__(self) -> Generator[Batch]:
+        received = iter(self._loader)
+        try:
+            while (delivered := _next(received)) is not None:
+                (images, labels), found = delivered
+                self._bad_files.record(bad_file.args for bad_file in found)
+                if self._is_training and IGNORED in labels:
+                    raise InputError("none of the training images can be read")
+                yield self._deliver(images, labels)
+        finally:
+            # The garbage collector may close the queue to them before it tells them to end, and they heed no SIGTERM
+            if self._loader.num_workers:
+                received._shutdown_workers()  # torch has no public name for it
 
     def examples(self, count: int) -> Tensor:
         """At most `count` images (B, C, H, W), spread over the data, loaded by this process; black if unreadable."""
-        dataset = self._loader.dataset
-        positions = range(0, len(dataset), math.ceil(len(dataset) / count))
-        pairs = dataset.__getitems__(list(positions))[: len(positions)]
-        images, _ = self._deliver(*default_collate(pairs))
-        return images
+        keys = [key for batch in self._order for key in batch]
+        pairs = self._dataset.__getitems__(keys[:: math.ceil(len(keys) / count)])
+        return self._deliver(*collate(pairs)[0])[0]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with closing(Batches(self._loader, self.bad_files, self._deliver)) as batches:
-            yield from batches
+
+def _next(received: Iterator[Any]) -> Any:
+    """What `collate` gave, or None at the end."""
+    try:
+        return next(received, None)
+    except (ConnectionError, EOFError, FileNotFoundError):  # a worker that died may leave a broken connection
+        time.sleep(PATIENCE)  # cut short by torch's handler of the signal, which knows who died and why
+        raise
 
 
 @contextmanager
@@ -303,11 +249,11 @@ def worker_deaths(workers: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith(WORKER_DIED):
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         for worker in multiprocessing.active_children():
             worker.kill()  # it may wait for a lock that the dead one holds, and does not heed SIGTERM
-        reason = str(error).splitlines()[0].rstrip(". ")
+        reason = first_line(error).rstrip(". ")
         raise RunError(
             f"a data loading worker died: {reason}; if memory ran out, lower data.workers (now {workers}) "
             "or train.micro_batch"

@@ -1,12 +1,17 @@
-"""A pair of data sets, for training and for evaluation, and what a model must know of them; two that need no files."""
+"""A pair of data sets, what a model must know of them, and whether they are those that weights come from.
+
+What a checkpoint says of its data is `DataSource.facts`. `data.allow_mismatch` turns a refusal into a warning.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from engine.config import Config
+from engine.errors import InputError
 from engine.seeding import derive_seed
 
+LOGGER = logging.getLogger("engine")
 TRAIN_DIGITS = 1000  # the other 797 are held out
 DIGITS_SPLIT_SEED = 0  # part of the data set's definition, not of a run
 BRIGHTEST_DIGIT = 16.0  # pixels are counts from 0 to 16
@@ -30,6 +38,9 @@ class DataSource:
         train: None where the source is for evaluation alone.
         num_classes: outputs of the model.
         class_names: by label; their numbers if none are given.
+        candidates: numbers of the model's classes among which it chooses, in the order of the labels; None: all.
+        accepted: (N, M) all right classes of N images, filled up with IGNORED, of which labels are rows; None: labels
+            are the classes.
     """
 
     train: Dataset | None
@@ -37,6 +48,8 @@ class DataSource:
     num_classes: int
     in_chans: int
     class_names: Sequence[str] = ()
+    candidates: Sequence[int] | None = None
+    accepted: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.class_names = tuple(self.class_names or map(str, range(self.num_classes)))
@@ -48,9 +61,9 @@ class DataSource:
     @property
     def left_out(self) -> dict[str, str]:
         """Files in the folders of each split that are no images: `training` to "12 .txt, 3 hidden"."""
-        counts = {name: getattr(dataset, "left_out", {}) for name, dataset in self._splits.items()}
+        counts = {name: getattr(dataset, "left_out", None) for name, dataset in self._splits.items()}
         return {
-            name: ", ".join(f"{count} {suffix}" for suffix, count in Counter(found).most_common())
+            name: ", ".join(f"{count} {suffix}" for suffix, count in found.most_common())
             for name, found in counts.items()
             if found
         }
@@ -81,6 +94,59 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     for line in getattr(dataset, "listing", tuple)():
         digest.update(line.encode(errors="surrogateescape") + b"\0")  # which no path contains
     return {"images": len(dataset), "sha256": digest.hexdigest()}
+
+
+def check_classes(config: Config, class_names: Sequence[str], known: Any, weights: str) -> None:
+    """Compare the classes of the data with those that the outputs of a model stand for.
+
+    Args:
+        class_names: of the data, by number.
+        known: those of the weights, by number; anything but a list says nothing.
+        weights: whose they are, for the message.
+
+    Raises:
+        InputError: others, or the same ones in another order.
+    """
+    if not known or not isinstance(known, list | tuple):
+        return
+    pairs = enumerate(zip_longest(known, class_names))
+    different = [(number, theirs, own) for number, (theirs, own) in pairs if theirs != own]
+    if different:
+        number, theirs, own = different[0]
+        difference = (
+            f"{weights} is for other classes than the data have, or numbers them in another order: {len(different)} "
+            f"differ, number {number} is {theirs}, in the data {own}"
+        )
+        if None in different[-1]:  # the model's outputs do not fit, whatever is meant
+            raise InputError(difference)
+        _refuse(config, difference)
+
+
+def check_resumed(config: Config, source: DataSource, facts: dict[str, Any], checkpoint: Path) -> None:
+    """Compare the data with those of the run that goes on: another image changes epochs, order and schedule.
+
+    Args:
+        facts: plain values of the checkpoint.
+
+    Raises:
+        InputError: other classes, or other training or held-out images.
+    """
+    check_classes(config, source.class_names, facts.get("class_names"), f"--resume: checkpoint {checkpoint}")
+    saved = facts.get("fingerprints")
+    if not isinstance(saved, dict):
+        LOGGER.info("checkpoint %s does not tell its images: whether the data are the same is not checked", checkpoint)
+        return
+    for split, own in source.facts["fingerprints"].items():
+        if (before := saved.get(split)) != own:
+            images = before.get("images") if isinstance(before, dict) else None
+            found = f"{own['images']}, the run has {images}; or with other names or labels"
+            _refuse(config, f"--resume: the {split} images are not those of {checkpoint}: {found}")
+
+
+def _refuse(config: Config, difference: str) -> None:
+    if not config.data.allow_mismatch:
+        raise InputError(f"{difference}; data.allow_mismatch=true goes on all the same")
+    LOGGER.warning("WARNING: %s (data.allow_mismatch)", difference)
 
 
 # In place of data that is not there, to count and to plan with: it has the size of ImageNet-1k, and no image

@@ -86,64 +86,43 @@ class TrainingOrder(Sampler[list[SampleKey]]):
                 yield [SampleKey(images[p], derive_seed(self.seed, epoch, p)) for p in positions]
 
 
+def held_out_order(num_images: int, rank: int, world_size: int, batch: int) -> list[list[SampleKey]]:
+    """Batches of one process: images rank, rank + world_size, …; an index past the last image stands for none.
+
+    Every process thus makes the same number of forwards, and each image is in one share only.
+    """
+    share = [
+        SampleKey(index, seed=0) for index in range(rank, math.ceil(num_images / world_size) * world_size, world_size)
+    ]
+    return [share[start : start + batch] for start in range(0, len(share), batch)]
+
+
 class SeededDataset(Dataset):
-    """Looks up samples by :class:`SampleKey`, with all random transforms seeded by the key.
+    """Looks up pairs (image, label) by :class:`SampleKey`, with all random transforms seeded by the key.
 
     An image that cannot be read is replaced by the next one that can, under the same seed.
 
     Args:
         attempts: images that are tried for one sample; at 1 nothing is replaced.
+        blank: stands with the label IGNORED for what is no image, (C, H, W).
     """
 
-    def __init__(self, dataset: Dataset, attempts: int = 1) -> None:
-        self._dataset = dataset
-        self._attempts = attempts
+    def __init__(self, dataset: Dataset, attempts: int, blank: Tensor) -> None:
+        self._dataset, self._attempts, self._blank = dataset, attempts, blank
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Any]:
-        """A sample for each key, None where all attempts failed, and after them the bad files met."""
+        """A pair for each key, and after them the bad files met."""
         bad_files: list[UnreadableImage] = []
         with preserved_generators():  # with 0 workers these are also the training process's generators
-            return [self._readable_item(key, bad_files) for key in keys] + bad_files
+            return [self._item(key, bad_files) for key in keys] + bad_files
 
-    def _readable_item(self, key: SampleKey, bad_files: list[UnreadableImage]) -> Any:
-        for attempt in range(min(self._attempts, len(self._dataset))):
+    def _item(self, key: SampleKey, bad_files: list[UnreadableImage]) -> tuple[Any, int]:
+        count = len(self._dataset)
+        for attempt in range(self._attempts if key.index < count else 0):
             seed_cpu(key.seed)
             try:
-                return self._dataset[(key.index + attempt) % len(self._dataset)]
-            except UnreadableImage as error:
-                bad_files.append(UnreadableImage(*error.args))  # without its traceback
-        return None
-
-
-class HeldOutShare(Dataset):
-    """Images rank, rank + world_size, … of a data set, filled up so that all shares are equally long.
-
-    Every process thus makes the same number of forwards, and each image is in one share only.
-
-    Args:
-        blank: stands for what is no image, (C, H, W).
-    """
-
-    def __init__(self, dataset: Dataset, rank: int, world_size: int, blank: Tensor) -> None:
-        self._dataset = dataset
-        self._rank = rank
-        self._world_size = world_size
-        self._blank = blank
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._dataset) / self._world_size)
-
-    def __getitems__(self, positions: list[int]) -> list[Any]:
-        """Pairs (image, label) in the order of `positions`, and after them the bad files among these."""
-        bad_files: list[UnreadableImage] = []
-        return [self._item(position, bad_files) for position in positions] + bad_files
-
-    def _item(self, position: int, bad_files: list[UnreadableImage]) -> tuple[Any, int]:
-        index = self._rank + position * self._world_size
-        if index < len(self._dataset):
-            try:
-                image, label = self._dataset[index]
+                image, label = self._dataset[(key.index + attempt) % count]
                 return image, int(label)
             except UnreadableImage as error:
-                bad_files.append(UnreadableImage(*error.args))
+                bad_files.append(UnreadableImage(*error.args))  # without its traceback
         return self._blank, IGNORED

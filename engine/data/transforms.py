@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,26 +10,17 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision.transforms import Compose
 
 from engine.config import UNTRANSFORMED, Config, TransformConfig
-from engine.data.files import DecodingError
 from engine.errors import input_errors
 
 Transform = Callable[[Any], Tensor]
-LONGEST = 8  # times the shorter side; the crop takes one at most, and interpolation looks a few pixels further
 POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
 
 
-def pixel_dtype(config: Config) -> torch.dtype:
-    """What a run's data set gives: bytes, or floats that are used as they are."""
-    return torch.float32 if config.data.dataset in UNTRANSFORMED else torch.uint8
-
-
 def normalisation(config: Config) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation by which a run's images are normalised; None for images used as they are."""
-    is_normalised = pixel_dtype(config) == torch.uint8
-    return (config.transform.mean, config.transform.std) if is_normalised else (None, None)
+    """Mean and standard deviation by which a run's bytes are normalised; None of floats, which are used as they are."""
+    return (None, None) if config.data.dataset in UNTRANSFORMED else (config.transform.mean, config.transform.std)
 
 
 def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
@@ -67,33 +57,10 @@ def build_train_transform(config: TransformConfig, image_size: int) -> Transform
     return transform
 
 
-def middle(image: Image.Image) -> Image.Image:
-    """The middle of a long image, about `LONGEST` times as long as wide: a centre crop sees nothing of the ends.
-
-    Enlarging a strip of 60,000 x 1 pixels as a whole, before the crop, would take 17 GB. Cut off are as many pixels as
-    become an even number in the resized image, so that the crop is rounded to the same place.
-    """
-    short = min(image.size)
-    left, top = (max(0, side - LONGEST * short) // (4 * short) * 2 * short for side in image.size)
-    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
-
-
-def refuse_slivers(image: Image.Image, longest: int) -> Image.Image:
-    """The image, unless timm's border mode, which makes `longest` of its longer side, leaves no pixel of the other.
-
-    Raises:
-        DecodingError: it does.
-    """
-    if round(min(image.size) / (max(image.size) / longest)) == 0:  # as timm rounds
-        size = f"{image.width} x {image.height}"
-        raise DecodingError(f"{size} pixels, of which transform.eval_crop_mode=border leaves less than a row")
-    return image
-
-
 def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
     """Resize the shorter side to image_size / eval_crop, crop the centre: (C, H, W) uint8."""
     with input_errors("transform"):
-        transform = create_transform(
+        return create_transform(
             image_size,
             interpolation=config.eval_interpolation,
             mean=tuple(config.mean),
@@ -102,26 +69,6 @@ def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
             crop_mode=config.eval_crop_mode,
             normalize=False,
         )
-    if config.eval_crop_mode == "center":
-        return Compose([middle, transform])
-    if config.eval_crop_mode == "border":
-        return Compose([partial(refuse_slivers, longest=int(image_size / config.eval_crop)), transform])
-    return transform
-
-
-def random_erasing(config: TransformConfig, device: torch.device) -> RandomErasing:
-    """timm's, of normalised images (B, C, H, W) on the device."""
-    (min_area, max_area), (min_aspect, max_aspect) = config.erase_area, config.erase_aspect
-    return RandomErasing(
-        config.random_erase,
-        min_area=min_area,
-        max_area=max_area,
-        min_aspect=min_aspect,
-        max_aspect=max_aspect,
-        mode=config.erase_mode,
-        max_count=config.erase_count,
-        device=device,
-    )
 
 
 class Normalise:
@@ -143,24 +90,29 @@ class Normalise:
 
 
 class Delivery:
-    """Brings batches to the device. A GPU copies a batch while it still computes with the one before.
+    """Brings a run's batches to the device. A GPU copies a batch while it still computes with the one before.
 
-    Args:
-        device: of the model.
+    Attributes:
         transforms: of images (B, C, H, W), on the device, in their order.
     """
 
-    def __init__(self, device: torch.device, transforms: Sequence[Callable[[Tensor], Tensor]] = ()) -> None:
+    def __init__(self, config: Config, device: torch.device, is_training: bool) -> None:
         self._device = device
-        self.transforms = transforms
+        self._memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.transforms: list[Callable[[Tensor], Tensor]] = []
+        mean, std = normalisation(config)
+        if mean is not None and std is not None:
+            self.transforms.append(Normalise(mean, std, device))
+            if is_training and config.transform.random_erase:
+                self.transforms.append(random_erasing(config.transform, device))
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and labels (B,) on the device, the images ready for the model."""
         images, labels = self._copy(images), self._copy(labels)
         for transform in self.transforms:
             images = transform(images)
-        return images, labels
+        return images.contiguous(memory_format=self._memory_format), labels
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self._copying is None:
@@ -173,18 +125,16 @@ class Delivery:
         return copy
 
 
-def build_delivery(config: Config, device: torch.device, is_training: bool) -> Delivery:
-    """The delivery of a run's training or held-out images."""
-    transforms: list[Callable[[Tensor], Tensor]] = []
-    mean, std = normalisation(config)
-    if mean is not None and std is not None:
-        transforms.append(Normalise(mean, std, device))
-        if is_training and config.transform.random_erase:
-            transforms.append(random_erasing(config.transform, device))
-    if config.train.channels_last:
-        transforms.append(_channels_last)
-    return Delivery(device, transforms)
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
+def random_erasing(config: TransformConfig, device: torch.device) -> RandomErasing:
+    """timm's, of normalised images (B, C, H, W) on the device."""
+    (min_area, max_area), (min_aspect, max_aspect) = config.erase_area, config.erase_aspect
+    return RandomErasing(
+        config.random_erase,
+        min_area=min_area,
+        max_area=max_area,
+        min_aspect=min_aspect,
+        max_aspect=max_aspect,
+        mode=config.erase_mode,
+        max_count=config.erase_count,
+        device=device,
+    )

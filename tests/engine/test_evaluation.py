@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,16 +12,21 @@ from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
 
 import augsub
+from engine.data.source import DataSource
 from engine.data.stream import IGNORED
 from engine.distributed import Process
-from engine.errors import InputError, RunError
-from engine.evaluation import Description, Metrics, Result, evaluate, measure
+from engine.errors import RunError
+from engine.evaluation import Metrics, Result, evaluate
 from engine.evaluation_report import tables, write
 from engine.precision import Precision
 
 CPU = torch.device("cpu")
 ALONE, FULL = Process(0, 1, CPU), Precision("off", CPU)
 CLASSES, IMAGES = 12, 103
+
+
+def counting(num_classes: int, **labels) -> Metrics:
+    return Metrics(CPU, DataSource(None, None, num_classes, 3, **labels))
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def batches_of(images, labels, size: int = 20):
 
 def test_figures_are_those_of_scikit_learn(outputs):
     logits, labels = outputs
-    metrics = Metrics(CPU, CLASSES)
+    metrics = counting(CLASSES)
     for images, answers in batches_of(logits, labels, 10):  # with an image in each batch that does not count
         metrics.update(torch.cat([images, 50 * torch.eye(CLASSES)[:1]]), torch.cat([answers, torch.tensor([IGNORED])]))
     found, every = metrics.figures(), range(CLASSES)
@@ -66,7 +70,7 @@ def test_figures_are_those_of_scikit_learn(outputs):
 
 
 def test_certain_predictions_are_calibrated_if_they_are_right():
-    metrics, logits = Metrics(CPU, 3), 100 * torch.eye(3)
+    metrics, logits = counting(3), 100 * torch.eye(3)
     metrics.update(logits, torch.arange(3))
     assert metrics.calibration_error == pytest.approx(0, abs=1e-9)
     metrics.update(logits, torch.arange(3).roll(1))  # now half of them are wrong
@@ -77,7 +81,7 @@ def test_with_several_right_labels_any_of_them_counts():
     accepted = torch.tensor([[1, 2], [3, IGNORED], [0, 7]])
     logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(40) % 4 - 1  # every fourth is IGNORED
-    metrics = Metrics(CPU, 8, accepted=accepted)
+    metrics = counting(8, accepted=accepted)
     metrics.update(logits, labels)
     ranked = logits.argsort(dim=1, descending=True)
     right = [(row.tolist(), set(accepted[label].tolist())) for row, label in zip(ranked, labels, strict=True)
@@ -89,17 +93,11 @@ def test_with_several_right_labels_any_of_them_counts():
     assert metrics.confusion.diag().sum() == sum(row[0] in labels for row, labels in right)
 
 
-def test_measuring_in_detail_says_what_evaluate_says_and_the_mode_is_restored(outputs):
+def test_counting_in_detail_changes_no_figure_and_the_mode_is_restored(outputs):
     model = nn.Sequential(nn.Dropout(0.5)).train()
-    metrics, _ = measure(model, {"": batches_of(*outputs)}, partial(Metrics, CPU, CLASSES), FULL, ALONE)
-    figures = metrics.figures()
+    figures = evaluate(model, batches_of(*outputs), FULL, ALONE, metrics=counting(CLASSES))
     assert figures.pop("ece") > 0 and figures == evaluate(model, batches_of(*outputs), FULL, ALONE)
     assert model.training
-
-
-def test_without_images_there_is_no_accuracy():
-    with pytest.raises(InputError, match="none of the held-out images can be read"):
-        evaluate(nn.Identity(), [(torch.zeros(1, CLASSES), torch.tensor([IGNORED]))], FULL, ALONE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -131,8 +129,7 @@ def test_a_sub_model_is_evaluated_with_the_same_draws_each_time(patched_model, n
 
     def result(seed: int, ratio: float) -> dict[str, float]:
         augmentation = augsub.build({"name": name, "ratio": ratio, **options})
-        new_metrics = partial(Metrics, CPU)
-        return measure(patched_model, {"": batches}, new_metrics, FULL, ALONE, "", augmentation, seed)[0].figures()
+        return evaluate(patched_model, batches, FULL, ALONE, augmentation=augmentation, seed=seed)
 
     main = evaluate(patched_model, batches, FULL, ALONE)
     assert result(0, 0.0) == main
@@ -150,8 +147,12 @@ def test_a_benchmark_of_several_sets_is_measured_apart_and_together(tmp_path):
         sources[name] = torch.randn(size, 6, generator=generator), torch.arange(size) % len(CANDIDATES)
     torch.manual_seed(0)
     model = nn.Linear(6, 10)
-    loaders = {name: batches_of(*tensors, 4) for name, tensors in sources.items()}
-    result = Result("", None, *measure(model, loaders, partial(Metrics, CPU, 4, CANDIDATES), FULL, ALONE))
+    whole, parts = counting(10, class_names="abcd", candidates=CANDIDATES), {}
+    for name, tensors in sources.items():
+        part = counting(10, class_names="abcd", candidates=CANDIDATES)
+        parts[name] = evaluate(model, batches_of(*tensors, 4), FULL, ALONE, metrics=part)
+        whole.add(part)
+    result = Result("", whole, parts)
     hits = {}
     for name, (images, labels) in sources.items():
         hits[name] = model(images)[:, CANDIDATES].argmax(dim=1) == labels
@@ -161,11 +162,14 @@ def test_a_benchmark_of_several_sets_is_measured_apart_and_together(tmp_path):
     assert result.mean_corruption_error == pytest.approx(sum(errors) / 10)
     assert result.metrics.figures()["top1"] == pytest.approx(100 * torch.cat([*hits.values()]).double().mean().item())
 
-    description = Description("linear", "nowhere", "ImageNet (c)", 8, 1.0, "bicubic", 70, ["a", "b", "c", "d"])
-    snow, fog, mean = tables(description, [result]).splitlines()[-3:]
-    assert snow.split() == ["snow", *(f"{error:.2f}" for error in errors[:5]), f"{sum(errors[:5]) / 5:.2f}"]
-    assert fog.split()[-1] == f"{sum(errors[5:]) / 5:.2f}" and mean.split() == ["mean", f"{sum(errors) / 10:.2f}"]
-    write(tmp_path, description, [result])
+    evaluated = {
+        "model": "linear", "source": "nowhere", "data": "ImageNet (c)", "image_size": 8, "crop": 1.0,
+        "interpolation": "bicubic", "parameters": 70, "class_names": ["a", "b", "c", "d"],
+    }  # fmt: skip
+    snow, fog, mean = (line.split()[1:] for line in tables(evaluated, [result]).splitlines()[-3:])
+    assert snow == ["snow", *(f"{error:.2f}" for error in errors[:5]), f"{sum(errors[:5]) / 5:.2f}"]
+    assert fog[-1] == f"{sum(errors[5:]) / 5:.2f}" and mean == ["mean", f"{sum(errors) / 10:.2f}"]
+    write(tmp_path, evaluated, [result])
     with (tmp_path / "corruptions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [f"{row['corruption']}/{row['severity']}" for row in rows] == SEVERITIES

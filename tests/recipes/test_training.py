@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 
 import augsub
 from engine.data.source import DataSource
-from engine.data.transforms import Normalise, build_delivery, build_eval_transform, build_train_transform
+from engine.data.transforms import Delivery, Normalise, build_eval_transform, build_train_transform
 from engine.defaults import build_objective, build_run_model
 from engine.distributed import Process
 from engine.loss import IntegerMixup, build_criterion, build_mixup
@@ -89,7 +89,7 @@ def test_train_transform(recipe):
     colours = [AutoAugment, tv.ColorJitter] if three else [RandAugment]
     expected = [RandomResizedCropAndInterpolation, tv.RandomHorizontalFlip, *colours, MaybePILToTensor]
     assert [type(op) for op in ops] == expected
-    delivered = build_delivery(config, CPU, is_training=True).transforms
+    delivered = Delivery(config, CPU, is_training=True).transforms
     assert [type(op) for op in delivered] == [Normalise, *([RandomErasing] if erase["active"] else [])]
     crop, flip = ops[:2]
     assert (list(crop.scale), list(crop.ratio)) == (facts["crop"]["scale"], pytest.approx(facts["crop"]["ratio"]))
@@ -153,8 +153,7 @@ def check_rand_augment(op, facts, config, bicubic_only) -> None:
 
 def test_eval_transform(recipe):
     facts, config = recipe.facts["eval"], recipe.config
-    *_, timms = build_eval_transform(config.transform, config.data.image_size).transforms
-    resize, crop, *_ = timms.transforms
+    resize, crop, *_ = build_eval_transform(config.transform, config.data.image_size).transforms
     assert resize.size == facts["resize"]
     assert resize.interpolation == InterpolationMode.BICUBIC and facts["interpolation"].startswith("bicubic")
     assert tuple(crop.size) == (facts["center_crop"],) * 2

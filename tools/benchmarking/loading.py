@@ -16,7 +16,7 @@ from timm.data import create_dataset, create_loader
 
 from engine.config_file import load_config
 from engine.data.datasets import build_source
-from engine.data.loaders import build_loaders
+from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from tools.benchmarking.measurements import Measurement, in_turns, ratio_of
 from tools.benchmarking.steps import CONFIG, Timing
@@ -76,7 +76,7 @@ def _our_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Ca
         *(f"transform.{key}={value}" for key, value in RECIPE.items()),
     ]
     config = load_config(CONFIG, overrides)
-    loaders = build_loaders(config, build_source(config), Process(rank=0, world_size=1, device=device))
+    loaders = DataLoaders(config, build_source(config), Process(rank=0, world_size=1, device=device))
 
     def epoch() -> None:
         with closing(loaders.train_from(0)) as batches:
