@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engine import checkpoint_file
+from engine import atomic, checkpoint_file
 from engine.checkpoint import CheckpointStore, load, load_metadata, verify
 from engine.checkpoint_file import join_tensors, split_tensors
 from engine.distributed import Process
@@ -76,7 +77,12 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_before_the_
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("rename") or replace(*paths))
     checkpoint_file.save({"weight": torch.zeros(100)}, tmp_path / "last.pt")
-    assert calls == [(tmp_path / "last.pt").stat().st_size, "rename", "folder"]
+    whole = [(tmp_path / "last.pt").stat().st_size, "rename", "folder"]
+    assert calls == whole
+    calls.clear()
+    monkeypatch.setattr(os, "link", lambda *paths: os.open("/no/links/here", os.O_RDONLY))  # a file system without
+    atomic.link(tmp_path / "last.pt", tmp_path / "best.pt")
+    assert calls == whole
 
 
 class Harmful:
@@ -127,8 +133,10 @@ def test_last_previous_best_and_the_newest_numbered_ones(folder, keep, in_backgr
 
 
 def test_a_damaged_one_is_named_and_the_one_before_it_used(folder, caplog):
-    store = save_all(folder, 7, keep=2)
-    for damaged, used in (("last.pt", "previous.pt"), ("previous.pt", "iter_4.pt"), ("iter_4.pt", "best.pt")):
+    store = save_all(folder, 9, keep=3)
+    used_after = {"last.pt": "previous.pt", "previous.pt": "iter_6.pt", "iter_6.pt": "iter_4.pt"}
+    used_after["iter_4.pt"] = "best.pt"
+    for damaged, used in used_after.items():  # the previous one is iter_8.pt too
         damage(folder.checkpoints / damaged)
         with caplog.at_level(logging.WARNING, logger="engine"):
             assert store.newest() == folder.checkpoints / used
@@ -171,11 +179,12 @@ def test_only_checkpoints_of_a_run_are_continued(folder):
 
 def test_a_save_in_the_background_writes_the_state_of_its_moment_and_tells_its_error(folder):
     store = CheckpointStore(folder, ALONE, in_background=True)
-    weights = torch.zeros(500)
-    groups = [{"lr": 1.0}]
+    weights, groups, go_on = torch.zeros(500), [{"lr": 1.0}], threading.Event()
+    store._thread.submit(go_on.wait)
     store.save({"iteration": 1, "config": "", "model": {"weight": weights}, "groups": groups}, False, False)
     weights.fill_(1)
     groups[0]["lr"] = 2.0
+    go_on.set()
     store.wait()
     saved = load(folder.last)
     assert saved["model"]["weight"].sum() == 0 and saved["groups"] == [{"lr": 1.0}]

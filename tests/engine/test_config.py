@@ -27,13 +27,13 @@ def write(tmp_path):
 def test_base_files_overrides_and_schema_are_merged_in_that_order(write):
     write("_base_/grand.yaml", "seed: 1\ntrain: {epochs: 10, global_batch: 8}\n")
     write("_base_/first.yaml", "_base_: grand.yaml\ntrain: {global_batch: 16}\nmodel: {kwargs: {depth: 2, width: 3}}\n")
-    write("_base_/second.yaml", "optimizer: {lr: 0.5}\n")
+    write("_base_/second.yaml", "optimizer: {lr: 0.5}\nseed: 2\n")  # after the first one
     path = write(
         "run.yaml", "_base_: [_base_/first.yaml, _base_/second.yaml]\nmodel: {kwargs: {depth: 4}}\nlog: {period: 7}\n"
     )
     config = load_config(path, ["train.epochs=20", "augsub.sub_models=[{augmentations: [masking]}]"])
     assert isinstance(config, Config)
-    assert (config.seed, config.train.epochs, config.train.global_batch) == (1, 20, 16)
+    assert (config.seed, config.train.epochs, config.train.global_batch) == (2, 20, 16)
     assert (config.optimizer.lr, config.log.period) == (0.5, 7)
     assert config.model.kwargs == {"depth": 4, "width": 3}
     assert config.augsub.sub_models[0].weight == 0.5
