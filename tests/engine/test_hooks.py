@@ -207,6 +207,25 @@ def test_checkpoints_by_the_clock(tmp_path, minutes, saved):
     assert seen == saved and not folder.list_numbered()
 
 
+def test_the_clock_asks_once_for_each_save(tmp_path, monkeypatch):
+    """The answer of several processes comes a step later, when the clock must not have asked again."""
+
+    class Late(Loop):
+        def run_step(self):
+            super().run_step()
+            now[0] = 40.0 * (self.iteration + 1)
+
+    asked, now, saved = [False], [0.0], []
+    late = SimpleNamespace(ask=lambda wanted: asked.append(wanted) or asked[-2], finish=lambda: None)
+    monkeypatch.setattr("engine.hooks.saving.Agreement", lambda process: late)
+    monkeypatch.setattr("engine.hooks.saving.time.monotonic", lambda: now[0])
+    *others, checkpoint = saving_hooks(RunFolder(tmp_path / "run"), period=100, minutes=1.0)
+    monkeypatch.setattr(checkpoint.store, "save", lambda state, *names: saved.append(state["iteration"]))
+    others[1].period = 100
+    train(Late([0.0] * 7), *others, checkpoint)
+    assert saved == [3, 6, 7]
+
+
 @pytest.mark.parametrize(("weight", "loss"), [(float("nan"), 1.0), (1.0, float("nan"))])
 def test_nothing_is_saved_after_a_loss_or_a_weight_that_is_not_finite(tmp_path, weight, loss):
     folder = RunFolder(tmp_path / "run")
