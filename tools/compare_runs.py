@@ -34,23 +34,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    """Print a table of runs that exist, and draw their curves."""
-    from tools.comparison.pictures import draw_curves  # here: --help needs no matplotlib
-    from tools.comparison.report import caption, configuration_lines, summary_table
+def run(arguments: argparse.Namespace) -> None:
+    """Print a table of runs that exist, and draw their curves; or train and report a study."""
+    if arguments.study is None:
+        from tools.comparison.report import CAPTION, configuration_lines, summary_table  # here: --help needs no scipy
 
-    if arguments.jobs is not None:
-        raise InputError("--jobs: belongs to --study")
-    ways = read_ways(arguments.runs)
-    check_comparable(ways)
-    print(summary_table(ways, arguments.metric), caption(), "\n".join(configuration_lines(ways)), sep="\n\n")
-    if arguments.picture:
-        draw_curves(ways, arguments.metric, arguments.picture)
+        if arguments.jobs is not None:
+            raise InputError("--jobs: belongs to --study")
+        ways = read_ways(arguments.runs)
+        check_comparable(ways, arguments.metric)
+        print(summary_table(ways, arguments.metric), CAPTION, configuration_lines(ways), sep="\n\n")
+        if arguments.picture:
+            from tools.comparison.pictures import draw_curves
 
-
-def make_study(arguments: argparse.Namespace) -> None:
-    """Train and report a study."""
-    from tools.comparison.report import run_study
+            draw_curves(ways, arguments.metric, arguments.picture)
+        return
+    from tools.comparison.study import run_study  # here: it brings torch
 
     if arguments.runs or arguments.picture or arguments.metric != "top1":
         raise InputError("--study: goes with --jobs alone; its file says what is trained and written")
@@ -59,15 +58,12 @@ def make_study(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the runs save their state first
-    for path in run_study(arguments.study, DEFAULT_JOBS if arguments.jobs is None else arguments.jobs):
-        print(path)
+    print(*run_study(arguments.study, arguments.jobs or DEFAULT_JOBS), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line after an error; 130 after Ctrl-C, SIGTERM or SIGHUP: the same command goes on."""
-    parsed = parse_arguments(arguments)
-    run = compare if parsed.study is None else make_study
-    return exit_code(partial(run, parsed), after_interrupt="the same command goes on")
+    return exit_code(partial(run, parse_arguments(arguments)), after_interrupt="the same command goes on")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
-from engine.errors import InputError
 from engine.figure import BLUE, OKABE_ITO, VERMILION, save
-from tools.comparison.runs import CONFIDENCE, METRICS, Way, interval, percent
+from tools.comparison.runs import METRICS, Way, interval
 
 DPI = 130
 MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
@@ -41,21 +40,21 @@ def draw_panels(ways: Sequence[Way], quantity: str, path: Path) -> None:
     tried = [way for way in ways if way.baseline]
     columns = min(MOST_COLUMNS, len(tried))
     rows = math.ceil(len(tried) / columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(3.7 * columns, 3.3 * rows), layout="constrained", squeeze=False, sharey=True
-    )
-    for index, axes in enumerate(grid.flat):
-        if index >= len(tried):
-            axes.set_axis_off()
-            continue
-        way = tried[index]
+    size = (3.7 * columns, 3.3 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axes in grid.flat[len(tried) :]:
+        axes.set_axis_off()
+    for index, (way, axes) in enumerate(zip(tried, grid.flat, strict=False)):
         _draw(axes, [way.baseline, way], quantity, TWO)
         _mark_ends(axes, quantity)
-        axes.set_title(textwrap.fill(_title(way, ways), MOST_LETTERS), fontsize="medium")
+        axes.set_title(textwrap.fill(way.title, MOST_LETTERS), fontsize="medium")
         if index % columns:
             axes.set_ylabel("")
-    if quantity != "main_loss":
-        _leave_out_beginning(grid[0, 0], ways, quantity)
+    if quantity != "main_loss":  # the first epochs' accuracies would flatten all others
+        curves = [curve(way, quantity) for way in ways]
+        late = np.concatenate([values[:, epochs >= BEGINNING * epochs[-1]].ravel() for epochs, values in curves])
+        margin = 0.06 * np.ptp(late) or 1.0
+        grid[0, 0].set_ylim(late.min() - margin, late.max() + margin)
     names = {way.name for way in tried}
     labels = [tried[0].baseline.name, names.pop() if len(names) == 1 else "the way in the title"]
     figure.legend(grid[0, 0].lines, labels, loc="outside lower center", ncols=2, frameon=False)
@@ -65,51 +64,28 @@ def draw_panels(ways: Sequence[Way], quantity: str, path: Path) -> None:
 def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
     """A row for each way but the baseline: its interval, and the difference of each seed."""
     tried = [way for way in ways if way.baseline]
-    differences = [list(way.differences(metric).values()) for way in tried]
-    means, half_widths = zip(*map(interval, differences), strict=True)
-    rows = np.arange(len(tried))
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(tried)), layout="constrained")
-    axes.plot(
-        np.concatenate(differences),
-        np.repeat(rows + 0.25, [len(of_seeds) for of_seeds in differences]),
-        "o",
-        color="black",
-        alpha=0.35,  # darker where seeds coincide
-        markersize=4,
-        markeredgewidth=0,
-        label="one seed",
-    )
-    axes.errorbar(
-        means,
-        rows,
-        xerr=half_widths,
-        fmt="o",
-        color=BLUE,
-        capsize=3,
-        label=f"mean, interval of {percent(CONFIDENCE)}",
-    )
+    for row, way in enumerate(tried):
+        of_seeds = list(way.differences(metric).values())
+        mean, half = interval(of_seeds)
+        axes.scatter(of_seeds, [row + 0.25] * len(of_seeds), s=16, color="black", alpha=0.35, linewidth=0)
+        axes.errorbar(mean, row, xerr=half, fmt="o", color=BLUE, capsize=3)
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(rows, [_title(way, ways) for way in tried])
+    axes.set_yticks(range(len(tried)), [way.title for way in tried])
     axes.set_ylim(len(tried) - 0.5, -0.5)  # the first one on top
     axes.set_xlabel(f"held-out {METRICS[metric]}, difference to {tried[0].baseline.name} (points)")
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    drawn = [axes.collections[0], axes.containers[0]]
+    labels = ["one seed", "mean, interval of 95 %"]
+    figure.legend(drawn, labels, loc="outside upper right", ncols=2, frameon=False)
     save(figure, path, DPI)
 
 
 def curve(way: Way, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs (E,) at which all runs of a way measured something, and its values (S, E), a row per seed.
-
-    Raises:
-        InputError: there is no such epoch.
-    """
-    of_runs = [
-        {record["epoch"]: record[quantity] for record in run.records if quantity in record} for run in way.runs.values()
-    ]
+    """Epochs (E,) at which all runs of a way measured something, and its values (S, E), a row per seed."""
+    of_runs = [{line["epoch"]: line[quantity] for line in run.records if quantity in line} for run in way.runs.values()]
     epochs = sorted(set.intersection(*map(set, of_runs)))
-    if not epochs:
-        raise InputError(f"{way.name}: no epoch at which all its runs have {quantity} in metrics.jsonl")
     return np.array(epochs), np.array([[of_run[epoch] for epoch in epochs] for of_run in of_runs])
 
 
@@ -141,19 +117,3 @@ def _mark_ends(axes: Axes, quantity: str) -> None:
         offset = (6, 2 if line is highest else -9)
         axes.annotate(text, end, offset, textcoords="offset points", color=line.get_color())
     axes.set_xlim(0, 1.25 * max(line.get_xdata()[-1] for line in axes.lines))
-
-
-def _leave_out_beginning(axes: Axes, ways: Sequence[Way], quantity: str) -> None:
-    """Cut off the first epochs' accuracies, which would flatten all others."""
-    curves = [curve(way, quantity) for way in ways]
-    late = np.concatenate([values[:, epochs >= BEGINNING * epochs[-1]].ravel() for epochs, values in curves])
-    margin = 0.06 * np.ptp(late) or 1.0
-    axes.set_ylim(late.min() - margin, late.max() + margin)
-
-
-def _title(way: Way, ways: Sequence[Way]) -> str:
-    """What tells a way from all others that are tried."""
-    bases = {way.base for way in ways}
-    if len(bases) == 1:
-        return way.name
-    return way.base if len(ways) == 2 * len(bases) else f"{way.base}, {way.name}"

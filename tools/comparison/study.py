@@ -1,32 +1,45 @@
-"""A study: ways of training, each tried with several seeds. Its file, the runs that follow from it, their training."""
+"""A study: ways of training, each tried with several seeds. Its file, its runs, their training, its report."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Dict, List, Optional  # noqa: UP035  (OmegaConf reads these at run time)
+from string import Template
+from typing import IO, Dict, List, Optional  # noqa: UP035  (OmegaConf reads these at run time)
 
 from omegaconf import MISSING, OmegaConf
 from tqdm import tqdm
 
+from engine import atomic
 from engine.config import Config
 from engine.config_file import differences, fill_in_from, load_config, read_over, reported
-from engine.errors import InputError, RunError
+from engine.data.datasets import build_source
+from engine.defaults import IF_AVAILABLE
+from engine.errors import InputError, RunError, writing_errors
 from engine.run_folder import RunFolder
 from engine.text import expanded
-from tools.comparison.runs import OWN_KEYS, recipe, refuse_if_written, why_unfinished
+from tools.analysis import analyze_configured
+from tools.comparison.pictures import draw_differences, draw_panels
+from tools.comparison.report import CAPTION, conclusions, summary_table, table
+from tools.comparison.runs import Way, check_comparable, finished_run, make_ways
 
 # ruff: noqa: UP006, UP045
 
 TRAIN_NET = Path(__file__).parents[1] / "train_net.py"
+PAGE = Path(__file__).with_name("report.md")
+METRIC = "top1"  # that a study compares
+POLL = 0.1  # seconds between looks at the runs
 
 
 @dataclass
@@ -44,12 +57,9 @@ class Study:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One way of training of one configuration, with one seed.
+    """One way of training of one configuration (the file `base` with `overrides`), with one seed.
 
     Attributes:
-        base: the configuration's file.
-        overrides: all that the run changes in it.
-        config: what the two make.
         flops: multiply-adds of all forwards of a step, per image.
     """
 
@@ -58,11 +68,6 @@ class PlannedRun:
     overrides: list[str]
     config: Config
     flops: int
-
-    @property
-    def folder(self) -> RunFolder:
-        """Where it is trained."""
-        return RunFolder(self.config.output_dir)
 
 
 def load_study(path: Path) -> Study:
@@ -76,11 +81,8 @@ def load_study(path: Path) -> Study:
         study: Study = OmegaConf.to_object(content)
     study.output_dir = expanded(study.output_dir or f"runs/{path.stem}")
     study.report, study.configs = expanded(study.report), [expanded(config) for config in study.configs]
-    for key in ("configs", "seeds"):
-        if not getattr(study, key):
-            raise InputError(f"{path}: {key} = []: at least one is needed")
-    if len(study.ways) < 2:
-        raise InputError(f"{path}: ways = {list(study.ways)}: at least two are needed, the baseline first")
+    if not study.configs or not study.seeds or len(study.ways) < 2:
+        raise InputError(f"{path}: needs one of configs and of seeds, and two ways or more, the baseline first")
     return study
 
 
@@ -88,35 +90,24 @@ def plan(study: Study, path: Path) -> list[PlannedRun]:
     """All runs of the study in a file, the first seed of everything before the second one of anything.
 
     Raises:
-        InputError: a configuration is missing, it or its model refuses a seed or what a way overrides, or two ways
-            are the same.
+        InputError: a configuration is missing, it or its model refuses a seed or what a way overrides, or two runs
+            would have one folder.
     """
-    from tools.analysis import analyze_configured  # here: who only compares does not wait for torch
-
-    runs: list[PlannedRun] = []
-    known: dict[tuple[Path, str], str] = {}
+    runs: dict[str, PlannedRun] = {}  # by folder
     for base, way in product([path.parent / config for config in study.configs], study.ways):
         name = re.sub(r"[^\w.]+", "_", way).strip("_").lower()
         try:
-            for override in study.ways[way]:
-                if override.partition("=")[0] in OWN_KEYS:
-                    raise InputError(f"override {override!r}: {' and '.join(OWN_KEYS)} are the study's own")
-            config = load_config(base, study.ways[way])
-            other = known.setdefault((base, recipe(config)), way)
-            if other != way:
-                raise InputError(f"is the same configuration as {other}")
-            cost = analyze_configured(config)
+            cost = analyze_configured(load_config(base, study.ways[way]))
             for seed in study.seeds:
-                folder = Path(study.output_dir, f"{base.stem}_{name}_seed{seed}")
+                folder = f"{study.output_dir}/{base.stem}_{name}_seed{seed}"
+                if folder in runs:
+                    raise InputError(f"{folder} would be the folder of two runs")
                 overrides = [*study.ways[way], f"seed={seed}", f"output_dir={folder}"]
                 config = load_config(base, overrides)
-                runs.append(PlannedRun(base, way, overrides, config, cost.main.flops + cost.sub_flops))
+                runs[folder] = PlannedRun(base, way, overrides, config, cost.main.flops + cost.sub_flops)
         except InputError as error:
             raise InputError(f"{path}: ways: {way}: {error}") from error
-    folder, count = Counter(run.config.output_dir for run in runs).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"{path}: configs, seeds, ways: {folder} would be the folder of {count} runs")
-    return sorted(runs, key=lambda run: study.seeds.index(run.config.seed))
+    return sorted(runs.values(), key=lambda run: study.seeds.index(run.config.seed))
 
 
 def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
@@ -124,64 +115,137 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
 
     Raises:
         InputError: a folder holds another run than the planned one, or somebody writes into it.
-        RunError: a run failed; those beside it were trained to their ends.
-        KeyboardInterrupt: those that were running have ended; their checkpoints are whole.
+        RunError: a run failed; after this, and after Ctrl-C, those beside it have saved their state and ended.
     """
     for run in runs:
         _refuse_another(run)
-    missing = [run for run in runs if why_unfinished(run.folder) is not None]
-    processes: set[subprocess.Popen] = set()
-    pool = ThreadPoolExecutor(jobs)
+    waiting = [run for run in runs if finished_run(run.config.output_dir) is None]
+    processes: dict[subprocess.Popen, tuple[PlannedRun, IO[str]]] = {}
     try:
-        futures = {pool.submit(_train, run, processes, pool): run for run in missing}
-        with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", disable=None) as bar:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-                if bar.disable:
-                    print(f"{futures[future].folder.path}: finished", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(processes):
-            process.terminate()
-        raise
+        with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None) as bar:
+            while waiting or processes:
+                while waiting and len(processes) < jobs:
+                    run, said = waiting.pop(0), tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115
+                    processes[_start(run, said)] = run, said
+                time.sleep(POLL)
+                for process in [process for process in processes if process.poll() is not None]:
+                    run, said = processes.pop(process)
+                    said.seek(0)
+                    if process.returncode:
+                        reason = (said.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+                        raise RunError(f"{run.config.output_dir}: {reason.removeprefix('error: ')}")
+                    bar.update()
+                    if bar.disable:
+                        print(f"{run.config.output_dir}: finished", file=sys.stderr, flush=True)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
-def _train(run: PlannedRun, processes: set[subprocess.Popen], pool: ThreadPoolExecutor) -> None:
-    """Run tools/train_net.py to its end; it is among `processes` as long as it lasts. After a failure none starts."""
-    command = [sys.executable, TRAIN_NET, "--resume", "--config", run.base, *run.overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command,
-        env=environment,
+def _start(run: PlannedRun, said: IO[str]) -> subprocess.Popen:
+    """Run tools/train_net.py; its errors go to the file `said`."""
+    return subprocess.Popen(
+        [sys.executable, TRAIN_NET, "--resume", "--config", run.base, *run.overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which asks the runs to save and stop
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="backslashreplace",
-    ) as process:
-        processes.add(process)
-        _, said = process.communicate()
-        processes.discard(process)
-    if process.returncode:
-        pool.shutdown(wait=False, cancel_futures=True)  # before this thread takes the next run
-        last = said.strip().splitlines()[-1:] or [f"ended with exit code {process.returncode}"]
-        raise RunError(f"{run.folder.path}: {last[0].removeprefix('error: ')}")
+        stderr=said,
+    )
 
 
 def _refuse_another(run: PlannedRun) -> None:
-    from engine.defaults import IF_AVAILABLE  # here: who only compares does not wait for torch
-
-    refuse_if_written(run.folder)
-    if not run.folder.config.exists():
+    config = RunFolder(run.config.output_dir).config
+    if not config.exists():
         return
-    study, run_as_trained = load_config(run.base, run.overrides), load_config(run.folder.config)
+    study, run_as_trained = load_config(run.base, run.overrides), load_config(config)
     fill_in_from(study, run_as_trained)
     for key, (planned, trained) in differences(study, run_as_trained).items():
         if key != "output_dir" and planned != IF_AVAILABLE:  # which becomes false where it is not
             raise InputError(
-                f"{run.folder.path}: was trained with {key} = {trained}, the study says {planned}: "
+                f"{run.config.output_dir}: was trained with {key} = {trained}, the study says {planned}: "
                 "remove the folder to train it anew, or give the study another output_dir"
             )
+
+
+def run_study(path: Path, jobs: int) -> list[Path]:
+    """Bring a study to its end, and return what was written: the page and its pictures.
+
+    Args:
+        jobs: runs at a time.
+
+    Raises:
+        InputError: the study file or a configuration is wrong; nothing was trained then.
+        RunError: a run failed. The same call goes on.
+    """
+    study = load_study(path)
+    runs = plan(study, path)
+    train_missing(runs, jobs)
+    several = len(study.configs) > 1
+    baselines: dict[str, Way] = {}  # by name of the configuration
+    ways: list[Way] = []
+    for base in dict.fromkeys(run.base for run in runs):
+        of_base = [run for run in runs if run.base == base]
+        groups = [
+            (way, [finished_run(run.config.output_dir) for run in of_base if run.way == way]) for way in study.ways
+        ]
+        found = make_ways(groups, base.stem if several else "")
+        check_comparable(found, METRIC)
+        flops = {run.way: run.flops for run in of_base}
+        for way in found:
+            way.flops = flops[way.name] * way.first.summary["iterations"] * way.first.config.train.global_batch
+        baselines[base.stem] = found[0]
+        ways += found
+    page = Path(study.report)
+    pictures = {name: page.with_name(f"{page.stem}_{name}.png") for name in ("differences", "accuracy", "loss")}
+    draw_differences(ways, METRIC, pictures["differences"])
+    draw_panels(ways, METRIC, pictures["accuracy"])
+    draw_panels(ways, "main_loss", pictures["loss"])
+    text = fill_page(study, ways, baselines, pictures, f"python tools/compare_runs.py --study {path.as_posix()}")
+    with writing_errors(page):
+        atomic.write_text(page, text)
+    return [page, *pictures.values()]
+
+
+def fill_page(
+    study: Study, ways: Sequence[Way], baselines: Mapping[str, Way], pictures: Mapping[str, Path], command: str
+) -> str:
+    """The report."""
+    facts, samples = [], []
+    for base, baseline in baselines.items():
+        run, accuracy = baseline.first, statistics.fmean(baseline.values(METRIC))
+        data, images = run.config.data, run.summary["images"]
+        facts.append(
+            f"- **{base}**: {run.config.model.name} on {data.dataset}, {len(build_source(run.config).train)} training "
+            f"images and {images} held-out ones of {data.image_size} x {data.image_size} pixels"
+        )
+        deviation = math.sqrt(accuracy * (100 - accuracy) / images)  # a binomial's
+        samples.append(
+            f"- **{base}**: one of {images} images is {100 / images:.2f} points; an accuracy of {accuracy:.1f} % "
+            f"has a standard deviation of {deviation:.2f} points over samples of {images} images"
+        )
+    seeds = sorted(study.seeds)
+    return Template(PAGE.read_text()).substitute(
+        title=study.title,
+        description=study.description.strip(),
+        command=command,
+        runs=len(ways) * len(seeds),
+        seeds=f"{len(seeds)} seeds" if len(seeds) > 1 else "seed",
+        versions=f"torch {version('torch').partition('+')[0]} and timm {version('timm')}",
+        facts="\n".join(facts),
+        summary=summary_table(ways, METRIC),
+        caption=CAPTION,
+        conclusions=conclusions(ways, METRIC),
+        samples="\n".join(samples),
+        single=table(
+            ways,
+            [f"seed {seed}" for seed in seeds],
+            [[f"{accuracy:.2f}" for accuracy in way.values(METRIC)] for way in ways],
+        ),
+        changes="\n".join(
+            f"- **{way}**: {', '.join(f'`{override}`' for override in overrides) or 'the configuration as it is'}"
+            for way, overrides in study.ways.items()
+        ),
+        **{name: picture.name for name, picture in pictures.items()},
+    )
