@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -18,37 +17,31 @@ from engine.config_file import load_config
 from engine.data.datasets import build_source
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
-from tools.benchmarking.measurements import Measurement, in_turns, ratio_of
-from tools.benchmarking.steps import CONFIG, Timing
+from tools.benchmarking.measurements import Measurement, compared, in_turns
+from tools.benchmarking.steps import CONFIG
 
 HEIGHT, WIDTH = 375, 500  # pixels, as most of ImageNet's
 CLASSES = 4
+TIMM, OURS = "timm's create_loader", "our loader"
 IMAGE_SIZE = 224
-RECIPE = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4}
+RECIPE = {"auto_augment": "rand-m9-inc1", "color_jitter": 0.4}
 ERASING = 0.25
 
 
-def measure_loading(images: int, batch: int, workers: int, timing: Timing) -> list[Measurement]:
+def measure_loading(images: int, batch: int, workers: int, rounds: int, device: torch.device) -> list[Measurement]:
     """An epoch of training images on the device, from the start of the workers to the last batch."""
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder), images)
-        steps = {
-            "timm's create_loader": _timm_epoch(Path(folder), batch, workers, timing.device),
-            "our loader": _our_epoch(Path(folder), batch, workers, timing.device),
-        }
-        seconds = in_turns(steps, timing.rounds, warm_up=1, device=timing.device)
-    reference, ours = seconds.values()
+        steps = {TIMM: _timm_epoch(folder, batch, workers, device), OURS: _our_epoch(folder, batch, workers, device)}
+        seconds = in_turns(steps, rounds, warm_up=1, device=device)
     case = f"{images} JPEGs of {WIDTH} x {HEIGHT} to {IMAGE_SIZE} px, batch {batch}, {workers} workers"
-    return [
-        Measurement("data", case, "timm's create_loader", images / statistics.median(reference), "images/s"),
-        Measurement("data", case, "our loader", images / statistics.median(ours), "images/s",
-                    against="timm's create_loader", **ratio_of(reference, ours)),
-    ]  # fmt: skip
+    speeds = {name: [images / second for second in of_rounds] for name, of_rounds in seconds.items()}
+    return compared("data", case, "images/s", speeds, against={OURS: TIMM})
 
 
-def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Callable[[], object]:
+def _timm_epoch(root: str, batch: int, workers: int, device: torch.device) -> Callable[[], object]:
     loader = create_loader(
-        create_dataset("", root=str(root), split="train"),
+        create_dataset("", root=root, split="train"),
         input_size=(3, IMAGE_SIZE, IMAGE_SIZE),
         batch_size=batch,
         is_training=True,
@@ -63,7 +56,7 @@ def _timm_epoch(root: Path, batch: int, workers: int, device: torch.device) -> C
     return lambda: deque(loader, maxlen=0)
 
 
-def _our_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Callable[[], object]:
+def _our_epoch(root: str, batch: int, workers: int, device: torch.device) -> Callable[[], object]:
     overrides = [
         "data.dataset=folder",
         f"data.root={root}",

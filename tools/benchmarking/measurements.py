@@ -1,16 +1,35 @@
-"""Lines of the benchmark: what was measured, beside the limit that arithmetic sets."""
+"""What the benchmark trains, and the lines of its tables: what was measured, beside the limit that arithmetic sets."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from tabulate import tabulate
 
 PARTS = {"steps": "Training steps", "memory": "Peak memory", "data": "Loading alone"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, where and how."""
+
+    model: str
+    image_size: int
+    batch: int
+    device: torch.device
+    amp: str = "off"
+    compiled: bool = False
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        switches = [name for name in ("compiled", "channels_last") if getattr(self, name)]
+        precision = "fp32" if self.amp == "off" else self.amp
+        return ", ".join([self.model, f"{self.image_size} px", f"batch {self.batch}", precision, *switches])
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,6 @@ class Measurement:
     limit: float | None = None
     note: str = ""
 
-    @property
-    def cells(self) -> list[str]:
-        """Its row, without the case."""
-        ratio = "" if self.ratio is None else f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
-        limit = "" if self.limit is None else f"{self.limit:.3f}"
-        return [self.name, f"{self.value:.4g} {self.unit}", ratio, self.against, limit, self.note]
-
 
 def in_turns(
     steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int, device: torch.device, repeats: int = 1
@@ -57,41 +69,56 @@ def in_turns(
         warm_up: rounds that are not counted.
         repeats: times that a step runs in its turn.
     """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            _wait_for(device)
+            wait()
             start = time.perf_counter()
             for _ in range(repeats):
                 steps[name]()
-            _wait_for(device)
+            wait()
             if number >= warm_up:
                 seconds[name].append((time.perf_counter() - start) / repeats)
     return seconds
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def compared(
+    part: str,
+    case: str,
+    unit: str,
+    rounds: Mapping[str, Sequence[float]],
+    against: Mapping[str, str],
+    limits: Mapping[str, float] = MappingProxyType({}),
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> list[Measurement]:
+    """Lines of what was measured in so many rounds.
 
-
-def ratio_of(these: Sequence[float], those: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of paired rounds, as fields of a `Measurement`."""
-    ratios = [one / other for one, other in zip(these, those, strict=True)]
-    if len(ratios) == 1:
-        return {"ratio": ratios[0], "low": ratios[0], "high": ratios[0]}
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {"ratio": median, "low": low, "high": high}
+    Args:
+        against: by name, that of another one whose paired rounds it is divided by.
+    """
+    lines = []
+    for name, values in rounds.items():
+        ratio = {}
+        if against.get(name) in rounds:
+            ratios = np.divide(values, rounds[against[name]])
+            low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+            ratio = {"ratio": median, "low": low, "high": high, "against": against[name]}
+        limit, note = limits.get(name), notes.get(name, "")
+        lines.append(Measurement(part, case, name, float(np.median(values)), unit, limit=limit, note=note, **ratio))
+    return lines
 
 
 def table(measurements: Sequence[Measurement], style: str = "simple") -> str:
     """The lines of one part."""
-    cases = [line.case for line in measurements]
-    rows = [
-        ["" if index and cases[index - 1] == line.case else line.case, *line.cells]
-        for index, line in enumerate(measurements)
-    ]
+    rows, case = [], None
+    for line in measurements:
+        ratio = "" if line.ratio is None else f"{line.ratio:.3f} [{line.low:.3f}, {line.high:.3f}]"
+        limit = "" if line.limit is None else f"{line.limit:.3f}"
+        shown = "" if line.case == case else line.case
+        rows.append([shown, line.name, f"{line.value:.4g} {line.unit}", ratio, line.against, limit, line.note])
+        case = line.case
     headers = ["case", "", "median", "ratio [quartiles]", "to", "limit", ""]
     return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
