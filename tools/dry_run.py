@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from engine.text import readable_size, text_table
 from engine.trainer import Trainer
 from models.activation_memory import activation_memory
 from models.complexity import analyze
-from tools.step_costs import NeedsValuesError, Strategy, build_step, memory
+from tools.step_costs import Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
 Rows = list[tuple[str, str]]
@@ -50,16 +50,17 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
     config, source, changes = resolve(config, process, newest, partial(_data_or_imagenet, missing=missing))
     trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
     if process.is_main:
-        picture = RunFolder(config.output_dir).plan
-        _draw(config, trainer, picture)
+        start = [("starts", "at the beginning")]
+        if newest is not None:
+            done = f"{newest} after {load_metadata(newest)['iteration']:,} iterations"
+            start = [("goes on from", done), *(("changed", change) for change in changes)]
         rows = [
-            *_start_rows(newest, changes),
+            *start,
             *(("data", f"not there, counted as ImageNet-1k: {error}") for error in missing),
-            *_data_rows(config, source),
-            *_cost_rows(config, source, trainer),
+            *_data_rows(config, source, trainer),
             *_length_rows(config, trainer),
             *_memory_rows(config, source, trainer),
-            ("learning rate, drawn", str(picture)),
+            ("learning rate, drawn", str(_draw(config, trainer))),
         ]
         log_warnings(config, trainer)
         print(f"{Path(config.output_dir).name}: {config.model.name}\n{text_table(rows)}")
@@ -82,52 +83,33 @@ def _data_or_imagenet(config: Config, missing: list[InputError]) -> DataSource:
         return IMAGENET
 
 
-def _start_rows(newest: Path | None, changes: list[str]) -> Rows:
-    if newest is None:
-        return [("starts", "at the beginning")]
-    done = f"{newest} after {load_metadata(newest)['iteration']:,} iterations"
-    return [("goes on from", done), *(("changed", change) for change in changes)]
-
-
-def _data_rows(config: Config, source: DataSource) -> Rows:
-    side = config.data.image_size
+def _data_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
+    """The data, and what the models compute of an image."""
+    side, augmentations = config.data.image_size, [sub_model.augmentation for sub_model in trainer.objective.sub_models]
+    with torch.device("meta"):
+        model = create_configured_model(config, source)
     return [
         ("training images", f"{len(source.train):,} of {source.in_chans} x {side} x {side}"),
         ("held-out images", f"{len(source.held_out):,}"),
         ("classes", f"{source.num_classes}"),
         *((f"left out of {split}", files) for split, files in source.left_out.items()),
+        *analyze(model, source.image_shape(side), augmentations).cost_rows(),
     ]
-
-
-def _cost_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
-    augmentations = [sub_model.augmentation for sub_model in trainer.objective.sub_models]
-    with torch.device("meta"):
-        model = create_configured_model(config, source)
-    return analyze(model, source.image_shape(config.data.image_size), augmentations).cost_rows()
 
 
 def _length_rows(config: Config, trainer: Trainer) -> Rows:
-    """Length, batch and parameter groups of a run, as rows of a table."""
-    data, epochs = trainer.data, trainer.max_iterations / trainer.data.iterations_per_epoch
-    stopped = f", of {config.train.epochs} scheduled" if epochs < config.train.epochs else ""
-    processes = trainer.process.world_size
-    return [
+    """Length and batch; what decays and what does not, which learning rates there are, and what does not learn."""
+    data, train, processes = trainer.data, config.train, trainer.process.world_size
+    epochs = trainer.max_iterations / data.iterations_per_epoch
+    stopped = f", of {train.epochs} scheduled" if epochs < train.epochs else ""
+    batch = f"{train.global_batch} = {data.micro_batch} x {data.accumulation} accumulated x {processes} process"
+    rows = [
         ("length", f"{epochs:.4g} epochs{stopped}, {trainer.max_iterations:,} iterations"),
         ("iterations per epoch", f"{data.iterations_per_epoch:,}"),
-        (
-            "images per iteration",
-            f"{config.train.global_batch} = {data.micro_batch} x {data.accumulation} accumulated x "
-            f"{processes} process{'es' if processes > 1 else ''}",
-        ),
+        ("images per iteration", f"{batch}{'es' if processes > 1 else ''}"),
         ("optimiser", f"{config.optimizer.name} on {trainer.process.device.type}, amp {trainer.precision.amp}"),
-        *_group_rows(trainer),
     ]
-
-
-def _group_rows(trainer: Trainer) -> Rows:
-    """What decays and what does not, which learning rates there are, and what does not learn."""
     groups = trainer.optimizer.param_groups
-    rows = []
     for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
         tensors = [tensor for group in groups if group["weight_decay"] == decay for tensor in group["params"]]
         rows.append((f"weight decay {decay:g}" if decay else "no weight decay", _count(tensors)))
@@ -135,33 +117,28 @@ def _group_rows(trainer: Trainer) -> Rows:
     if min(scales) < max(scales):
         rows.append(("learning rate", f"{min(scales):.3g} to {max(scales):.3g} of the schedule's, by layer"))
     frozen = [parameter for parameter in trainer.bare_model.parameters() if not parameter.requires_grad]
-    return [*rows, *([("frozen", _count(frozen))] if frozen else [])]
+    return [*rows, ("frozen", _count(frozen))] if frozen else rows
 
 
-def _count(tensors: Iterable[Tensor]) -> str:
-    sizes = [tensor.numel() for tensor in tensors]
-    return f"{len(sizes)} tensors, {sum(sizes):,} parameters"
+def _count(tensors: Sequence[Tensor]) -> str:
+    return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} parameters"
 
 
 def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     """What each process needs: tensors counted, activations measured."""
     process, distributed = trainer.process, config.distributed
-    strategy = Strategy("", is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
-    try:
-        kept = memory(strategy, build_step(config, source, process.world_size))
-        states = readable_size(kept.states)
-    except NeedsValuesError as error:
-        kept = memory(strategy, build_step(config, source, process.world_size, with_states=False))
-        states = f"not counted: {error}"
-    activations = _largest_graph(config, source, trainer)
-    average = [("  moving average", readable_size(kept.averages))] if kept.averages else []
+    strategy = Strategy(is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
+    step = build_step(config, source, process.world_size)
+    kept = memory(strategy, step)
+    activations, images = _largest_graph(config, source, trainer), trainer.data.micro_batch
+    average = [("  moving average", readable_size(kept["averages"]))] if kept["averages"] else []
     return [
-        ("memory per process", f"about {readable_size(kept.total + activations)}, of these"),
-        ("  weights", readable_size(kept.parameters)),
-        ("  gradients", readable_size(kept.gradients)),
-        ("  optimiser states", states),
+        ("memory per process", f"about {readable_size(sum(kept.values()) + activations)}, of these"),
+        ("  weights", readable_size(kept["parameters"])),
+        ("  gradients", readable_size(kept["gradients"])),
+        ("  optimiser states", f"not counted: {step.uncounted}" if step.uncounted else readable_size(kept["states"])),
         *average,
-        ("  activations", f"{readable_size(activations)}, estimate for {trainer.data.micro_batch} images at once"),
+        ("  activations", f"{readable_size(activations)}, estimate for {images} images at once"),
     ]
 
 
@@ -170,23 +147,23 @@ def _largest_graph(config: Config, source: DataSource, trainer: Trainer) -> int:
     alone = Process(rank=0, world_size=1, device=trainer.process.device)
     model = build_run_model(config, source, alone, is_resumed=True).to(alone.device)
     trainer.objective.prepare(model)
+    shape, autocast = source.image_shape(config.data.image_size), trainer.precision.autocast
     augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
-    branches = (
-        activation_memory(model, source.image_shape(config.data.image_size), augmentation, trainer.precision.autocast)
-        for augmentation in augmentations
-    )
+    branches = (activation_memory(model, shape, augmentation, autocast) for augmentation in augmentations)
     return max(branch.of(trainer.data.micro_batch) for branch in branches)
 
 
-def _draw(config: Config, trainer: Trainer, picture: Path) -> None:
+def _draw(config: Config, trainer: Trainer) -> Path:
+    """The learning rate; where its picture is."""
     per_epoch, train = trainer.data.iterations_per_epoch, config.train
-    schedule = build_schedule(config.schedule, config.optimizer, train.epochs, per_epoch, train.global_batch)
     is_stopped = trainer.max_iterations < train.epochs * per_epoch
+    picture = RunFolder(config.output_dir).plan
     draw_schedule(
-        schedule,
+        build_schedule(config.schedule, config.optimizer, train.epochs, per_epoch, train.global_batch),
         steps_per_epoch=1 if config.schedule.unit == "epoch" else per_epoch,
         stop=trainer.max_iterations / per_epoch if is_stopped else None,
         full_rate=max(group["lr_scale"] for group in trainer.optimizer.param_groups),
         title=f"{Path(config.output_dir).name}: learning rate",
         path=picture,
     )
+    return picture

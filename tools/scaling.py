@@ -13,22 +13,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from engine.command_line import exit_code, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
-from engine.text import to_json
+from engine.text import markdown_table, readable_size, to_json
 
 OF_A_MODEL = CONFIGS / "_base_" / "imagenet.yaml"  # what --model is trained with
+HEADER = (
+    "", "collectives per step", "sent by each GPU", "parameters", "gradients", "optimiser states", "EMA", "kept by each"
+)  # fmt: skip
+COLLECTIVES = ("all_gathers", "reduce_scatters", "all_reduces", "broadcasts")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what the configuration costs."""
     from engine.defaults import complete  # here: --help needs no torch
     from tools.analysis import data_source
-    from tools.step_costs import STRATEGIES, build_step, memory, table, traffic
+    from tools.step_costs import STRATEGIES, build_step, memory, sent_bytes, traffic
 
     count = arguments.processes
     if count < 2:
@@ -36,18 +40,26 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = (OF_A_MODEL, [f"model.name={arguments.model}"]) if arguments.model else (arguments.config, [])
     config = complete(load_config(chosen[0], [*chosen[1], *arguments.overrides]))
     step = build_step(config, data_source(config), count)
+    if step.uncounted:
+        raise InputError(step.uncounted)
+    found = {}
+    for title, strategy in STRATEGIES.items():
+        costs = traffic(strategy, step)
+        found[title] = {**costs, "sent": sent_bytes(costs, count), "memory": memory(strategy, step)}
     if arguments.json:
-        found = {strategy.title: (traffic(strategy, step), memory(strategy, step)) for strategy in STRATEGIES}
-        print(to_json({
-            title: {**asdict(costs), "sent": costs.sent(count), "memory": asdict(kept)}
-            for title, (costs, kept) in found.items()
-        }, indent=2))  # fmt: skip
+        print(to_json(found, indent=2))
         return
-    parameters = sum(parameter.numel() for parameter in step.model.parameters())
-    print(
-        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {count} processes, {step.passes} passes per step\n"
-    )
-    print(table(step))
+    parameters = sum(parameter.numel() for parameter in step.model.parameters()) / 1e6
+    print(f"{config.model.name}, {parameters:.2f} M parameters, {count} processes, {step.passes} passes per step\n")
+    print(markdown_table(HEADER, [row(title, costs) for title, costs in found.items()]))
+
+
+def row(title: str, costs: dict[str, Any]) -> list[str]:
+    """What a strategy costs, for people."""
+    counts = [(costs.get(name), name.replace("_", "-")) for name in COLLECTIVES if costs.get(name)]
+    named = " + ".join(f"{count} {name if count > 1 else name[:-1]}" for count, name in counts)
+    kept = costs["memory"].values()
+    return [title, named, *map(readable_size, (costs["sent"], *kept, sum(kept)))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,9 +18,9 @@ import augsub
 import tools.scaling
 from engine.distributed import Process, local, replicate, shard
 from models.build import create_model, innermost_blocks
-from tools.step_costs import STRATEGIES, Step, Strategy, Traffic, memory, traffic
+from tools.step_costs import STRATEGIES, Step, Strategy, memory, sent_bytes, traffic
 
-DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT = STRATEGIES
+DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT = STRATEGIES.values()
 
 
 @pytest.fixture
@@ -37,35 +37,31 @@ def test_ddp_by_hand(vit):
     weights = gradient + 4 * 48  # the frozen class token
     step = Step(vit, processes=8, passes=6, states=[torch.empty(gradient // 4)], averages=1)
     once, naive = traffic(DDP_ONCE, step), traffic(DDP_EACH, step)
-    assert (once.reduced, naive.reduced) == (gradient, 6 * gradient)
-    assert naive.all_reduces == 6 * once.all_reduces
-    assert once.sent(8) == 2 * 7 * gradient // 8
+    assert (once["reduced"], naive["reduced"]) == (gradient, 6 * gradient)
+    assert naive["all_reduces"] == 6 * once["all_reduces"] and sent_bytes(once, 8) == 2 * 7 * gradient // 8
     kept = memory(DDP_ONCE, step)
-    assert (kept.parameters, kept.gradients, kept.states, kept.averages) == (weights, gradient, gradient, weights)
-    assert kept.total == 2 * weights + 2 * gradient
+    assert kept == {"parameters": weights, "gradients": gradient, "states": gradient, "averages": weights}
 
 
 def test_fsdp2_by_hand(vit):
-    def shards(parameters, of=lambda p: True):
-        return sum(4 * math.ceil(p.shape[0] / 8) * math.prod(p.shape[1:]) for p in parameters if of(p))
+    def shards(parameters):
+        return sum(4 * math.ceil(p.shape[0] / 8) * math.prod(p.shape[1:]) for p in parameters)
 
     step = Step(vit, processes=8, passes=6)
     whole = 8 * shards(vit.parameters())
-    gradient = 8 * shards(vit.parameters(), lambda p: p.requires_grad)
+    gradient = 8 * shards(p for p in vit.parameters() if p.requires_grad)
     assert gradient == whole - 8 * 4 * 48  # the class token (1, 1, 48) fills eight shards
     blocks, root = 8 * shards(vit.blocks[0].parameters()), whole - 8 * shards(vit.blocks.parameters())
-    assert traffic(FSDP_ONCE, step).gathered == 6 * (2 * 3 * blocks + root)
-    assert traffic(FSDP_ONCE, step).all_gathers == 6 * (2 * 3 + 1)
-    assert traffic(FSDP_KEPT, step).gathered == 6 * whole
-    reduced = [traffic(way, step).reduced for way in (FSDP_ONCE, FSDP_KEPT, FSDP_EACH)]
-    assert reduced == [gradient, gradient, 6 * gradient]
-    assert traffic(FSDP_ONCE, step).reduce_scatters == 4  # three blocks and the root
-    assert traffic(FSDP_ONCE, step).sent(8) == 7 * (traffic(FSDP_ONCE, step).gathered + gradient) // 8
-    trained = [p for p in vit.parameters() if p.requires_grad]
-    assert memory(FSDP_ONCE, step).gradients == sum(p.nbytes for p in trained)
-    assert memory(FSDP_KEPT, step).parameters == whole // 8 + whole
-    assert memory(FSDP_ONCE, step).parameters == whole // 8 + root + 2 * blocks
-    assert memory(FSDP_ONCE, replace(step, passes=1)).gradients < memory(FSDP_ONCE, step).gradients
+    once, kept, each = (traffic(way, step) for way in (FSDP_ONCE, FSDP_KEPT, FSDP_EACH))
+    assert once["gathered"] == 6 * (2 * 3 * blocks + root) and once["all_gathers"] == 6 * (2 * 3 + 1)
+    assert kept["gathered"] == 6 * whole
+    assert (once["reduced"], kept["reduced"], each["reduced"]) == (gradient, gradient, 6 * gradient)
+    assert once["reduce_scatters"] == 4  # three blocks and the root
+    assert sent_bytes(once, 8) == 7 * (once["gathered"] + gradient) // 8
+    assert memory(FSDP_ONCE, step)["gradients"] == sum(p.nbytes for p in vit.parameters() if p.requires_grad)
+    assert memory(FSDP_KEPT, step)["parameters"] == whole // 8 + whole
+    assert memory(FSDP_ONCE, step)["parameters"] == whole // 8 + root + 2 * blocks
+    assert memory(FSDP_ONCE, replace(step, passes=1))["gradients"] < memory(FSDP_ONCE, step)["gradients"]
 
 
 def test_fsdp2_keeps_gradients_whole_until_they_are_reduced(vit, images, labels, tmp_path):
@@ -100,7 +96,7 @@ OPERATORS = {
     "c10d::_reduce_scatter_base_": ("reduce_scatters", "reduced"),
     "c10d::_allgather_base_": ("all_gathers", "gathered"),
     "c10d::broadcast_": ("broadcasts", "broadcast"),
-}  # torch's operator: the fields of Traffic for its number and its bytes
+}  # torch's operator: what `traffic` calls its number and its bytes
 
 
 class Collectives(TorchDispatchMode):
@@ -157,7 +153,7 @@ def count_in_a_process(rank: int, meeting: str, cases: list[tuple], results) -> 
         if strategy.sharded:
             dist.all_reduce(squares)
         if process.is_main:
-            results.put((computed, Traffic(**seen.counts), float(squares.sqrt())))
+            results.put((Counter(computed), seen.counts, float(squares.sqrt())))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -172,7 +168,7 @@ def test_two_processes_send_what_is_computed(tmp_path):
     settings = list(product((1, 2), (0, 1, 2)))  # micro-batches, sub-models
     cases = [
         (name, strategy, *setting)
-        for name, strategy, setting in product(MODELS, STRATEGIES, settings)
+        for name, strategy, setting in product(MODELS, STRATEGIES.values(), settings)
         if strategy.once or name == "ViT"
     ]
     context = multiprocessing.get_context("spawn")
