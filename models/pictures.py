@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
 
 import torch
 from timm.models.efficientvit_msra import ResidualDrop
@@ -23,7 +22,6 @@ import augsub
 from augsub.augmentation import Images, StemFeatures, Tokens
 from augsub.registry import AugmentationSpec
 
-NOTED_ACTIVATIONS = 64  # of each call of a dropout: enough for a picture
 PAPER = (255, 255, 255)  # behind what is removed
 GHOST = 0.15  # share of the image that still shines through it, for orientation
 MASK_TOKEN = (86, 180, 233)  # Okabe and Ito's sky blue, which colour-blind readers can tell from both others
@@ -54,22 +52,6 @@ class Hidden:
     boxes: Tensor
 
 
-@dataclass(frozen=True)
-class Dropping:
-    """What one call of a drop-path or dropout module let through.
-
-    Attributes:
-        module: its name in the model.
-        share: what it kept of each sample, (B,) float32; 0 or 1 for a path.
-        kept: whether it kept the path, (B, 1) bool (more where a block sees an image in parts, as MobileViT's do),
-            or each of the first activations, (B, at most 64) bool.
-    """
-
-    module: str
-    share: Tensor
-    kept: Tensor
-
-
 @dataclass
 class Recording:
     """One sub-forward.
@@ -81,8 +63,9 @@ class Recording:
         crops: what a random crop left of the image, as `boxes`; differs from it where tokens were cropped.
         hidden: cells that augmentations hid, in order; removed tokens once per token sequence of the model.
         token_grid: (rows, columns) of the patch tokens before any was removed.
-        droppings: calls of the "drop_path" and of the "dropout" modules (those after projections and in MLPs), in
-            the order of the forward.
+        kept: what the calls of "drop_path" and of "dropout" modules (those after projections and in MLPs) let through,
+            in the order of the forward: activations (B, n) bool, or the path of each image, (B, 1) bool (more where a
+            block sees an image in parts, as MobileViT's do).
         logits: of the sub-model, (B, K).
     """
 
@@ -92,40 +75,42 @@ class Recording:
     crops: Tensor
     hidden: list[Hidden] = field(default_factory=list)
     token_grid: tuple[int, int] | None = None
-    droppings: dict[str, list[Dropping]] = field(default_factory=lambda: {"drop_path": [], "dropout": []})
+    kept: dict[str, list[Tensor]] = field(default_factory=lambda: {"drop_path": [], "dropout": []})
     logits: Tensor | None = None
 
-    @cached_property
+    @property
     def states(self) -> Tensor:
         """What became of every pixel of the images, (B, H, W) uint8, values of `PixelState`.
 
         Of several sequences of tokens any may see a pixel.
         """
-        states = torch.full_like(self.images[:, 0], PixelState.REMOVED, dtype=torch.uint8)
-        for sample, (top, left, height, width) in enumerate(self.boxes.tolist()):
-            inside = states[sample, top : top + height, left : left + width]
-            inside.fill_(PixelState.VISIBLE)
-            removed = []
-            for hidden in self.hidden:
-                row, column, *size = hidden.boxes[sample].tolist()
-                canvas = torch.zeros_like(states[sample], dtype=torch.bool)
-                canvas[row : row + size[0], column : column + size[1]] = _spread(hidden.cells[sample], size)
-                if hidden.state == PixelState.REMOVED:
-                    removed.append(canvas)
-                else:
-                    inside[canvas[top : top + height, left : left + width]] = hidden.state
-            if removed:
-                states[sample][torch.stack(removed).all(dim=0)] = PixelState.REMOVED
-        return states
+        nothing = torch.zeros_like(self.images[:, :1], dtype=torch.float32)
+        inside = _put(nothing + 1, self.boxes, nothing).bool()
+        states = torch.where(inside, PixelState.VISIBLE, PixelState.REMOVED)
+        removed = []
+        for hidden in self.hidden:
+            cells = _put(hidden.cells[:, None].float(), hidden.boxes, nothing).bool()
+            if hidden.state == PixelState.REMOVED:
+                removed.append(cells)
+            else:
+                states[cells & inside] = hidden.state
+        if removed:
+            states[torch.stack(removed).all(dim=0)] = PixelState.REMOVED
+        return states[:, 0].to(torch.uint8)
 
-    @cached_property
+    @property
     def pixels(self) -> Tensor:
         """The sub-model's input at its place in the images, around it the images, (B, C, H, W)."""
-        pixels = self.images.clone()
-        for sample, (top, left, height, width) in enumerate(self.boxes.tolist()):
-            shown = F.interpolate(self.inputs[sample : sample + 1], size=(height, width), mode="nearest-exact")
-            pixels[sample, :, top : top + height, left : left + width] = shown[0]
-        return pixels
+        return _put(self.inputs, self.boxes, self.images)
+
+
+def _put(values: Tensor, boxes: Tensor, canvas: Tensor) -> Tensor:
+    """A copy of a canvas (B, C, H, W) with values (B, C, h, w) spread over a box of it, (B, 4)."""
+    canvas = canvas.clone()
+    for sample, (top, left, height, width) in enumerate(boxes.tolist()):
+        spread = F.interpolate(values[sample : sample + 1], size=(height, width), mode="nearest-exact")
+        canvas[sample, :, top : top + height, left : left + width] = spread[0]
+    return canvas
 
 
 @torch.no_grad()
@@ -144,22 +129,19 @@ def record(model: nn.Module, images: Tensor, augmentation: AugmentationSpec, see
     Raises:
         ValueError: the augmentation has no site in the model, or does not fit the images.
     """
-    batch, _, height, width = images.shape
-    whole = torch.tensor([0, 0, height, width], device=images.device).repeat(batch, 1)
+    whole = torch.tensor([0, 0, *images.shape[2:]], device=images.device).repeat(len(images), 1)
     recording = Recording(images, images, whole, whole)
-    names = {module: name for name, module in model.named_modules()}
     members = [_Watched(member, recording) for member in augsub.build(augmentation).members]
-    sites = [site for site in recording.droppings if site in augsub.supports(model).values()]
-    drops = [_DropWatcher(site, names, recording) for site in sites]
-    training = {module: module.training for module in names}
+    sites = [site for site in recording.kept if site in augsub.supports(model).values()]
+    drops = [_DropWatcher(site, recording) for site in sites]
+    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with _same_random_numbers(images.device):
+        with _same_random_numbers(images):
             torch.manual_seed(seed)
-            recording.logits = model(images, augsub=augsub.Compose([*members, *drops]))
+            recording.logits = model.eval()(images, augsub=augsub.Compose([*members, *drops]))
     finally:
-        for watcher in drops:
-            watcher.remove_hooks()
+        for hook in (hook for watcher in drops for hook in watcher.hooks.values()):
+            hook.remove()
         for module, was_training in training.items():
             module.training = was_training
     return recording
@@ -175,15 +157,13 @@ class _Watched(augsub.SubModelAugmentation):
 
     def image(self, images: Images) -> Images:
         recording, (height, width) = self._recording, images.values.shape[-2:]
-        positions = torch.arange(1, height * width + 1, device=images.values.device, dtype=torch.float32)
-        positions = positions.view(height, width).expand_as(images.values).contiguous()
-        with _same_random_numbers(images.values.device):
-            found = self._augmentation.image(Images(positions, images.stride)).values[:, 0]
+        positions = torch.arange(1.0, height * width + 1, device=images.values.device).view(height, width)
+        with _same_random_numbers(images.values):
+            told = positions.expand_as(images.values).contiguous()
+            found = self._augmentation.image(Images(told, images.stride)).values[:, 0]
         corners = _corners_of(found, width)
         if corners is not None:  # cropped or zeroed, else changed in place: the whole, whatever its size
-            scale = recording.boxes[:, 2:] / torch.tensor([height, width], device=found.device)
-            size = torch.tensor(found.shape[-2:], device=found.device)
-            recording.boxes = recording.crops = _inside(recording.boxes, corners * scale, size * scale)
+            recording.boxes = recording.crops = _inside(recording.boxes, corners, found.shape[1:], (height, width))
             if (found == 0).any():
                 recording.hidden.append(Hidden(PixelState.ZEROED, found == 0, recording.boxes))
         augmented = self._augmentation.image(images)
@@ -208,11 +188,9 @@ class _Watched(augsub.SubModelAugmentation):
             recording.hidden.pop()  # the same sequence: its kept tokens count those removed before
         recording.hidden.append(Hidden(PixelState.REMOVED, cells.view(-1, rows, columns), recording.boxes))
         if augmented.grid is not None:  # they form a rectangle
-            cell = recording.boxes[:, 2:] / torch.tensor(recording.token_grid, device=kept.device)
             first = kept.min(dim=1).values
-            corner = torch.stack([first.div(columns, rounding_mode="floor"), first.remainder(columns)], dim=1)
-            size = torch.tensor(augmented.grid, device=kept.device)
-            recording.crops = _inside(recording.boxes, corner * cell, size * cell)
+            corners = torch.stack([first // columns, first % columns], dim=1)
+            recording.crops = _inside(recording.boxes, corners, augmented.grid, recording.token_grid)
         return augmented
 
     def stem(self, features: StemFeatures) -> StemFeatures:
@@ -228,39 +206,32 @@ class _DropWatcher(augsub.SubModelAugmentation):
 
     name = "drop_watcher"
 
-    def __init__(self, site: str, names: dict[nn.Module, str], recording: Recording) -> None:
+    def __init__(self, site: str, recording: Recording) -> None:
         self.sites = (site,)
-        self._names, self._batch, self._droppings = names, len(recording.images), recording.droppings[site]
-        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        self.hooks: dict[nn.Module, RemovableHandle] = {}
+        self._batch, self._kept = len(recording.images), recording.kept[site]
 
     def module_state(self, module: nn.Module) -> dict[str, bool]:
-        if module not in self._hooks:  # it may stand at two places of the model
-            self._hooks[module] = module.register_forward_pre_hook(self._note)
+        if module not in self.hooks:  # it may stand at two places of the model
+            self.hooks[module] = module.register_forward_pre_hook(self._note)
         return {"training": True}
 
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         ones = torch.ones_like(inputs[0])
-        with _same_random_numbers(ones.device):
+        with _same_random_numbers(ones):
             output = module.forward(ones)
         if isinstance(module, ResidualDrop):  # adds the input to its branch
             output = output - ones
         kept = (output != 0).flatten(1)
         if not isinstance(module, nn.Dropout):
             kept = kept.any(dim=1)
-        kept = kept.reshape(self._batch, -1)  # Swin's attention has the windows of an image one after the other
-        self._droppings.append(Dropping(self._names[module], kept.float().mean(dim=1), kept[:, :NOTED_ACTIVATIONS]))
-
-    def remove_hooks(self) -> None:
-        """Stop watching."""
-        for hook in self._hooks.values():
-            hook.remove()
+        self._kept.append(kept.reshape(self._batch, -1))  # Swin's attention has an image's windows one after the other
 
 
-def _same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """What is drawn inside will be drawn again after it."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+def _same_random_numbers(tensor: Tensor) -> AbstractContextManager[None]:
+    """What is drawn inside on the tensor's device will be drawn again after it."""
+    device = tensor.device
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 def _corners_of(found: Tensor, width: int) -> Tensor | None:
@@ -273,26 +244,20 @@ def _corners_of(found: Tensor, width: int) -> Tensor | None:
     Returns:
         (top, left) of each sample, (B, 2) int64; None if the pixels are no crops of their images.
     """
-    source = (found - 1).long()
-    rows = source.div(width, rounding_mode="floor") - torch.arange(found.shape[1], device=found.device)[:, None]
-    columns = source.remainder(width) - torch.arange(found.shape[2], device=found.device)
-    offsets = torch.stack([rows, columns], dim=1).flatten(2)
-    hidden = (found == 0).flatten(1)[:, None]
-    corners = offsets.masked_fill(hidden, -1).amax(dim=2)
-    is_window = (found == found.round()).all() and ((offsets == corners[:, :, None]) | hidden).all()
+    source, hidden = (found - 1).long(), (found == 0)[:, None]
+    own = torch.meshgrid(*(torch.arange(side, device=found.device) for side in found.shape[1:]), indexing="ij")
+    offsets = torch.stack([source // width, source % width], dim=1) - torch.stack(own)
+    corners = offsets.masked_fill(hidden, -1).amax(dim=(2, 3))
+    is_window = (found == found.round()).all() and ((offsets == corners[:, :, None, None]) | hidden).all()
     return corners if is_window and (corners >= 0).all() else None
 
 
-def _inside(boxes: Tensor, corners: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes, (B, 4), from their corners, (B, 2), and sizes in other boxes, in pixels."""
-    inner = torch.cat([corners, sizes], dim=1).round().long()
+def _inside(boxes: Tensor, corners: Tensor, size: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """Parts of boxes, (B, 4): from corners, (B, 2), and of a size in cells, of which a box has a grid."""
+    cell = boxes[:, 2:] / torch.tensor(grid, device=boxes.device)
+    inner = torch.cat([corners * cell, torch.tensor(size, device=boxes.device) * cell], dim=1).round().long()
     inner[:, :2] += boxes[:, :2]
     return inner
-
-
-def _spread(cells: Tensor, size: Sequence[int]) -> Tensor:
-    """Cells (rows, columns) bool over an image of that size, (height, width) bool."""
-    return F.interpolate(cells[None, None].float(), size=tuple(size), mode="nearest-exact")[0, 0].bool()
 
 
 def render(recording: Recording, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
@@ -305,34 +270,27 @@ def render(recording: Recording, mean: Sequence[float] | None = None, std: Seque
         mean: of each channel, as the images were normalised with; None stretches each image over the full range.
         std: likewise.
     """
-    low, scale = _range(recording.images, mean, std)
-    paper, mask_token = (
-        torch.tensor(colour, dtype=torch.uint8, device=low.device).view(1, 3, 1, 1) for colour in (PAPER, MASK_TOKEN)
-    )
-    colours = _to_uint8((recording.pixels - low) / scale)
-    ghost = GHOST * _to_uint8((recording.images - low) / scale) + (1 - GHOST) * paper
-    states = recording.states.unsqueeze(1)
+    images, states = recording.images, recording.states.unsqueeze(1)
+    paper, mask_token = (torch.tensor(colour, device=images.device).view(1, 3, 1, 1) for colour in (PAPER, MASK_TOKEN))
+    colours = _to_uint8(recording.pixels, images, mean, std)
+    ghost = GHOST * _to_uint8(images, images, mean, std) + (1 - GHOST) * paper
     colours = torch.where(states == PixelState.REMOVED, ghost.round().to(torch.uint8), colours)
-    return torch.where(states == PixelState.REPLACED, mask_token, colours)
+    return torch.where(states == PixelState.REPLACED, mask_token.to(torch.uint8), colours)
 
 
 def render_main(images: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
     """Normalised images (B, C, H, W) as the main model sees them, (B, 3, H, W) uint8; arguments as `render`."""
-    low, scale = _range(images, mean, std)
-    return _to_uint8((images - low) / scale)
+    return _to_uint8(images, images, mean, std)
 
 
-def _to_uint8(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] as (B, 3, H, W) uint8; other than three channels become their mean, grey."""
-    if images.shape[1] != 3:
-        images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _range(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    """What is black in the images, and the distance from there to white, broadcastable to them."""
+def _to_uint8(pixels: Tensor, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Pixels that are normalised as images, (B, C, H, W), as (B, 3, H, W) uint8; but for three channels grey."""
     if mean is None or std is None:
-        low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
-        return low, (high - low).clamp_min(torch.finfo(images.dtype).tiny)
-    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
-    return -mean / std, 1 / std
+        black, white = (extreme(dim=(1, 2, 3), keepdim=True) for extreme in (images.amin, images.amax))
+        pixels = (pixels - black) / (white - black).clamp_min(torch.finfo(images.dtype).tiny)
+    else:
+        mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+        pixels = (pixels + mean / std) / (1 / std)
+    if pixels.shape[1] != 3:
+        pixels = pixels.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+    return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from engine.errors import InputError, first_line, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
 from engine.text import readable_name
 from models.build import create_model, image_settings
-from models.pictures import Dropping, PixelState, Recording, record, render, render_main
+from models.pictures import PixelState, Recording, record, render, render_main
 from tools.analysis import data_source
 
 NamedImage = tuple[str, Tensor]  # normalised, (C, H, W)
@@ -47,11 +48,10 @@ DROPPED, KEPT = "#FFFFFF", BLUE
 HATCH, HATCH_COLOUR = "/////", "0.75"  # over what is removed, which would be hard to see on a pale image
 FINE = 8  # hatched areas end within 1/8 pixel of their place
 ACTIVATIONS = (8, 2)  # of each dropout that are drawn, rows and columns
-LEGEND = {
-    PixelState.REMOVED: ("removed: nothing is computed for it", {"facecolor": "#F4F4F4", "hatch": HATCH}),
-    PixelState.REPLACED: ("replaced by the learned mask token", {}),
-    PixelState.ZEROED: ("set to zero", {}),
-}
+# of the legend: what became of pixels, in the order of `PixelState`, and of paths and activations
+LABELS = (
+    "removed: nothing is computed for it", "replaced by the learned mask token", "set to zero", "kept", "dropped"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ def configured(config: Config, files: Sequence[Path]) -> list[Row]:
     source, transform = data_source(config), config.transform
     model = augsub.patch(create_configured_model(config, source))
     if source is not IMAGENET and not files:
-        return _rows(config.model.name, model, _held_out_images(config, source), *normalisation(config))
-    images = _photographs(files, transform, config.data.image_size)
-    if source.in_chans != len(transform.mean):
-        grey = [(name, image.mean(dim=0, keepdim=True).expand(source.in_chans, -1, -1)) for name, image in images]
-        return _rows(config.model.name, model, grey, None, None)
-    return _rows(config.model.name, model, images, transform.mean, transform.std)
+        images, (mean, std) = _held_out_images(config, source), normalisation(config)
+    else:
+        images, mean, std = _photographs(files, transform, config.data.image_size), transform.mean, transform.std
+        if source.in_chans != len(mean):
+            grey = [(name, image.mean(dim=0, keepdim=True)) for name, image in images]
+            images, mean, std = [(name, image.expand(source.in_chans, -1, -1)) for name, image in grey], None, None
+    return _rows(config.model.name, model, images, mean, std)
 
 
 def named(name: str, files: Sequence[Path]) -> list[Row]:
@@ -97,13 +98,7 @@ def named(name: str, files: Sequence[Path]) -> list[Row]:
     return _rows(name, model, _photographs(files, transform, image_size), transform.mean, transform.std)
 
 
-def _rows(
-    model_name: str,
-    model: nn.Module,
-    images: Sequence[NamedImage],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> list[Row]:
+def _rows(model_name: str, model: nn.Module, images: Sequence[NamedImage], mean: Any, std: Any) -> list[Row]:
     return [
         Row(model_name, model, name, number, image.expand(SAMPLES, -1, -1, -1), mean, std)
         for number, (name, image) in enumerate(images)
@@ -125,14 +120,25 @@ def _held_out_images(config: Config, source: DataSource) -> list[NamedImage]:
 def _photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
     to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
-    if not files:
-        return [(BUNDLED, normalise(to_bytes(Image.fromarray(load_sample_image(BUNDLED)))))]
-    return [(readable_name(file.name), normalise(to_bytes(_read(file)))) for file in files]
+    images = [] if files else [(BUNDLED, Image.fromarray(load_sample_image(BUNDLED)))]
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                images.append((readable_name(file.name), decode(opened)))
+        except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
+            raise InputError(f"--images {file}: cannot be read: {first_line(error)}") from error
+    return [(name, normalise(to_bytes(image))) for name, image in images]
 
 
 def chosen(paths: Sequence[Path]) -> list[Path]:
     """A few of all image files, and of those directly in folders."""
-    files = [file for path in paths for file in _image_files(path)]
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir(), key=lambda file: natural_order(file.name)) if path.is_dir() else [path]
+        found = [file for file in inside if file == path or is_image(file.name)]
+        if not found:
+            raise InputError(f"--images {path}: the folder holds no image")
+        files += found
     if len(files) > SHOWN:
         print(f"--images: {SHOWN} of {len(files):,} images are drawn, evenly chosen")
     return _evenly(files)
@@ -144,64 +150,45 @@ def _evenly(items: Sequence[Any]) -> list[Any]:
     return [items[place] for place in places]
 
 
-def _image_files(path: Path) -> list[Path]:
-    """The file itself, or the images directly in a folder."""
-    if not path.is_dir():
-        return [path]
-    files = sorted((file for file in path.iterdir() if is_image(file.name)), key=lambda file: natural_order(file.name))
-    if not files:
-        raise InputError(f"--images {path}: the folder holds no image")
-    return files
-
-
-def _read(file: Path) -> Image.Image:
-    """The image in a file, as RGB."""
-    try:
-        with file.open("rb") as opened:
-            return decode(opened)
-    except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
-        raise InputError(f"--images {file}: cannot be read: {first_line(error)}") from error
-
-
-def _record(
-    row: Row, sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool
-) -> list[Recording | None]:
-    """What each sub-model sees; `may_lack` gives None for those that the model does not offer."""
-    offered = augsub.supports(row.model)
-    recordings: list[Recording | None] = []
-    for augmentation in sub_models:
-        if may_lack and any(member.name not in offered for member in augmentation.members):
-            recordings.append(None)
-            continue
-        with input_errors(f"{augmentation} for {row.model_name}"):
-            recordings.append(record(row.model, row.images, augmentation, seed + row.number))
-    return recordings
-
-
-DrawPanel = Callable[[Axes, Row, Recording], None]
+DrawPanel = Callable[[Axes, Row, Recording], dict[str, Patch]]  # returns what it adds to the legend
 
 
 def draw(
     rows: Sequence[Row], sub_models: Sequence[augsub.SubModelAugmentation], seed: int, may_lack: bool, path: Path
 ) -> None:
-    """Record and draw the rows and write the PNG file, of 256 colours: a third of the size."""
-    recorded = [_record(row, sub_models, seed, may_lack) for row in rows]
-    panels = [(index, part) for index, sub_model in enumerate(sub_models) for part in _panels_of(sub_model)]
-    legend = _legend_entries(rows, recorded, panels)
-    figure, axes = _panels_and_legend(len(rows), 1 + len(panels), legend)
-    for row, recordings, (main, *others) in zip(rows, recorded, axes, strict=True):
+    """Record and draw the rows and write the PNG file, of 256 colours: a third of the size.
+
+    Args:
+        may_lack: leave open what a model does not offer, which is an error otherwise.
+    """
+    panels = [_panels_of(sub_model) for sub_model in sub_models]
+    figure, axes = plt.subplots(len(rows), 1 + sum(map(len, panels)), squeeze=False)
+    legend: dict[str, Patch] = {}  # by label: what occurs in the picture
+    for row, (main, *others) in zip(rows, axes, strict=True):
         _show_image(main, render_main(row.images[:1], row.mean, row.std)[0])
         main.set_xlabel("{} × {} px".format(*row.images.shape[2:]), fontsize=SMALL)  # noqa: RUF001
         main.set_ylabel(f"{row.model_name}\n{row.name}", fontsize=SMALL)
-        for panel, (index, draw_panel) in zip(others, panels, strict=True):
-            if recordings[index] is None:
-                panel.axis("off")
-                panel.text(0.5, 0.5, "not offered\nby this model", ha="center", va="center", fontsize=8, color="0.4")
-            else:
-                draw_panel(panel, row, recordings[index])
-    titles = ["main model", *(str(sub_models[index]).replace(" + ", "\n+ ") for index, _ in panels)]
-    for panel, title in zip(axes[0], titles, strict=True):
+        offered, free = augsub.supports(row.model), iter(others)
+        for sub_model, draw_panels in zip(sub_models, panels, strict=True):
+            if may_lack and any(member.name not in offered for member in sub_model.members):
+                for panel in islice(free, len(draw_panels)):
+                    panel.axis("off")
+                    panel.text(
+                        0.5, 0.5, "not offered\nby this model", ha="center", va="center", fontsize=8, color="0.4"
+                    )
+                continue
+            with input_errors(f"{sub_model} for {row.model_name}"):
+                recording = record(row.model, row.images, sub_model, seed + row.number)
+            for draw_panel in draw_panels:
+                legend |= draw_panel(next(free), row, recording)
+    titles = [
+        str(sub_model).replace(" + ", "\n+ ")
+        for sub_model, of_it in zip(sub_models, panels, strict=True)
+        for _ in of_it
+    ]
+    for panel, title in zip(axes[0], ["main model", *titles], strict=True):
         panel.set_title(title, fontsize=9)
+    _lay_out(figure, axes, [legend[label] for label in LABELS if label in legend])
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI)
     plt.close(figure)
@@ -210,23 +197,23 @@ def draw(
         picture.save(file, "PNG", optimize=True)
 
 
-def _panels_and_legend(rows: int, columns: int, legend: Sequence[Patch]) -> tuple[Figure, np.ndarray]:
+def _lay_out(figure: Figure, axes: np.ndarray, legend: Sequence[Patch]) -> None:
     """Square panels of equal size, (rows, columns), with room for what stands around them."""
+    rows, columns = axes.shape
     width = LEFT + columns * (PANEL + GAP)
     legend_columns = max(1, int(width / LEGEND_ENTRY))
     legend_height = LEGEND_MARGIN + LEGEND_ROW * math.ceil(len(legend) / legend_columns)
     height = TITLE + rows * (PANEL + CAPTION) + legend_height
-    places = {
-        "left": LEFT / width,
-        "right": 1 - GAP / width,
-        "top": 1 - TITLE / height,
-        "bottom": (legend_height + CAPTION) / height,
-        "wspace": GAP / PANEL,
-        "hspace": CAPTION / PANEL,
-    }
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width, height), gridspec_kw=places)
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=1 - GAP / width,
+        top=1 - TITLE / height,
+        bottom=(legend_height + CAPTION) / height,
+        wspace=GAP / PANEL,
+        hspace=CAPTION / PANEL,
+    )
     figure.legend(handles=legend, loc="lower center", ncols=legend_columns, frameon=False, fontsize=8)
-    return figure, axes
 
 
 def _panels_of(augmentation: augsub.SubModelAugmentation) -> list[DrawPanel]:
@@ -239,11 +226,12 @@ def _panels_of(augmentation: augsub.SubModelAugmentation) -> list[DrawPanel]:
     ]
 
 
-def _draw_image(axes: Axes, row: Row, recording: Recording) -> None:
-    """The first draw."""
-    _show_image(axes, render(recording, row.mean, row.std)[0])
+def _draw_image(axes: Axes, row: Row, recording: Recording) -> dict[str, Patch]:
+    """The first draw; what became of its pixels, with the colour of one of them."""
+    states, pictures = recording.states, render(recording, row.mean, row.std)
+    _show_image(axes, pictures[0])
     axes.set_xlabel(_caption(recording), fontsize=SMALL)
-    removed = (recording.states[0] == PixelState.REMOVED).repeat_interleave(FINE, 0).repeat_interleave(FINE, 1)
+    removed = (states[0] == PixelState.REMOVED).repeat_interleave(FINE, 0).repeat_interleave(FINE, 1)
     if removed.any():
         place = {"extent": axes.images[0].get_extent(), "origin": "upper"}
         area = axes.contourf(removed.cpu().numpy(), [0.5, 1.5], hatches=[HATCH], colors="none", **place)
@@ -252,6 +240,17 @@ def _draw_image(axes: Axes, row: Row, recording: Recording) -> None:
     if (height, width) != tuple(recording.images.shape[2:]):
         frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=VERMILION, linewidth=1.5)
         axes.add_patch(frame)
+    seen = {}
+    for state in set(states.unique().tolist()) - {PixelState.VISIBLE}:
+        colour = (pictures.permute(0, 2, 3, 1)[states == state][0] / 255).tolist()
+        pale = {"facecolor": "#F4F4F4", "hatch": HATCH} if state == PixelState.REMOVED else {"facecolor": colour}
+        seen |= _entry(LABELS[state - 1], **pale)
+    return seen
+
+
+def _entry(label: str, **style: Any) -> dict[str, Patch]:
+    """A part of the legend."""
+    return {label: Patch(label=label, edgecolor=HATCH_COLOUR, **style)}
 
 
 def _show_image(axes: Axes, picture: Tensor) -> None:
@@ -274,55 +273,32 @@ def _caption(recording: Recording) -> str:
     return "\n".join(facts) or "all of it"
 
 
-def _draw_paths(axes: Axes, row: Row, recording: Recording) -> None:
+def _draw_paths(axes: Axes, row: Row, recording: Recording) -> dict[str, Patch]:
     """Pale where a module drops parts of an image, each for itself."""
-    paths = recording.droppings["drop_path"]
-    shares = torch.stack([path.share for path in paths], dim=1)
-    _show_kept(axes, shares, f"{len(paths)} residual branches", paths)
+    paths = recording.kept["drop_path"]
+    shares = torch.stack([path.float().mean(dim=1) for path in paths], dim=1)
     axes.set_xticks(np.arange(0.5, shares.shape[1]), minor=True)
     axes.set_yticks(np.arange(0.5, shares.shape[0]), minor=True)
     axes.grid(which="minor", color="0.8", linewidth=0.5)
     axes.tick_params(which="minor", length=0, pad=0)
+    return _show_kept(axes, shares, f"{len(paths)} residual branches", paths)
 
 
-def _draw_activations(axes: Axes, row: Row, recording: Recording) -> None:
+def _draw_activations(axes: Axes, row: Row, recording: Recording) -> dict[str, Patch]:
     """A part of the activations of each dropout."""
-    dropouts = recording.droppings["dropout"]
-    noted = torch.stack([dropout.kept[:, : math.prod(ACTIVATIONS)] for dropout in dropouts], dim=1)
+    dropouts = recording.kept["dropout"]
+    noted = torch.stack([kept[:, : math.prod(ACTIVATIONS)] for kept in dropouts], dim=1)
     mosaic = noted.unflatten(-1, ACTIVATIONS).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    _show_kept(axes, mosaic, f"activations of {len(dropouts)} dropouts", dropouts)
+    return _show_kept(axes, mosaic, f"activations of {len(dropouts)} dropouts", dropouts)
 
 
-def _show_kept(axes: Axes, kept: Tensor, label: str, droppings: Sequence[Dropping]) -> None:
+def _show_kept(axes: Axes, kept: Tensor, label: str, calls: Sequence[Tensor]) -> dict[str, Patch]:
     """A column per module in the order of the forward, a row per sample."""
     colours = LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT])
     axes.imshow(kept.cpu().numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set(xticks=[], yticks=[])
-    share = torch.stack([dropping.share for dropping in droppings]).mean()
+    share = torch.stack([call.float().mean() for call in calls]).mean()
     axes.set_xlabel(f"{label}\n{share:.0%} kept", fontsize=SMALL)
     axes.set_ylabel(f"{SAMPLES} samples", fontsize=SMALL, labelpad=1)
     axes.spines[:].set_color("0.7")
-
-
-def _legend_entries(
-    rows: Sequence[Row],
-    recorded: Sequence[Sequence[Recording | None]],
-    panels: Sequence[tuple[int, DrawPanel]],
-) -> list[Patch]:
-    """What occurs in the picture, pixels with the colour of one of them."""
-    colours: dict[int, list[float]] = {}
-    for row, recordings in zip(rows, recorded, strict=True):
-        for recording in filter(None, recordings):
-            pictures = render(recording, row.mean, row.std).permute(0, 2, 3, 1) / 255
-            states = recording.states.unique().tolist()
-            colours |= {state: pictures[recording.states == state][0].tolist() for state in states}
-    entries = [
-        Patch(label=label, **{"facecolor": colours[state], **style})
-        for state, (label, style) in LEGEND.items()
-        if state in colours
-    ]
-    if any(draw_panel is not _draw_image for _, draw_panel in panels):
-        entries += [Patch(facecolor=KEPT, label="kept"), Patch(facecolor=DROPPED, label="dropped")]
-    for entry in entries:
-        entry.set_edgecolor(HATCH_COLOUR)
-    return entries
+    return _entry("kept", facecolor=KEPT) | _entry("dropped", facecolor=DROPPED)
