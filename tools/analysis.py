@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Mapping
 
+import timm
 import torch
 from tabulate import tabulate
 
@@ -14,7 +15,7 @@ from engine.config import Config
 from engine.data.source import IMAGENET, DataSource
 from engine.defaults import build_sub_models, complete, create_configured_model, open_source
 from engine.errors import InputError, input_errors
-from engine.text import text_table
+from engine.text import markdown_table, text_table
 from models.build import build_on_meta
 from models.complexity import GIGA, MEGA, Complexity, analyze, count_with_torch, figure
 
@@ -31,6 +32,22 @@ PUBLISHED = {  # (parameters in millions, multiply-adds in billions) for 224 x 2
     "ResNet-101": ("resnet101", 44.5, 7.9),
     "ResNet-152": ("resnet152", 60.2, 11.6),
 }
+
+
+def find_support(wildcard: str) -> dict[str, dict[str, str]]:
+    """Where augmentations act in the timm models of these names, {model: {augmentation: site}}."""
+    names = timm.list_models(wildcard)
+    if not names:
+        raise InputError(f"--list-support: timm has no model {wildcard!r}")
+    return {name: augsub.supports(build_on_meta(name)) for name in names}
+
+
+def support_table(support: Mapping[str, Mapping[str, str]]) -> str:
+    """A row per model, a column per augmentation."""
+    names = augsub.list_augmentations()
+    return markdown_table(
+        ["model", *names], [[model, *(sites.get(name, "-") for name in names)] for model, sites in support.items()]
+    )
 
 
 def analyze_named(name: str, augmentation: str, ratio: float) -> Complexity:
@@ -87,19 +104,13 @@ def model_tables(title: str, complexity: Complexity, depth: int) -> str:
 
 def comparison_table(models: Mapping[str, Complexity]) -> str:
     """One line per model, by title."""
-    rows = [
-        [
-            title,
-            figure(complexity.params, MEGA),
-            figure(complexity.main.flops, GIGA),
-            ", ".join(map(str, complexity.augmentations)) or "none",
-            figure(complexity.sub_flops, GIGA),
-            f"{complexity.training_cost:.3f}",
-            figure(complexity.main.activations, MEGA),
-        ]
-        for title, complexity in models.items()
-    ]
     header = ["", "parameters, M", "main, GFLOPs", "sub-models", "subs, GFLOPs", "training cost", "activations, M"]
+    rows = []
+    for title, complexity in models.items():
+        subs = ", ".join(map(str, complexity.augmentations)) or "none"
+        forwards = figure(complexity.main.flops, GIGA), subs, figure(complexity.sub_flops, GIGA)
+        activations = figure(complexity.main.activations, MEGA)
+        rows.append([title, figure(complexity.params, MEGA), *forwards, f"{complexity.training_cost:.3f}", activations])
     return _table(header, rows)
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from engine.command_line import exit_code, tool_parser
 from engine.config_file import CONFIGS, load_config
 from engine.errors import InputError
-from engine.text import expanded, markdown_table, to_json
+from engine.text import expanded, to_json
 
 AUGSUB, RATIO = "masking", 0.5  # of --model
 
@@ -41,62 +41,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def print_support(wildcard: str, as_json: bool) -> None:
-    """Where augmentations act in the timm models of these names."""
-    import timm
-
-    import augsub
-    from models.build import build_on_meta
-
-    names = timm.list_models(wildcard)
-    if not names:
-        raise InputError(f"--list-support: timm has no model {wildcard!r}")
-    support = {name: augsub.supports(build_on_meta(name)) for name in names}
-    if as_json:
-        print(to_json(support, indent=2))
-        return
-    augmentations = augsub.list_augmentations()
-    rows = [
-        [name, *(sites.get(augmentation, "-") for augmentation in augmentations)] for name, sites in support.items()
-    ]
-    print(markdown_table(["model", *augmentations], rows))
-
-
-def print_costs(arguments: argparse.Namespace) -> None:
-    """What all configurations cost, one of them, or a model by name."""
-    configs = sorted(CONFIGS.glob("*.yaml")) if arguments.all_configs else []
-    config = load_config(arguments.config, arguments.overrides) if arguments.config is not None else None
-    # here: these bring torch and timm, for which a typo need not wait
-    from tools.analysis import analyze_configured, analyze_named, comparison_table, literature_table, model_tables
-
-    if arguments.all_configs:
-        costs = {path.stem: analyze_configured(load_config(path)) for path in configs}
-        if arguments.json:
-            print(to_json({name: complexity.as_dict() for name, complexity in costs.items()}, indent=2))
-        else:
-            print(f"{comparison_table(costs)}\n\n{literature_table()}")
-        return
-    if config is not None:
-        complexity = analyze_configured(config)
-    else:
-        augmentation = AUGSUB if arguments.augsub is None else arguments.augsub
-        complexity = analyze_named(arguments.model, augmentation, RATIO if arguments.ratio is None else arguments.ratio)
-    if arguments.json:
-        print(to_json(complexity.as_dict(), indent=2))
-    else:
-        print(model_tables(arguments.config or arguments.model, complexity, arguments.depth))
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if arguments.overrides and arguments.config is None:
         raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config")
     if arguments.model is None and (arguments.augsub, arguments.ratio) != (None, None):
         raise InputError("--augsub, --ratio: belong to --model; a configuration has augsub.sub_models")
+    config = load_config(arguments.config, arguments.overrides) if arguments.config is not None else None
+    # here: it brings torch and timm, for which a typo need not wait
+    from tools import analysis
+
     if arguments.list_support is not None:
-        print_support(arguments.list_support, arguments.json)
+        figures = analysis.find_support(arguments.list_support)
+        text = analysis.support_table(figures)
+    elif arguments.all_configs:
+        costs = {path.stem: analysis.analyze_configured(load_config(path)) for path in sorted(CONFIGS.glob("*.yaml"))}
+        figures = {name: complexity.as_dict() for name, complexity in costs.items()}
+        text = "" if arguments.json else f"{analysis.comparison_table(costs)}\n\n{analysis.literature_table()}"
     else:
-        print_costs(arguments)
+        if config is not None:
+            complexity = analysis.analyze_configured(config)
+        else:
+            ratio = RATIO if arguments.ratio is None else arguments.ratio
+            complexity = analysis.analyze_named(arguments.model, arguments.augsub or AUGSUB, ratio)
+        figures = complexity.as_dict()
+        text = analysis.model_tables(arguments.config or arguments.model, complexity, arguments.depth)
+    print(to_json(figures, indent=2) if arguments.json else text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

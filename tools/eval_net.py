@@ -66,14 +66,6 @@ def parse_ratios(text: str | None) -> list[float]:
     return ratios
 
 
-def asked_for(arguments: argparse.Namespace) -> list[str]:
-    """What the command line asks for beside the plain evaluation."""
-    options = [
-        f"{name}={getattr(arguments, name)}" for name in ("variant", "augsub", "ratios") if getattr(arguments, name)
-    ]
-    return [*options, *(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     ratios = parse_ratios(arguments.ratios)
@@ -92,7 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     augmentations = sub_models(config, arguments.augsub, ratios) if wanted else []
-    output = arguments.output or folder_for(arguments.what, checkpoint, asked_for(arguments))
+    asked = [f"{key}={vars(arguments)[key]}" for key in ("variant", "augsub", "ratios") if vars(arguments)[key]]
+    asked += [*(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
+    output = arguments.output or folder_for(arguments.what, checkpoint, asked)
     with (
         process_group(config.distributed.timeout_minutes) as process,
         worker_deaths(config.data.workers),

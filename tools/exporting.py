@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save
 from timm.models import parse_model_name, save_for_hf, split_model_name_tag
-from torch import Tensor, nn
+from torch import nn
 
 import augsub
 from engine import atomic
@@ -25,9 +25,9 @@ from engine.checkpoint import load
 from engine.config import UNTRANSFORMED, Config
 from engine.config_file import parse_config
 from engine.defaults import import_plugins
-from engine.errors import InputError, RunError, first_line, input_errors, writing_errors
+from engine.errors import InputError, RunError, input_errors, writing_errors
 from engine.text import readable_name
-from models.build import create_model, takes_image_size
+from models.build import TIMM_KEYS, create_model, takes_image_size
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 OF_BUILDING = inspect.signature(timm.create_model).parameters  # files to read, ways to run: nothing of a model's shape
@@ -166,17 +166,11 @@ def write_folder(folder: Path, exported: Exported) -> str:
 def _preprocessing(exported: Exported) -> dict[str, Any]:
     """How images become the model's input, by timm's names; images that were used as they are stay so."""
     transform, (channels, *_) = exported.config.transform, exported.image_shape
-    preprocessing: dict[str, Any] = {"input_size": exported.image_shape}
     if exported.config.data.dataset in UNTRANSFORMED:
-        return {**preprocessing, "mean": [0.0] * channels, "std": [1.0] * channels, "crop_pct": 1.0}
-    return {
-        **preprocessing,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-        "crop_pct": transform.eval_crop,
-        "crop_mode": transform.eval_crop_mode,
-        "interpolation": transform.eval_interpolation,
-    }
+        own = {"mean": [0.0] * channels, "std": [1.0] * channels, "crop_pct": 1.0}
+    else:
+        own = {timms: getattr(transform, key) for key, timms in TIMM_KEYS.items()}
+    return {"input_size": exported.image_shape, **own}
 
 
 def card(exported: Exported, title: str) -> str:
@@ -205,19 +199,26 @@ def write_onnx(file: Path, exported: Exported) -> str:
     """Write the file for batches of any number of images; its logits were compared with the model's.
 
     Raises:
-        InputError: a package is missing, or the exporter cannot take this model.
+        InputError: a package is missing.
         RunError: the logits differ, or the file cannot be written.
     """
-    try:
+    with input_errors("ONNX needs more packages, pip install 'augsub[onnx]'"):
         import onnxruntime  # noqa: F401  (torch runs the program with it)
         import onnxscript  # noqa: F401  (torch's exporter needs it)
-    except ImportError as error:
-        raise InputError(f"{file}: ONNX needs {error.name}: pip install 'augsub[onnx]'") from error
     images = torch.randn(3, *exported.image_shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = exported.model(images)
-    program = _convert(exported, images[:2])
-    (found,) = program(images)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            exported.model,
+            (images[:2],),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamo=True,
+            verbose=False,
+        )
+        (found,), logits = program(images), exported.model(images)
     difference = (found - logits).abs().max().item()
     if not difference < TOLERANCE:
         raise RunError(f"{file}: onnxruntime's logits differ by {difference:.2g}, so nothing was written")
@@ -227,21 +228,3 @@ def write_onnx(file: Path, exported: Exported) -> str:
         f'onnxruntime.InferenceSession("{file}").run(["logits"], {{"images": images}})  # images (B, C, H, W) float32; '
         f"logits within {difference:.0e} of timm's"
     )
-
-
-def _convert(exported: Exported, images: Tensor) -> torch.onnx.ONNXProgram:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.onnx.export(
-                exported.model,
-                (images,),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:  # whatever part of the model the exporter stumbles over
-        raise InputError(f"torch cannot convert {exported.name} to ONNX: {first_line(error)}") from error

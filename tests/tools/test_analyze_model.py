@@ -21,23 +21,15 @@ def analyze(call):
     return partial(call, tools.analyze_model)
 
 
-def test_a_model_as_plain_numbers(analyze):
-    code, printed, _ = analyze("--model", "vit_tiny_patch16_224", "--json")
-    figures = json.loads(printed)
-    assert code == 0 and list(figures) == ["params", "main_flops", "sub_flops", "training_cost", "activations"]
-    assert figures["params"] == 5_717_416
-    assert figures["main_flops"] == pytest.approx(1.26e9, rel=0.01)
+def test_figures_of_models_and_configurations(analyze):
+    figures = json.loads(analyze("--model", "vit_tiny_patch16_224", "--json")[1])
+    assert list(figures) == ["params", "main_flops", "sub_flops", "training_cost", "activations"]
+    assert figures["params"] == 5_717_416 and figures["main_flops"] == pytest.approx(1.26e9, rel=0.01)
     assert figures["training_cost"] == pytest.approx(1 + figures["sub_flops"] / figures["main_flops"])
-
-
-def test_a_configuration_as_tables_with_overrides(analyze):
     _, printed, _ = analyze("--config", "configs/digits_vit.yaml", "model.kwargs.depth=2", "--depth", 2)
     assert "sub-model masking 0.5" in printed
     assert "| blocks.1 " in printed and "blocks.2" not in printed and "blocks.1.attn" not in printed
     assert "not counted in the FLOPs (number of calls): add" in printed
-
-
-def test_a_configuration_without_its_data_counts_the_classes_of_imagenet(analyze):
     _, printed, said = analyze("--config", "configs/resnet50.yaml", "data.root=nowhere", "--json")
     assert json.loads(printed)["params"] == 25_557_032
     assert said == "data.root = nowhere: no such folder; taken to have 1000 classes\n"
@@ -55,14 +47,10 @@ def test_support_of_a_wildcard(analyze):
     [
         (["--model", "vit_tiny_patch16_22"], "timm has no model 'vit_tiny_patch16_22', did you mean"),
         (["--model", "resnet18", "--augsub", "dropout"], "dropout has no site in ResNet"),
-        (["--model", "resnet18", "--augsub", "maskin"], "maskin"),
-        (["--model", "vit_tiny_patch16_224", "--ratio", "0.999"], "leaves none of 196 cells"),
         (["--model", "resnet18", "--ratio", "1.5"], "ratio = 1.5, allowed is a number in [0, 1)"),
         (["--model", "resnet18", "data.image_size=64"], "data.image_size=64: key=value belongs to --config"),
         (["--config", "configs/digits_vit.yaml", "--ratio", "0.9"], "--augsub, --ratio: belong to --model"),
         (["--config", ""], "config file  does not exist"),
-        (["--config", "configs/none.yaml"], "configs/none.yaml"),
-        (["--config", "configs/digits_vit.yaml", "data.image_sise=64"], "Did you mean: 'image_size'?"),
         (["--list-support", "no_such_*"], "timm has no model 'no_such_*'"),
     ],
 )
