@@ -78,16 +78,20 @@ def test_a_checkpoint_for_other_classes_gets_a_new_head_and_is_needed_once(train
     assert "resumed" in log and log.count(f"started from     {tmp_path}/seven.pt") == 2
 
 
-def test_a_local_folder_in_the_hubs_layout(train_net, image_folder, tmp_path):
+def test_a_local_folder_in_the_hubs_layout_whose_weights_are_needed_once(train_net, image_folder, tmp_path):
     source = timm.create_model("test_resnet", num_classes=3)
     folder = tmp_path / "hub"
     timm.models.save_for_hf(source, folder, model_config={"num_classes": 3})
-    code, _, error = train_net(
+    run = (
         "--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run",
-        f"model.name=local-dir:{folder}", "model.pretrained=true", "optimizer.lr=1e-9", *SHORT,
+        f"model.name=local-dir:{folder}", "model.pretrained=true", "optimizer.lr=1e-9", *SHORT, "--resume",
         "augsub.sub_models=[{augmentations: [{name: masking, ratio: 0.5, cell: 16}]}]",
     )  # fmt: skip
-    assert code == 0, error
+    for iterations in (2, 4):
+        code, _, error = train_net(*run, f"train.max_iters={iterations}")
+        assert code == 0, error
+        for weights in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+            weights.unlink()
     trained = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
     torch.testing.assert_close(trained["fc.weight"], source.state_dict()["fc.weight"])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"] == 9
