@@ -18,7 +18,7 @@ from functools import partial
 
 from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError
-from tools.comparison.runs import METRICS, check_comparable, read_ways
+from tools.comparison.runs import CAPTION, METRICS, check_comparable, configuration_lines, read_ways, summary_table
 
 DEFAULT_JOBS = 2
 
@@ -37,8 +37,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Print a table of runs that exist, and draw their curves; or train and report a study."""
     if arguments.study is None:
-        from tools.comparison.report import CAPTION, configuration_lines, summary_table  # here: --help needs no scipy
-
         if arguments.jobs is not None:
             raise InputError("--jobs: belongs to --study")
         ways = read_ways(arguments.runs)

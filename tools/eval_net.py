@@ -26,7 +26,7 @@ from engine.command_line import (
     log_to_terminal,
     tool_parser,
 )
-from engine.errors import InputError, memory_errors
+from engine.errors import input_errors, memory_errors
 from engine.text import expanded
 
 
@@ -50,25 +50,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def parse_ratios(text: str | None) -> list[float]:
-    """Numbers separated by commas.
-
-    Raises:
-        InputError: something else, or a number outside [0, 1).
-    """
-    try:
-        ratios = [] if text is None else [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--ratios {text}: allowed are numbers in [0, 1) with commas between them") from error
-    for ratio in ratios:
-        if not 0 <= ratio < 1:
-            raise InputError(f"--ratios {text}: {ratio:g} is not in [0, 1)")
-    return ratios
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    ratios = parse_ratios(arguments.ratios)
+    with input_errors(f"--ratios {arguments.ratios}"):
+        ratios = [float(word) for word in arguments.ratios.split(",")] if arguments.ratios else []
     # here: these bring torch and timm, for which a typo need not wait
     from engine.data.imagenet_family import VARIANT_SETTINGS
     from engine.data.loaders import worker_deaths

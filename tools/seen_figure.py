@@ -32,9 +32,7 @@ from engine.defaults import create_configured_model
 from engine.errors import InputError, first_line, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
 from engine.text import readable_name
-from models.build import create_model, image_settings
 from models.pictures import PixelState, Recording, record, render, render_main
-from tools.analysis import data_source
 
 NamedImage = tuple[str, Tensor]  # normalised, (C, H, W)
 BUNDLED = "flower.jpg"  # with scikit-learn
@@ -73,9 +71,9 @@ class Row:
     std: Sequence[float] | None
 
 
-def configured(config: Config, files: Sequence[Path]) -> list[Row]:
-    """The model of a configuration, with images of its data or the user's."""
-    source, transform = data_source(config), config.transform
+def rows_of(config: Config, source: DataSource, files: Sequence[Path]) -> list[Row]:
+    """The model of a complete configuration, with images of its data or the user's."""
+    transform = config.transform
     model = augsub.patch(create_configured_model(config, source))
     if source is not IMAGENET and not files:
         images, (mean, std) = _held_out_images(config, source), normalisation(config)
@@ -84,23 +82,8 @@ def configured(config: Config, files: Sequence[Path]) -> list[Row]:
         if source.in_chans != len(mean):
             grey = [(name, image.mean(dim=0, keepdim=True)) for name, image in images]
             images, mean, std = [(name, image.expand(source.in_chans, -1, -1)) for name, image in grey], None, None
-    return _rows(config.model.name, model, images, mean, std)
-
-
-def named(name: str, files: Sequence[Path]) -> list[Row]:
-    """A timm model as timm builds it, with images as timm evaluates it."""
-    with input_errors("--model"):
-        image_size, listed = image_settings(name)
-        model = augsub.patch(create_model(name))
-    if image_size is None:
-        raise InputError(f"--model {name}: timm lists no image size for it; give a configuration that does, --config")
-    transform = TransformConfig(**listed)
-    return _rows(name, model, _photographs(files, transform, image_size), transform.mean, transform.std)
-
-
-def _rows(model_name: str, model: nn.Module, images: Sequence[NamedImage], mean: Any, std: Any) -> list[Row]:
     return [
-        Row(model_name, model, name, number, image.expand(SAMPLES, -1, -1, -1), mean, std)
+        Row(config.model.name, model, name, number, image.expand(SAMPLES, -1, -1, -1), mean, std)
         for number, (name, image) in enumerate(images)
     ]
 

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from engine.command_line import as_path, exit_code, tool_parser
-from engine.config_file import load_config
+from engine.config_file import load_config, parse_config
 from engine.errors import InputError, input_errors
 from engine.text import expanded
 
@@ -60,8 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     # here: these bring torch and timm, for which a typo need not wait
     import augsub
+    from engine.data.source import IMAGENET
     from engine.defaults import build_sub_models, complete
-    from tools.seen_figure import chosen, configured, draw, named
+    from engine.evaluation_run import MODELS_OWN
+    from tools.analysis import data_source
+    from tools.seen_figure import chosen, draw, rows_of
 
     files = chosen(arguments.images)
     with input_errors("--augsub"):
@@ -71,14 +74,15 @@ def run(arguments: argparse.Namespace) -> None:
         ]
     if config is not None:
         config = complete(config)
-        rows = configured(config, files)
+        rows = rows_of(config, data_source(config), files)
         if not arguments.augsub:
             sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
         if not sub_models:
             raise InputError(f"{arguments.config}: augsub.sub_models is empty; --augsub says what to draw")
     else:
         names = [arguments.model] if arguments.model else FAMILIES
-        rows = [row for name in names for row in named(name, files)]
+        models = [complete(parse_config("", "--model", [f"model.name={name}", *MODELS_OWN])) for name in names]
+        rows = [row for model in models for row in rows_of(model, IMAGENET, files)]
     may_lack = not arguments.config and not (arguments.model and arguments.augsub)
     draw(rows, sub_models, arguments.seed, may_lack, arguments.output)
     print(arguments.output)

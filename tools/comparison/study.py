@@ -30,8 +30,8 @@ from engine.errors import InputError, RunError, writing_errors
 from engine.run_folder import RunFolder
 from engine.text import expanded
 from tools.analysis import analyze_configured
+from tools.comparison import runs as compared
 from tools.comparison.pictures import draw_differences, draw_panels
-from tools.comparison.report import CAPTION, conclusions, summary_table, table
 from tools.comparison.runs import Way, check_comparable, finished_run, make_ways
 
 # ruff: noqa: UP006, UP045
@@ -234,11 +234,11 @@ def fill_page(
         seeds=f"{len(seeds)} seeds" if len(seeds) > 1 else "seed",
         versions=f"torch {version('torch').partition('+')[0]} and timm {version('timm')}",
         facts="\n".join(facts),
-        summary=summary_table(ways, METRIC),
-        caption=CAPTION,
-        conclusions=conclusions(ways, METRIC),
+        summary=compared.summary_table(ways, METRIC),
+        caption=compared.CAPTION,
+        conclusions=compared.conclusions(ways, METRIC),
         samples="\n".join(samples),
-        single=table(
+        single=compared.table(
             ways,
             [f"seed {seed}" for seed in seeds],
             [[f"{accuracy:.2f}" for accuracy in way.values(METRIC)] for way in ways],
