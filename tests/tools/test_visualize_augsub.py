@@ -113,7 +113,7 @@ def test_what_is_missing(visualize):
         (["--images", "configs"], "--images configs: the folder holds no image"),
         (["--output", "picture.jpg"], "--output picture.jpg: the name must end in .png"),
         (["--model", "test_resnet", "--augsub", "masking", "--output", "missing/picture.png"], "missing/picture.png"),
-        (["--config", "configs/digits_vit.yaml", "--ratio", "0.3"], "--ratio: belongs to --augsub"),
+        (["--config", "digits_vit", "--ratio", "0.3"], "--ratio: belongs to --augsub"),
         (["--config", "configs/digits_vit.yaml", "augsub.sub_models=[]"], "augsub.sub_models is empty"),
     ],
 )
