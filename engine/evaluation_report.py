@@ -86,7 +86,8 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
         errors.setdefault((row["weights"], row["corruption"]), []).append(row["top1_err"])
     if errors:
         cells = [[*which, *values, sum(values) / len(values)] for which, values in errors.items()]
-        means = [[result.weights, "mean", *[None] * 5, result.mean_corruption_error] for result in results[:1]]
+        main = [result for result in results if result.augmentation is None]
+        means = [[result.weights, "mean", *[None] * 5, result.mean_corruption_error] for result in main]
         title = "top-1 error in % by severity (not divided by AlexNet's)"
         headers = ["weights", "corruption", *"12345", "mean"]
         blocks.append(f"{title}\n{tabulate([*cells, *means], headers=headers, floatfmt='.2f')}")

@@ -18,7 +18,7 @@ from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config
 from engine.config_file import parse_config
 from engine.data.datasets import build_source
 from engine.data.imagenet_family import open_variant, synsets
-from engine.data.loaders import BadFiles, build_held_out
+from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
 from engine.distributed import Process
@@ -51,25 +51,20 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
         InputError: nothing of that name, a run without checkpoint, or weights of which the model is unknown.
     """
     path = Path(what)
-    if model_name is not None:
-        if not path.exists():
-            raise InputError(f"{what}: no such file of weights for --model {model_name}")
-        config = parse_config("", f"--model {model_name}", [*MODELS_OWN, *overrides])
-        config.model.name = model_name
-        return config, path
-    if path.is_dir() and not (path / PLAIN).exists():
+    if model_name is None and path.is_dir() and not (path / PLAIN).exists():
         path = _checkpoint_of(RunFolder(path))
-    if path.exists():
+    if model_name is None and path.exists():
         text = load_metadata(path).get("config")
         if text is None:
             raise InputError(f"{path} holds no configuration: say which model these weights are of, --model NAME")
         own = ["plugins=[]", "data.allow_mismatch=false"]
         return parse_config(text, f"the configuration in {path}", [*own, *overrides]), path
-    if path.suffix in WEIGHT_FILES or ("/" in what and ":" not in what):
+    is_file = model_name is not None or path.suffix in WEIGHT_FILES or ("/" in what and ":" not in what)
+    if is_file and not path.exists():
         raise InputError(f"{what}: no such file or folder; a model of a hub is named hf-hub:USER/MODEL")
-    config = parse_config("", what, [*MODELS_OWN, *overrides])
-    config.model.name = what
-    return config, None
+    config = parse_config("", model_name or what, [*MODELS_OWN, *overrides])
+    config.model.name = model_name or what
+    return config, path if is_file else None
 
 
 def _checkpoint_of(run: RunFolder) -> Path:
@@ -165,7 +160,7 @@ def evaluate_weights(
     for source in sources.values():
         log_left_out(source)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
-    loaders = {name: build_held_out(config, source, process, bad_files) for name, source in sources.items()}
+    loaders = {name: Batches(config, source, process, bad_files) for name, source in sources.items()}
     model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
         check_image_shape(model, source.image_shape(config.data.image_size), augmentations)

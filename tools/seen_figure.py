@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 import augsub
 from engine import atomic
 from engine.config import Config, TransformConfig
-from engine.data.files import UnreadableImage, decode, is_image, natural_order
+from engine.data.datasets import UnreadableImage, decode, is_image, natural_order
 from engine.data.source import IMAGENET, DataSource
 from engine.data.transforms import Delivery, Normalise, build_eval_transform, normalisation
 from engine.defaults import create_configured_model

@@ -33,8 +33,7 @@ import torch
 from timm.data import ImageNetInfo
 
 from engine.config import Config
-from engine.data.datasets import root_of, split_folder
-from engine.data.files import ImageFiles, Images, class_folders, image_folder, images_below
+from engine.data.datasets import ImageFiles, Images, class_folders, image_folder, images_below, root_of, split_folder
 from engine.data.source import DataSource
 from engine.data.stream import IGNORED
 from engine.data.transforms import build_eval_transform

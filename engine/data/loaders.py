@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from engine.config import Config, TrainConfig
-from engine.data.files import UnreadableImage
+from engine.data.datasets import UnreadableImage
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED, SampleKey, SeededDataset, TrainingOrder, held_out_order
+from engine.data.stream import IGNORED, SeededDataset, TrainingOrder, held_out_order
 from engine.data.transforms import Delivery, normalisation
 from engine.distributed import Process
 from engine.errors import InputError, RunError, first_line
@@ -85,7 +85,7 @@ class DataLoaders:
         self.iterations_per_epoch = images // train.global_batch
         self.max_iterations = min(train.epochs * self.iterations_per_epoch, train.max_iters or sys.maxsize)
         self.bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
-        self.held_out = build_held_out(config, source, process, self.bad_files)
+        self.held_out = Batches(config, source, process, self.bad_files)
 
     def train_from(self, iteration: int) -> Generator[Batch]:
         """All micro-batches that are left, given the iterations already done."""
@@ -100,13 +100,7 @@ class DataLoaders:
             first_iteration=iteration,
             last_iteration=self.max_iterations,
         )
-        return iter(Batches(self._config, self.source, self._process, self.bad_files, order, is_training=True))
-
-
-def build_held_out(config: Config, source: DataSource, process: Process, bad_files: BadFiles) -> Batches:
-    """This process's share of the held-out images; what is no image has the label IGNORED."""
-    order = held_out_order(len(source.held_out), process.rank, process.world_size, config.evaluation.batch)
-    return Batches(config, source, process, bad_files, order, is_training=False)
+        return iter(Batches(self._config, self.source, self._process, self.bad_files, order))
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -172,12 +166,9 @@ class Batches(Iterable[Batch]):
     """Images and labels on the device; each iteration over them has workers of its own.
 
     Args:
-        source: its training images, or the held-out ones.
-        bad_files: where unreadable files are recorded.
-        order: what each batch holds.
-
-    Raises:
-        InputError: more bad files than allowed, or nothing else; by the iteration.
+        bad_files: where unreadable files are recorded, and refused if there are too many.
+        order: of the training images; None: this process's share of the held-out ones, in which what is no image has
+            the label IGNORED.
     """
 
     def __init__(
@@ -186,26 +177,28 @@ class Batches(Iterable[Batch]):
         source: DataSource,
         process: Process,
         bad_files: BadFiles,
-        order: TrainingOrder | Sequence[list[SampleKey]],
-        is_training: bool,
+        order: TrainingOrder | None = None,
     ) -> None:
+        self._bad_files, self._is_training = bad_files, order is not None
+        if order is None:
+            order = held_out_order(len(source.held_out), process.rank, process.world_size, config.evaluation.batch)
+        self._order = order
         blank = torch.zeros(source.image_shape(config.data.image_size))
         self._dataset = SeededDataset(
-            source.train if is_training else source.held_out,
-            attempts=config.data.bad_files + 1 if is_training else 1,
+            source.train if self._is_training else source.held_out,
+            attempts=config.data.bad_files + 1 if self._is_training else 1,
             blank=blank if normalisation(config)[0] is None else blank.byte(),
         )
+        self._deliver = Delivery(config, process.device, self._is_training)
         self._loader = DataLoader(
             self._dataset,
-            batch_sampler=order,
+            batch_sampler=self._order,
             num_workers=min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
             collate_fn=collate,
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=process.device.type == "cuda",
             generator=torch.Generator(),  # torch draws a seed for the workers: not from the training's generator
         )
-        self._order, self._bad_files, self._is_training = order, bad_files, is_training
-        self._deliver = Delivery(config, process.device, is_training)
 
     def __len__(self) -> int:
         return len(self._order)

@@ -61,11 +61,10 @@ class DataSource:
     @property
     def left_out(self) -> dict[str, str]:
         """Files in the folders of each split that are no images: `training` to "12 .txt, 3 hidden"."""
-        counts = {name: getattr(dataset, "left_out", None) for name, dataset in self._splits.items()}
         return {
             name: ", ".join(f"{count} {suffix}" for suffix, count in found.most_common())
-            for name, found in counts.items()
-            if found
+            for name, dataset in self._splits.items()
+            if (found := getattr(dataset, "left_out", None))
         }
 
     @property

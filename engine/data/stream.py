@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from engine.data.files import UnreadableImage
+from engine.data.datasets import UnreadableImage
 from engine.seeding import derive_seed, preserved_generators, seed_cpu
 
 IGNORED = -1  # label of what is no image: it fills a share, or stands for a file that cannot be read

@@ -101,11 +101,13 @@ class Delivery:
         self._memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.transforms: list[Callable[[Tensor], Tensor]] = []
-        mean, std = normalisation(config)
+        (mean, std), transform = normalisation(config), config.transform
         if mean is not None and std is not None:
             self.transforms.append(Normalise(mean, std, device))
-            if is_training and config.transform.random_erase:
-                self.transforms.append(random_erasing(config.transform, device))
+            if is_training and transform.random_erase:
+                bounds = (*transform.erase_area, *transform.erase_aspect)
+                options = {"mode": transform.erase_mode, "max_count": transform.erase_count, "device": device}
+                self.transforms.append(RandomErasing(transform.random_erase, *bounds, **options))
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and labels (B,) on the device, the images ready for the model."""
@@ -123,18 +125,3 @@ class Delivery:
         computing.wait_stream(self._copying)
         copy.record_stream(computing)  # its memory is not for the next copy while it is computed with
         return copy
-
-
-def random_erasing(config: TransformConfig, device: torch.device) -> RandomErasing:
-    """timm's, of normalised images (B, C, H, W) on the device."""
-    (min_area, max_area), (min_aspect, max_aspect) = config.erase_area, config.erase_aspect
-    return RandomErasing(
-        config.random_erase,
-        min_area=min_area,
-        max_area=max_area,
-        min_aspect=min_aspect,
-        max_aspect=max_aspect,
-        mode=config.erase_mode,
-        max_count=config.erase_count,
-        device=device,
-    )

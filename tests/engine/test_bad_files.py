@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from engine.config import Config
 from engine.data import loaders
 from engine.data.datasets import build_source
-from engine.data.loaders import BadFiles, Batches, DataLoaders, build_held_out, worker_deaths
+from engine.data.loaders import BadFiles, Batches, DataLoaders, worker_deaths
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED, held_out_order
+from engine.data.stream import IGNORED
 from engine.data.transforms import Normalise
 from engine.distributed import Process
 from engine.errors import InputError, RunError
@@ -51,7 +51,7 @@ def train_batches(config: Config, process: Process = ALONE, iteration: int = 0) 
 
 
 def held_out(config: Config, source: DataSource, rank: int = 0, world_size: int = 1) -> Batches:
-    return build_held_out(config, source, Process(rank, world_size, CPU), BadFiles(config.data.bad_files))
+    return Batches(config, source, Process(rank, world_size, CPU), BadFiles(config.data.bad_files))
 
 
 REASONS = {
@@ -205,16 +205,15 @@ class Dying(Dataset):
 
 def test_a_worker_that_crashes_ends_in_one_line_and_closing_ends_the_others(folder_config):
     config = folder_config("nowhere", dataset="digits")
-    config.data.workers = 2
+    config.data.workers, config.evaluation.batch = 2, 2
     source = DataSource(train=None, held_out=Dying(), num_classes=2, in_chans=3)
-    order = held_out_order(16, 0, 1, batch=2)
-    started = iter(Batches(config, source, ALONE, BadFiles(0), order, is_training=False))
+    started = iter(Batches(config, source, ALONE, BadFiles(0)))
     next(started)  # two workers, which heed no signal
     assert len(multiprocessing.active_children()) == 2
     started.close()
     assert not multiprocessing.active_children()
     with pytest.raises(RunError) as error, worker_deaths(2):
-        list(Batches(config, source, ALONE, BadFiles(0), order, is_training=False))
+        list(Batches(config, source, ALONE, BadFiles(0)))
     message = str(error.value)
     assert message.startswith("a data loading worker died: DataLoader worker (pid") and "\n" not in message
     assert message.endswith("lower data.workers (now 2) or train.micro_batch")

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config, TrainConfig, TransformConfig
 from engine.data.datasets import build_source
-from engine.data.loaders import BadFiles, DataLoaders, accumulation_for, batch_for, build_held_out
+from engine.data.loaders import BadFiles, Batches, DataLoaders, accumulation_for, batch_for
 from engine.data.source import DataSource, build_digits
 from engine.data.stream import IGNORED, TrainingOrder
 from engine.data.transforms import Delivery, build_train_transform
@@ -129,10 +129,10 @@ def test_a_batch_that_does_not_fit_is_refused(train, world_size, message):
 
 def test_every_held_out_image_is_in_exactly_one_share_and_examples_are_spread_over_them():
     config, whole = digits(), build_digits(8).held_out.tensors[0]
-    shares = [build_held_out(config, build_digits(8), Process(rank, 3, CPU), BadFiles(0)) for rank in range(3)]
+    shares = [Batches(config, build_digits(8), Process(rank, 3, CPU), BadFiles(0)) for rank in range(3)]
     seen = [image for share in shares for images, labels in share for image in images[labels != IGNORED]]
     assert sorted(image.flatten().tolist() for image in seen) == sorted(image.flatten().tolist() for image in whole)
-    held_out = build_held_out(config, build_digits(8), ALONE, BadFiles(0))
+    held_out = Batches(config, build_digits(8), ALONE, BadFiles(0))
     assert torch.equal(held_out.examples(8), whole[[0, 100, 200, 300, 400, 500, 600, 700]])
     assert torch.equal(held_out.examples(1000), whole)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from timm.data import ImageDataset
 
-from engine.data.files import Images, UnreadableImage, image_folder
+from engine.data.datasets import Images, UnreadableImage, image_folder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
 RGB, RGBA = Image.fromarray(PIXELS[..., :3]), Image.fromarray(PIXELS)

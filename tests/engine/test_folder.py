@@ -19,8 +19,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from engine.config import Config, DataConfig
-from engine.data.datasets import build_source
-from engine.data.files import Images, image_folder, image_suffixes, natural_order
+from engine.data.datasets import Images, build_source, image_folder, image_suffixes, natural_order
 from engine.data.source import IMAGENET, build_digits, build_synthetic, check_classes, check_resumed, fingerprint
 from engine.errors import InputError
 
@@ -56,7 +55,7 @@ def test_names_that_tie_have_an_order_of_their_own(tmp_path):
     for name in TIED:
         make_class(tmp_path / name, "1.png", "01.png")
     program = (
-        "import sys; from pathlib import Path; from engine.data.files import image_folder; "
+        "import sys; from pathlib import Path; from engine.data.datasets import image_folder; "
         "folder = image_folder(Path(sys.argv[1])); print(list(folder.class_to_idx), folder.samples)"
     )
     printed = {

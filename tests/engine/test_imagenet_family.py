@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config
 from engine.data.imagenet_family import VARIANT_SETTINGS, open_variant
-from engine.data.loaders import BadFiles, build_held_out
+from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource
 from engine.data.stream import IGNORED
 from engine.data.transforms import Normalise
@@ -117,7 +117,7 @@ def test_real_accuracy_is_that_of_timm(tmp_path):
         for labels in right[:30]:
             for label in labels[:1]:
                 model[1].bias[label] += 1.5
-    loader = build_held_out(config, source, process, BadFiles(0))
+    loader = Batches(config, source, process, BadFiles(0))
     precision = Precision("off", process.device)
     figures = evaluate(model, loader, precision, process, metrics=Metrics(process.device, source))
 

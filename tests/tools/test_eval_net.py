@@ -246,7 +246,7 @@ REFUSED = {
     (*FILE, "--variant", "w2"): "--variant w2: allowed is real, v2, a, r, sketch",
     (*FILE, "--variant", "v2"): "--variant v2 has 1000 class folders: 1006 are",
     ("nothing.pth",): "nothing.pth: no such file or folder",
-    ("nothing.pth", "--model", "test_vit"): "nothing.pth: no such file of weights",
+    ("nothing.pth", "--model", "test_vit"): "nothing.pth: no such file or folder",
     (".",): "neither a checkpoint nor the folder of a run that has one",
     ("RUN", "--ratios", "0,1"): "augsub.sub_models: masking: ratio = 1.0, allowed is a number in [0, 1)",
     ("RUN", "--ratios", "0;0.5"): "--ratios 0;0.5: could not convert string to float",
