@@ -27,7 +27,7 @@ from engine import atomic
 from engine.config import Config, TransformConfig
 from engine.data.datasets import UnreadableImage, decode, is_image, natural_order
 from engine.data.source import IMAGENET, DataSource
-from engine.data.transforms import Delivery, Normalise, build_eval_transform, normalisation
+from engine.data.transforms import Delivery, Normalise, build_transform, normalisation
 from engine.defaults import create_configured_model
 from engine.errors import InputError, first_line, input_errors, writing_errors
 from engine.figure import BLUE, VERMILION
@@ -102,7 +102,8 @@ def _held_out_images(config: Config, source: DataSource) -> list[NamedImage]:
 
 def _photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
-    to_bytes, normalise = build_eval_transform(transform, image_size), Normalise(transform.mean, transform.std)
+    to_bytes = build_transform(transform, image_size, is_training=False)
+    normalise = Normalise(transform.mean, transform.std)
     images = [] if files else [(BUNDLED, Image.fromarray(load_sample_image(BUNDLED)))]
     for file in files:
         try:

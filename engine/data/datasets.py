@@ -6,7 +6,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from engine.config import Config, DataConfig
 from engine.data.source import DataSource, build_digits, build_synthetic
-from engine.data.transforms import build_eval_transform, build_train_transform
+from engine.data.transforms import build_transform
 from engine.errors import InputError, first_line
 from engine.text import readable_name
 
@@ -48,10 +48,12 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
         )
     num_classes = max(names) + 1
     if train is not None:
-        train = Images(train, build_train_transform(config.transform, data.image_size), "training")
+        train = Images(train, build_transform(config.transform, config.data.image_size, is_training=True), "training")
     return DataSource(
         train=train,
-        held_out=Images(items, build_eval_transform(config.transform, data.image_size), "held-out"),
+        held_out=Images(
+            items, build_transform(config.transform, config.data.image_size, is_training=False), "held-out"
+        ),
         num_classes=num_classes,
         in_chans=3,
         class_names=[names.get(number, str(number)) for number in range(num_classes)],
@@ -177,38 +179,29 @@ class ImageFiles:
         return open(path, "rb"), label
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders in their order.
-
-    Raises:
-        InputError: there is none.
-    """
-    classes = [path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")]
-    if not classes:
-        raise InputError(f"{folder}: has no class folders")
-    return sorted(classes, key=natural_order)
-
-
-def image_folder(root: Path, class_to_idx: Mapping[str, int] | None = None) -> ImageFiles:
+def image_folder(root: Path, names: Sequence[str] = ()) -> ImageFiles:
     """The images directly in class folders.
 
     Images are numbered in the natural order of their paths, classes in that of their names, which is timm's order where
     timm has one.
 
     Args:
-        root: folder of the class folders.
-        class_to_idx: labels by class folder; None numbers the folders.
+        names: of the class folders in their order, if that is known: all must be there, and no others.
 
     Raises:
-        InputError: no class folders, one without an image, or an image that does not lie directly in a class folder.
+        InputError: no class folders, one without an image, or an image that does not lie directly in one.
     """
-    classes = class_to_idx or {name: label for label, name in enumerate(class_folders(root))}
+    folders = (path.name for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+    classes = {name: label for label, name in enumerate(names or sorted(folders, key=natural_order))}
+    if not classes:
+        raise InputError(f"{root}: has no class folders")
     labels = {os.path.join(root, name): label for name, label in classes.items()}
     files = ImageFiles(str(root), [], classes)
     for path in images_below(root, files.left_out):
         folder = os.path.dirname(path)
         if folder not in labels:
-            raise InputError(f"{path}: an image must lie directly in a class folder of {root}")
+            some = f"{', '.join([*classes][:3])} … ({len(classes)})"
+            raise InputError(f"{path}: an image must lie directly in a class folder of {root}: {some}")
         files.samples.append((path, labels[folder]))
     filled = {label for _, label in files.samples}
     for folder, label in labels.items():

@@ -33,10 +33,10 @@ import torch
 from timm.data import ImageNetInfo
 
 from engine.config import Config
-from engine.data.datasets import ImageFiles, Images, class_folders, image_folder, images_below, root_of, split_folder
+from engine.data.datasets import ImageFiles, Images, image_folder, images_below, root_of, split_folder
 from engine.data.source import DataSource
 from engine.data.stream import IGNORED
-from engine.data.transforms import build_eval_transform
+from engine.data.transforms import build_transform
 from engine.errors import InputError
 
 LOGGER = logging.getLogger("engine")
@@ -71,7 +71,7 @@ def open_variant(variant: str, config: Config) -> dict[str, DataSource]:
     numbers = candidates or range(NUM_CLASSES)
     names = [str(number) if variant == "v2" else _info().index_to_label_name(number) for number in numbers]
     folder = split_folder(root, config.data.eval_split) or root
-    return {"": replace(_source(_labelled(folder, names, variant), config, numbers), candidates=candidates)}
+    return {"": replace(_source(image_folder(folder, names), config, numbers), candidates=candidates)}
 
 
 def _open_real(root: Path, config: Config) -> dict[str, DataSource]:
@@ -103,23 +103,12 @@ def _open_corruptions(root: Path, config: Config) -> dict[str, DataSource]:
         LOGGER.warning("%s: means are over %d of 15 corruptions, without %s", root, len(present), ", ".join(missing))
     places = [f"{corruption}/{severity}" for corruption in present for severity in range(1, 6)]
     numbers = range(NUM_CLASSES)
-    return {place: _source(_labelled(root / place, synsets(), "c"), config, numbers) for place in places}
-
-
-def _labelled(folder: Path, names: Sequence[str], variant: str) -> ImageFiles:
-    """Images in folders of these names, which must all be there and no others; their places are the labels."""
-    if differing := sorted({*names} ^ {*class_folders(folder)}):
-        some = f"{', '.join(differing[:3])}{' …' if len(differing) > 3 else ''}"
-        raise InputError(
-            f"{folder}: --variant {variant} has {len(names)} class folders: {len(differing)} are missing or are none "
-            f"of them ({some})"
-        )
-    return image_folder(folder, {name: label for label, name in enumerate(names)})
+    return {place: _source(image_folder(root / place, synsets()), config, numbers) for place in places}
 
 
 def _source(items: ImageFiles, config: Config, numbers: Sequence[int]) -> DataSource:
     """Held-out images whose labels are places in `numbers`; a class is called n01498041 stingray."""
-    transform, info = build_eval_transform(config.transform, config.data.image_size), _info()
+    transform, info = build_transform(config.transform, config.data.image_size, is_training=False), _info()
     names = [
         f"{info.index_to_label_name(number)} {info.index_to_description(number).partition(',')[0]}"
         for number in numbers

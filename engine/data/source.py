@@ -25,8 +25,6 @@ from engine.seeding import derive_seed
 
 LOGGER = logging.getLogger("engine")
 TRAIN_DIGITS = 1000  # the other 797 are held out
-DIGITS_SPLIT_SEED = 0  # part of the data set's definition, not of a run
-BRIGHTEST_DIGIT = 16.0  # pixels are counts from 0 to 16
 SYNTHETIC_CLASSES = 10
 
 
@@ -160,9 +158,9 @@ def build_digits(image_size: int) -> DataSource:
     from sklearn.datasets import load_digits  # here: other data need not wait for scikit-learn
 
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / BRIGHTEST_DIGIT
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # counts from 0 to 16
     labels = torch.tensor(digits.target, dtype=torch.int64)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(DIGITS_SPLIT_SEED))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, held_out = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
     images = (images - images[train].mean()) / images[train].std()
     if image_size != images.shape[-1]:

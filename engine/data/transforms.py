@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.config import UNTRANSFORMED, Config, TransformConfig
 from engine.errors import input_errors
 
-Transform = Callable[[Any], Tensor]
 POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
 
 
@@ -33,42 +32,33 @@ def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-def build_train_transform(config: TransformConfig, image_size: int) -> Transform:
-    """Random crop and flips, then colours: (C, H, W) uint8."""
+def build_transform(transform: TransformConfig, image_size: int, is_training: bool) -> Callable[[Image.Image], Tensor]:
+    """To (C, H, W) uint8: random crop and flips, then colours; in evaluation the shorter side is resized to
+    image_size / eval_crop, and the centre cropped."""
+    training = {
+        "scale": tuple(transform.scale),
+        "ratio": tuple(transform.ratio),
+        "hflip": transform.hflip,
+        "vflip": transform.vflip,
+        "color_jitter": transform.color_jitter,
+        "auto_augment": transform.auto_augment,
+    }
+    evaluation = {"crop_pct": transform.eval_crop, "crop_mode": transform.eval_crop_mode}
     with input_errors("transform"):
-        transform = create_transform(
+        built = create_transform(
             image_size,
-            is_training=True,
-            scale=tuple(config.scale),
-            ratio=tuple(config.ratio),
-            hflip=config.hflip,
-            vflip=config.vflip,
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
-            interpolation=config.interpolation,
-            mean=tuple(config.mean),
-            std=tuple(config.std),
+            is_training=is_training,
+            interpolation=transform.interpolation if is_training else transform.eval_interpolation,
+            mean=tuple(transform.mean),
+            std=tuple(transform.std),
             normalize=False,
+            **(training if is_training else evaluation),
         )
-    for part in transform.transforms:
+    for part in built.transforms:
         for operation in (*getattr(part, "ops", ()), *(op for policy in getattr(part, "policy", ()) for op in policy)):
             if operation.name in POSTERIZING:
                 operation.aug_fn = posterize
-    return transform
-
-
-def build_eval_transform(config: TransformConfig, image_size: int) -> Transform:
-    """Resize the shorter side to image_size / eval_crop, crop the centre: (C, H, W) uint8."""
-    with input_errors("transform"):
-        return create_transform(
-            image_size,
-            interpolation=config.eval_interpolation,
-            mean=tuple(config.mean),
-            std=tuple(config.std),
-            crop_pct=config.eval_crop,
-            crop_mode=config.eval_crop_mode,
-            normalize=False,
-        )
+    return built
 
 
 class Normalise:

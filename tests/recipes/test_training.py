@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 
 import augsub
 from engine.data.source import DataSource
-from engine.data.transforms import Delivery, Normalise, build_eval_transform, build_train_transform
+from engine.data.transforms import Delivery, Normalise, build_transform
 from engine.defaults import build_objective, build_run_model
 from engine.distributed import Process
 from engine.loss import IntegerMixup, build_criterion, build_mixup
@@ -84,7 +84,7 @@ def cross_entropy(logits, targets):
 
 def test_train_transform(recipe):
     facts, config = recipe.facts["augmentation"], recipe.config
-    ops = build_train_transform(config.transform, config.data.image_size).transforms
+    ops = build_transform(config.transform, config.data.image_size, is_training=True).transforms
     three, rand, erase = facts["three_augment"], facts["auto_augment"], facts["random_erase"]
     colours = [AutoAugment, tv.ColorJitter] if three else [RandAugment]
     expected = [RandomResizedCropAndInterpolation, tv.RandomHorizontalFlip, *colours, MaybePILToTensor]
@@ -153,7 +153,7 @@ def check_rand_augment(op, facts, config, bicubic_only) -> None:
 
 def test_eval_transform(recipe):
     facts, config = recipe.facts["eval"], recipe.config
-    resize, crop, *_ = build_eval_transform(config.transform, config.data.image_size).transforms
+    resize, crop, *_ = build_transform(config.transform, config.data.image_size, is_training=False).transforms
     assert resize.size == facts["resize"]
     assert resize.interpolation == InterpolationMode.BICUBIC and facts["interpolation"].startswith("bicubic")
     assert tuple(crop.size) == (facts["center_crop"],) * 2
