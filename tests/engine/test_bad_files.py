@@ -46,12 +46,8 @@ def spoil(path: Path, kind: str = "truncated") -> None:
         path.write_bytes({"truncated": path.read_bytes()[:-500], "empty": b"", "text": b"404 not found"}[kind])
 
 
-def train_batches(config: Config, process: Process = ALONE, iteration: int = 0) -> list[tuple[Tensor, Tensor]]:
-    return list(DataLoaders(config, build_source(config), process).train_from(iteration))
-
-
-def held_out(config: Config, source: DataSource, rank: int = 0, world_size: int = 1) -> Batches:
-    return Batches(config, source, Process(rank, world_size, CPU), BadFiles(config.data.bad_files))
+def train_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
+    return list(DataLoaders(config, build_source(config), ALONE).train_from(0))
 
 
 REASONS = {
@@ -107,19 +103,6 @@ def test_a_bad_file_is_replaced_by_the_next_readable_one_under_the_same_seed(ima
         assert torch.equal(new_image, old_image) == (index not in replacement)
 
 
-def test_the_stream_depends_neither_on_workers_nor_on_processes_nor_on_resuming(image_folder, folder_config):
-    for index in (0, 6, 7):
-        spoil(path_of(image_folder, index), "text")
-    config, working = (folder_config(image_folder, bad_files=3) for _ in range(2))
-    working.data.workers = 2
-    alone, resumed = train_batches(config), train_batches(config, iteration=4)
-    for (images, labels), (same, same_labels) in zip(alone + alone[4:], train_batches(working) + resumed, strict=True):
-        assert torch.equal(images, same) and torch.equal(labels, same_labels)
-    shares = [train_batches(config, Process(rank, 2, CPU)) for rank in range(2)]
-    for (images, _), *halves in zip(alone, *shares, strict=True):
-        assert all(torch.equal(half, images[rank::2]) for rank, (half, _) in enumerate(halves))
-
-
 def test_if_nothing_can_be_read_there_is_one_line_and_no_endless_search(image_folder, folder_config):
     for path in image_folder.glob("*/*/*.jpg"):
         spoil(path, "empty")
@@ -127,8 +110,9 @@ def test_if_nothing_can_be_read_there_is_one_line_and_no_endless_search(image_fo
     with pytest.raises(InputError, match="none of the training images can be read"):
         train_batches(config)
     with pytest.raises(InputError, match="none of the held-out images can be read"):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
-        evaluate(model, held_out(config, build_source(config)), Precision("off", CPU, None), ALONE)
+        evaluate(
+            nn.Flatten(), Batches(config, build_source(config), ALONE, BadFiles(100)), Precision("off", CPU), ALONE
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 11])
@@ -141,7 +125,8 @@ def test_each_readable_held_out_image_is_counted_once_in_shares_of_equal_length(
     readable = [source.held_out[index] for index in range(9) if index not in bad]
     for index in bad:
         spoil(path_of(image_folder, index, "val"))
-    shares = [list(held_out(config, source, rank, world_size)) for rank in range(world_size)]
+    processes = [Process(rank, world_size, CPU) for rank in range(world_size)]
+    shares = [list(Batches(config, source, process, BadFiles(2))) for process in processes]
     (shapes,) = {tuple(images.shape for images, _ in share) for share in shares}
     assert sum(shape[0] for shape in shapes) == -(-9 // world_size)
     images, labels = (torch.cat(parts) for parts in zip(*chain(*shares), strict=True))

@@ -45,33 +45,26 @@ def arguments(image_folder, tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
-def log_of(tmp_path: Path) -> str:
-    return (tmp_path / "run" / "log.txt").read_text()
-
-
-def summary_of(tmp_path: Path) -> dict:
-    return json.loads((tmp_path / "run" / "summary.json").read_text())
+def summary_and_log(folder: Path) -> tuple[dict, str]:
+    return json.loads((folder / "run" / "summary.json").read_text()), (folder / "run" / "log.txt").read_text()
 
 
 def assert_skipped(spoiled: Path, tmp_path: Path) -> None:
     """All three were, and each was named once."""
-    summary, log = summary_of(tmp_path), log_of(tmp_path)
+    summary, log = summary_and_log(tmp_path)
     assert summary["bad_files"] == 3 and summary["images"] == 8 and summary["iterations"] == 9
     for name in BAD:
         assert log.count(f"of 3 allowed (data.bad_files): {spoiled / name}: ") == 1
     assert re.search(r"bad files skipped +3 \(named in log.txt\)", log)
 
 
-def test_what_is_left_out_is_said_of_every_run_and_evaluation(train_net, call, image_folder, arguments, caplog):
+def test_what_is_left_out_is_said_of_every_run_and_evaluation(
+    train_net, call, image_folder, arguments, tmp_path, caplog
+):
     caplog.set_level(logging.INFO)
-    (image_folder / "val" / "cat" / "notes.txt").write_text("")
+    (image_folder / "val" / "cat" / "notes.txt").touch()
     (image_folder / "val" / ".ipynb_checkpoints").mkdir()
-    run = next(word for word in arguments if word.startswith("output_dir=")).partition("=")[2]
-    for tool, words in (
-        (train_net, arguments),
-        (train_net, [*arguments, "--eval-only"]),
-        (partial(call, tools.eval_net), [run, "data.workers=0"]),
-    ):
+    for tool, words in ((train_net, arguments), (partial(call, tools.eval_net), [tmp_path / "run", "data.workers=0"])):
         caplog.clear()
         code, _, error = tool(*words)
         assert code == 0, error
@@ -91,12 +84,9 @@ def test_bad_files_are_skipped_named_once_and_counted(train_net, spoiled, argume
     caplog.clear()
     code, output, error = train_net(*arguments, "--eval-only", "data.bad_files=1", f"data.workers={workers}")
     assert code == 0, error
-    assert (
-        f"bad file 1 of 1 allowed (data.bad_files): {spoiled / BAD[2]}: not an image that Pillow knows" in caplog.text
-    )
-    results = json.loads(output[output.index("{") :])
-    assert results["images"] == 8
-    assert results["eval_loss"] == pytest.approx(summary_of(tmp_path)["eval_loss"], rel=1e-5)
+    assert f"bad file 1 of 1 allowed (data.bad_files): {spoiled / BAD[2]}: not an image that" in caplog.text
+    results, (summary, _) = json.loads(output[output.index("{") :]), summary_and_log(tmp_path)
+    assert results["images"] == 8 and results["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.faults(
@@ -122,9 +112,10 @@ def test_a_resumed_run_remembers_the_names(train_net, spoiled, arguments, tmp_pa
         (spoiled / name).write_bytes(content)  # repaired, so only the checkpoint knows of them
     code, _, error = train_net(*arguments, "data.bad_files=3", "--resume")
     assert code == 0, error
-    assert summary_of(tmp_path)["bad_files"] == 3 and summary_of(tmp_path)["images"] == 9
-    assert len(re.findall(r"bad files skipped +3 \(named in log.txt\)", log_of(tmp_path))) == 2
-    assert all(log_of(tmp_path).count(str(spoiled / name)) == 1 for name in BAD)
+    summary, log = summary_and_log(tmp_path)
+    assert summary["bad_files"] == 3 and summary["images"] == 9
+    assert len(re.findall(r"bad files skipped +3 \(named in log.txt\)", log)) == 2
+    assert all(log.count(str(spoiled / name)) == 1 for name in BAD)
 
 
 @pytest.mark.faults(

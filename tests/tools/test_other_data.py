@@ -51,24 +51,14 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def images(trained, tmp_path) -> Path:
-    """The images of the run."""
-    return shutil.copytree(trained / "images", tmp_path / "images")
-
-
-@pytest.fixture
-def run(trained, tmp_path) -> Path:
-    """The run."""
-    return shutil.copytree(trained / "run", tmp_path / "run")
-
-
-@pytest.fixture
-def elks(images, tmp_path) -> Path:
-    """The same images; the foxes are elks."""
-    root = shutil.copytree(images, tmp_path / "elks")
+def copied(trained, tmp_path) -> tuple[Path, Path, Path]:
+    """The run, its images, and the same where the foxes are elks."""
+    run, images, elks = (tmp_path / name for name in ("run", "images", "elks"))
+    for source, target in ((trained / "run", run), (trained / "images", images), (trained / "images", elks)):
+        shutil.copytree(source, target)
     for split in ("train", "val"):
-        (root / split / "fox").rename(root / split / "elk")
-    return root
+        (elks / split / "fox").rename(elks / split / "elk")
+    return run, images, elks
 
 
 def assert_refused(ended: tuple[int, str, str], message: str) -> None:
@@ -77,7 +67,8 @@ def assert_refused(ended: tuple[int, str, str], message: str) -> None:
     assert message in error and error.endswith(f"; {MEANT} goes on all the same\n")
 
 
-def test_weights_are_not_evaluated_on_other_classes(train, call, run, elks, tmp_path):
+def test_weights_are_not_evaluated_on_other_classes(train, call, copied, tmp_path):
+    run, _, elks = copied
     last = run / "checkpoints" / "last.pt"
     ways = {
         "a run": partial(call, eval_net, run, "data.workers=0", "--output", tmp_path / "results"),
@@ -93,13 +84,13 @@ def test_weights_are_not_evaluated_on_other_classes(train, call, run, elks, tmp_
         assert evaluate(f"data.root={elks}", MEANT)[0] == 0, name
 
 
-def test_what_a_run_was_allowed_its_evaluation_is_not(train, call, run, elks, tmp_path):
+def test_what_a_run_was_allowed_its_evaluation_is_not(train, call, copied, tmp_path):
     """A checkpoint has the configuration of its run, but nobody means other data when it is evaluated."""
+    run, root, elks = copied
     arguments = (f"data.root={elks}", f"output_dir={run}", "train.max_iters=4", "--resume", MEANT)
     assert train(*arguments)[0] == 0
     state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert "allow_mismatch: true" in state["config"] and "elk" in state["class_names"]
-    root = elks.with_name("images")  # the foxes again
     output = ("data.workers=0", "--output", tmp_path / "results")
     assert_refused(
         call(eval_net, run / "checkpoints" / "last.pt", f"data.root={root}", *output),
@@ -107,7 +98,8 @@ def test_what_a_run_was_allowed_its_evaluation_is_not(train, call, run, elks, tm
     )
 
 
-def test_a_head_that_is_kept_is_for_the_same_classes(train, run, elks, tmp_path):
+def test_a_head_that_is_kept_is_for_the_same_classes(train, copied, tmp_path):
+    run, _, elks = copied
     last = run / "checkpoints" / "last.pt"
     start = (f"model.checkpoint={last}", f"data.root={elks}", "train.max_iters=1")
     new = f"output_dir={tmp_path}/new"
@@ -120,7 +112,8 @@ def test_a_head_that_is_kept_is_for_the_same_classes(train, run, elks, tmp_path)
     assert train(*start, new)[0] == 0
 
 
-def test_the_classes_of_a_folder_in_the_hubs_layout_are_compared(train, call, run, elks, images, tmp_path):
+def test_the_classes_of_a_folder_in_the_hubs_layout_are_compared(train, call, copied, tmp_path):
+    run, images, elks = copied
     exporting.export(run / "checkpoints" / "last.pt", tmp_path / "hub", ema=False)
     hub = f"model.name=local-dir:{tmp_path}/hub"
     message = f"model.name = local-dir:{tmp_path}/hub {OTHER}"
@@ -133,7 +126,8 @@ def test_the_classes_of_a_folder_in_the_hubs_layout_are_compared(train, call, ru
     assert evaluate(f"data.root={images}")[0] == 0
 
 
-def test_a_run_is_resumed_with_its_own_data_only(train, run, images, elks, tmp_path):
+def test_a_run_is_resumed_with_its_own_data_only(train, copied):
+    run, images, elks = copied
     last = run / "checkpoints" / "last.pt"
     before = last.read_bytes()
     resume = partial(train, f"output_dir={run}", "train.max_iters=4", "--resume")
