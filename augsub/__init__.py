@@ -1,6 +1,6 @@
 """augsub: sub-model augmentation for timm models (MaskSub, arXiv 2306.11339)."""
 
-from augsub import drop_path, dropout, masking, random_crop  # noqa: F401  (importing registers them)
+from augsub import drops, masking, random_crop  # noqa: F401  (importing registers them)
 from augsub.augmentation import Compose, SubModelAugmentation
 from augsub.objective import SubModel, SubModelObjective
 from augsub.patching import is_patched, patch, supports, unpatch

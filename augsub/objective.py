@@ -30,9 +30,7 @@ class SubModel:
     """
 
     def __init__(self, augmentation: AugmentationSpec, ratio: float | None = None, weight: float = 0.5) -> None:
-        self.augmentation: SubModelAugmentation = (
-            build(augmentation) if ratio is None else build(augmentation, ratio=ratio)
-        )
+        self.augmentation: SubModelAugmentation = build(augmentation, ratio=ratio)
         self.weight = _checked_weight("weight of a sub-model", weight)
 
     def __repr__(self) -> str:
@@ -92,8 +90,10 @@ class SubModelObjective:
         main_weight: float = 0.5,
         targets: TargetForm | None = None,
     ) -> None:
+        if not isinstance(sub_models, Sequence) or not all(isinstance(sub_model, SubModel) for sub_model in sub_models):
+            raise TypeError(f"sub_models = {sub_models!r}, needed is a list of augsub.SubModel")
         self.criterion = criterion
-        self.sub_models = _checked_sub_models(sub_models)
+        self.sub_models = tuple(sub_models)
         self._teaching = teaching_for(criterion, targets) if self.sub_models else None
         self._has_seen_a_batch = False
         self.main_weight = _checked_weight("main_weight", main_weight) if self.sub_models else 1.0
@@ -125,13 +125,11 @@ class SubModelObjective:
                 an unknown criterion is no mean. That costs a look at values, for which a GPU waits once.
         """
         branches = self.branches(model, images, targets)
-        finished: list[Branch] = []
-        for is_last in self._is_last():
-            # DDP must expect one backward, and copy BatchNorm's buffers before the first forward only:
-            # later, autograd would find them changed. FSDP2 asks in the backward, which is the caller's.
-            with nullcontext() if is_last else _no_sync(model):
-                finished.append(next(branches))
-        return _summarise(finished)
+        # DDP must expect one backward, and copy BatchNorm's buffers before the first forward only:
+        # later, autograd would find them changed. FSDP2 asks in the backward, which is the caller's.
+        with _no_sync(model):
+            all_but_last = [next(branches) for _ in self.sub_models]
+        return _summarise([*all_but_last, next(branches)])
 
     def backward(
         self,
@@ -149,7 +147,7 @@ class SubModelObjective:
 
         Args:
             model: as for `__call__`.
-            images: (B, C, H, W).
+            images: as for `__call__`.
             targets: as for `__call__`.
             backward: called with each branch's weighted loss, for example to scale it, or to divide it by the
                 number of micro-batches of gradient accumulation.
@@ -158,8 +156,8 @@ class SubModelObjective:
         """
         finished: list[Branch] = []
         branches = self.branches(model, images, targets)
-        for is_last in self._is_last():
-            with _gradient_sync(model, enabled=sync and is_last):
+        for to_come in reversed(range(1 + len(self.sub_models))):
+            with _gradient_sync(model, enabled=sync and not to_come):
                 branch = next(branches)
                 backward(branch.weight * branch.loss)
             finished.append(Branch(branch.logits.detach(), branch.loss.detach(), branch.weight))
@@ -171,14 +169,16 @@ class SubModelObjective:
 
         Args:
             model: as for `__call__`.
-            images: (B, C, H, W).
+            images: as for `__call__`.
             targets: as for `__call__`.
         """
         if self.sub_models and isinstance(model, nn.Module):
             find_patched(model)
         logits = _logits_of(model(images))
         loss = main_loss(self.criterion, logits, targets)
-        self._look_at_first_batch(logits, targets, loss)
+        if self._teaching is not None and not self._has_seen_a_batch and not torch.compiler.is_compiling():
+            check_first_batch(self._teaching, self.criterion, logits, targets, loss)
+            self._has_seen_a_batch = True
         yield Branch(logits, loss, self.main_weight)
 
         if self._teaching is None:
@@ -188,16 +188,6 @@ class SubModelObjective:
         for sub_model in self.sub_models:
             sub_logits = _logits_of(model(images, augsub=sub_model.augmentation))
             yield Branch(sub_logits, self._teaching.loss(sub_logits, target), sub_model.weight)
-
-    def _look_at_first_batch(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
-        if self._teaching is None or self._has_seen_a_batch or torch.compiler.is_compiling():
-            return
-        check_first_batch(self._teaching, self.criterion, logits, targets, loss)
-        self._has_seen_a_batch = True
-
-    def _is_last(self) -> list[bool]:
-        """For each branch, whether it is the last one."""
-        return [False] * len(self.sub_models) + [True]
 
 
 def _summarise(branches: Sequence[Branch]) -> ObjectiveOutput:
@@ -226,12 +216,6 @@ def _no_sync(model: Any) -> AbstractContextManager[None]:
     """DDP's, where a forward does not prepare a reduction."""
     context: AbstractContextManager[None] = model.no_sync() if hasattr(model, "no_sync") else nullcontext()
     return context
-
-
-def _checked_sub_models(sub_models: Sequence[SubModel]) -> tuple[SubModel, ...]:
-    if not isinstance(sub_models, Sequence) or not all(isinstance(sub_model, SubModel) for sub_model in sub_models):
-        raise TypeError(f"sub_models = {sub_models!r}, needed is a list of augsub.SubModel")
-    return tuple(sub_models)
 
 
 def _checked_weight(what: str, weight: float) -> float:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypeIs
@@ -64,15 +63,13 @@ class PatchedModel(_Base):
             ValueError: if the augmentation, or the images for it, do not fit this model, or this is a
                 copy of it in DataParallel.
         """
-        if isinstance(augsub, torch.fx.Proxy):
-            raise TypeError("torch.fx traces plain models: give it augsub.unpatch(copy.deepcopy(model))")
         if augsub is None:
             if augsub_ratio is not None:
                 raise ValueError(f"augsub_ratio = {augsub_ratio} was given without augsub")
             return self._augsub.main(super().forward, *args, **kwargs)
         if getattr(self, "_is_replica", False):  # so DataParallel marks its copies
             raise ValueError(NO_REPLICAS)
-        augmentation = build(augsub) if augsub_ratio is None else build(augsub, ratio=augsub_ratio)
+        augmentation = build(augsub, ratio=augsub_ratio)
         if not args:
             name = _name_of_images(_original_class(self))  # type: ignore[arg-type]  # a class is hashable
             args = (kwargs.pop(name, None),)
@@ -102,8 +99,8 @@ def patch(model: Model) -> Model:
     """Let `model` take `augsub=` and `augsub_ratio=` in its forward, in place.
 
     The main model stays bit-identical and no random number is drawn from the global generator.
-    Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D). Threads may share the model: a
-    sub-forward waits for the main forwards under way, and they for it. With drop_path or dropout in a sub-model, no
+    Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D). Threads may share the model: its
+    forwards wait for each other. With drop_path or dropout in a sub-model, no
     thread should call the model while another one is in its backward.
 
     Raises:
@@ -115,7 +112,10 @@ def patch(model: Model) -> Model:
         raise TypeError(f"only a model (torch.nn.Module) can be patched, not {model!r}")
     if is_patched(model):
         raise ValueError(f"{_original_class(model).__name__} is patched already; augsub.unpatch undoes it")
-    _refuse_wrapper(model)
+    if WRAPPERS.intersection(base.__name__ for base in type(model).__mro__) or hasattr(model, "_orig_mod"):
+        raise ValueError(f"{type(model).__name__} is a wrapper: patch the model itself, before wrapping it")
+    if getattr(model, "base_model", model) is not model and hasattr(type(model), "base_model_prefix"):  # Transformers
+        raise ValueError(f"{type(model).__name__} has a head around its model: patch its base_model instead")
     family = family_of(model)
     width = family.mask_token_width(model)
     if width is not None:
@@ -198,14 +198,6 @@ def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation
     used_sites = {site for augmentation in augmentations for site in patched._augsub.plan(augmentation)}
     if "stem" in patched._augsub.sites:
         patched.mask_token.requires_grad_("stem" in used_sites)
-
-
-def _refuse_wrapper(model: nn.Module) -> None:
-    classes = {base.__name__ for base in type(model).__mro__}
-    if classes & WRAPPERS or hasattr(model, "_orig_mod"):
-        raise ValueError(f"{type(model).__name__} is a wrapper: patch the model itself, before wrapping it")
-    if getattr(model, "base_model", model) is not model and hasattr(type(model), "base_model_prefix"):  # Transformers
-        raise ValueError(f"{type(model).__name__} has a head around its model: patch its base_model instead")
 
 
 @functools.cache

@@ -34,11 +34,9 @@ class RandomCrop(SubModelAugmentation):
                 "random_crop: the tokens form no grid any more; put random_crop before what removes them "
                 "(the model itself does with timm's patch_drop_rate)"
             )
-        rows, columns = tokens.grid
         side = self._side(tokens.grid, multiple=1)
-        top, left = random_corner(tokens.values.shape[0], rows - side, columns - side, tokens.values.device)
-        window = torch.arange(side, device=tokens.values.device)
-        indices = (top[:, None, None] + window[:, None]) * columns + left[:, None, None] + window
+        rows, columns = random_window(tokens.values.shape[0], tokens.grid, side, tokens.values.device)
+        indices = rows[:, :, None] * tokens.grid[1] + columns[:, None, :]
         return tokens.keep(indices.flatten(1), grid=(side, side))
 
     def image(self, images: Images) -> Images:
@@ -46,14 +44,10 @@ class RandomCrop(SubModelAugmentation):
             return images
         batch, channels, height, width = images.values.shape
         side = self._side((height, width), multiple=images.stride)
-        device = images.values.device
-        top, left = random_corner(batch, height - side, width - side, device)
-        window = torch.arange(side, device=device)
-        sample = torch.arange(batch, device=device)[:, None, None, None]
-        channel = torch.arange(channels, device=device)[:, None, None]
-        rows = (top[:, None] + window)[:, None, :, None]
-        columns = (left[:, None] + window)[:, None, None, :]
-        return Images(images.values[sample, channel, rows, columns], images.stride)
+        rows, columns = random_window(batch, (height, width), side, images.values.device)
+        sample = torch.arange(batch, device=images.values.device)[:, None, None, None]
+        channel = torch.arange(channels, device=images.values.device)[:, None, None]
+        return Images(images.values[sample, channel, rows[:, None, :, None], columns[:, None, None, :]], images.stride)
 
     def _side(self, size: tuple[int, int], multiple: int) -> int:
         """Side of the square nearest to 1 - ratio of the area, a multiple that fits into `size`."""
@@ -67,7 +61,8 @@ class RandomCrop(SubModelAugmentation):
         return side
 
 
-def random_corner(batch: int, max_top: int, max_left: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Uniform (top, left) corners, (B,) int64 each, in [0, max_top] and [0, max_left]: one draw (B, 2)."""
-    noise = torch.rand(batch, 2, device=device)
-    return (noise[:, 0] * (max_top + 1)).long(), (noise[:, 1] * (max_left + 1)).long()
+def random_window(batch: int, size: tuple[int, int], side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns, (B, side) int64 each, of one uniformly placed square per sample: a draw (B, 2) of corners."""
+    noise, window = torch.rand(batch, 2, device=device), torch.arange(side, device=device)
+    top, left = ((noise[:, axis, None] * (size[axis] - side + 1)).long() for axis in (0, 1))
+    return top + window, left + window

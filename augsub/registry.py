@@ -22,32 +22,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class AugmentationRegistry(Registry):  # type: ignore[misc]  # fvcore is untyped
-    """fvcore's registry, keyed by the augmentation's own name rather than its class name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._aliases: dict[str, str] = {}
-
-    def add(self, name: str, augmentation: type[SubModelAugmentation], aliases: Sequence[str]) -> None:
-        """Register `augmentation` under `name` and `aliases`; ValueError if one is taken."""
-        for taken in (name, *aliases):
-            if taken in self or taken in self._aliases:
-                raise ValueError(f"an augmentation named {taken!r} is registered already")
-        self._do_register(name, augmentation)
-        self._aliases.update(dict.fromkeys(aliases, name))
+    """fvcore's registry, by the augmentations' own names and aliases."""
 
     def get(self, name: str) -> type[SubModelAugmentation]:
         """The class registered under `name`; ValueError with the known names otherwise."""
-        name = self._aliases.get(name, name)
         if name not in self:
-            nearest = did_you_mean(name, [*self.names(), *self._aliases])
-            raise ValueError(f"unknown augmentation {name!r}{nearest}; known: {', '.join(self.names())}")
+            nearest = did_you_mean(name, dict(self))
+            raise ValueError(f"unknown augmentation {name!r}{nearest}; known: {', '.join(list_augmentations())}")
         augmentation: type[SubModelAugmentation] = super().get(name)
         return augmentation
-
-    def names(self) -> list[str]:
-        """Registered names without aliases, sorted."""
-        return sorted(name for name, _ in self)
 
 
 AUGSUB_REGISTRY = AugmentationRegistry("AUGSUB")
@@ -66,16 +49,20 @@ def register(name: str, *aliases: str) -> Callable[[AugmentationClass], Augmenta
             raise TypeError(f"{augmentation!r} cannot be registered: it is no subclass of SubModelAugmentation")
         if not augmentation.sites or isinstance(augmentation.sites, str):
             raise TypeError(f"{augmentation.__name__} must name its sites in a tuple, for example sites = ('tokens',)")
-        AUGSUB_REGISTRY.add(name, augmentation, aliases)
+        for taken in (name, *aliases):
+            if taken in AUGSUB_REGISTRY:
+                raise ValueError(f"an augmentation named {taken!r} is registered already")
         augmentation.name = name
+        for own in (name, *aliases):
+            AUGSUB_REGISTRY._do_register(own, augmentation)
         return augmentation
 
     return decorate
 
 
 def list_augmentations() -> list[str]:
-    """Names of all registered augmentations, sorted."""
-    return AUGSUB_REGISTRY.names()
+    """Names of all registered augmentations, sorted, without aliases."""
+    return sorted(name for name, augmentation in AUGSUB_REGISTRY if name == augmentation.name)
 
 
 def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
@@ -84,13 +71,14 @@ def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
     Args:
         spec: a registered name, a mapping with `name` and the augmentation's arguments, a sequence
             of those (composed, applied in order), or an augmentation (returned as it is).
-        arguments: the augmentation's arguments if `spec` is a name, for example ``ratio=0.5``.
+        arguments: the augmentation's arguments if `spec` is a name, for example ``ratio=0.5``; None leaves one out.
 
     Raises:
         ValueError: unknown name (the closest one is named), missing or unknown argument, argument
             out of range, or `arguments` beside anything but a name.
         TypeError: `spec` is of another type.
     """
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     if isinstance(spec, str):
         return _instantiate(spec, arguments)
     if arguments:
@@ -108,12 +96,9 @@ def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
 
 def _instantiate(name: str, arguments: Mapping[str, Any]) -> SubModelAugmentation:
     augmentation = AUGSUB_REGISTRY.get(name)
+    signature = inspect.signature(augmentation)
     try:
-        return augmentation(**arguments)
-    except TypeError as error:
-        signature = inspect.signature(augmentation)
-        try:
-            signature.bind(**arguments)
-        except TypeError as mismatch:
-            raise ValueError(f"{name}: {mismatch}; its arguments are {signature}") from error
-        raise
+        signature.bind(**arguments)
+    except TypeError as mismatch:
+        raise ValueError(f"{name}: {mismatch}; its arguments are {signature}") from mismatch
+    return augmentation(**arguments)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves
 from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
 from augsub.families.base import drop_path_places
-from augsub.registry import AUGSUB_REGISTRY
+from augsub.registry import AUGSUB_REGISTRY, list_augmentations
 from augsub.sites import Assignment, AugmentationOrClass, HookedSite, ImageSite
+
+PATCH_AGAIN = "which does not know it: augsub.unpatch the model and patch it again"
 
 
 class SubForward:
@@ -37,9 +39,8 @@ class SubForward:
         self.sites = family.sites(model)
         names = {module: name for name, module in model.named_modules()}
         self._places = {site: [(names[place], place) for place in self.sites[site].places()] for site in self.sites}
-        self._turns = Turns()
+        self._lock = threading.RLock()
         self._family = family
-        self.patch_embed: Any = getattr(model, "patch_embed", None)
         self.active: dict[str, list[SubModelAugmentation]] = {}
         self.image_size = (0, 0)
         self._held: list[Assignment] = []
@@ -51,9 +52,15 @@ class SubForward:
             if module is not None
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
+
     def main(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward; threads may run it side by side."""
-        with self._turn(alone=False):
+        """The model's own forward."""
+        with self._turn():
             self._release()
             logits = forward(*args, **kwargs)
             self._replay_in_backward(logits, [])
@@ -67,9 +74,11 @@ class SubForward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The model's own forward under `augmentation`; no other thread runs the model at that time."""
-        with self._turn(alone=True):
-            self._check_images(images)
+        """The model's own forward under `augmentation`."""
+        with self._turn():
+            if not isinstance(images, Tensor) or images.ndim != 4:
+                found = getattr(images, "shape", type(images).__name__)
+                raise TypeError(f"the sub-model takes images (B, C, H, W) as its first argument, not {found}")
             self._release()
             plan = self.plan(augmentation)
             augmented = cast(ImageSite, self.sites["image"]).apply(plan.get("image", ()), images)
@@ -88,21 +97,9 @@ class SubForward:
             self._replay_in_backward(logits, state)
             return logits
 
-    def _turn(self, alone: bool) -> AbstractContextManager[None]:
-        # What was compiled keeps nothing on the model while it runs
-        return nullcontext() if torch.compiler.is_compiling() else self._turns.take(alone)
-
-    def _check_images(self, images: Any) -> None:
-        if not isinstance(images, Tensor):
-            raise TypeError(f"the sub-model takes images as its first argument, not {type(images).__name__}")
-        if images.ndim != 4:
-            raise ValueError(f"the sub-model takes images (B, C, H, W), not a tensor of shape {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"the sub-model takes normalized floating-point images, not {images.dtype}")
-        size = (images.shape[-2], images.shape[-1])
-        if getattr(self.patch_embed, "strict_img_size", False) and size != self.patch_embed.img_size:
-            height, width = self.patch_embed.img_size
-            raise ValueError(f"{self.model_name} takes images of {height} x {width} pixels, not {size[0]} x {size[1]}")
+    def _turn(self) -> AbstractContextManager[Any]:
+        """One thread at a time is in the model, and may call it again; what was compiled keeps nothing on it."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def plan(self, augmentation: SubModelAugmentation) -> dict[str, list[SubModelAugmentation]]:
         """Which members act at which site: each at the first of its sites that the model has.
@@ -114,7 +111,12 @@ class SubForward:
         for member in augmentation.members:
             site = self.site_of(member)
             if site is None:
-                raise ValueError(self._no_site(member))
+                fixed = " (images of its built size only)" if member.resizes_images and "image" in member.sites else ""
+                raise ValueError(
+                    f"{member.name or type(member).__name__} has no site in {self.model_name}: it acts at "
+                    f"{' or '.join(member.sites)}; {self.model_name} has {', '.join(self.sites)}{fixed} and offers "
+                    f"{', '.join(self.support())}"
+                )
             self._check_places(site)
             plan.setdefault(site, []).append(member)
         return plan
@@ -129,7 +131,7 @@ class SubForward:
     def support(self) -> dict[str, str]:
         """Registered augmentations that have a site in this model, with the site's name."""
         self.check_complete()
-        found = {name: self.site_of(augmentation) for name, augmentation in sorted(AUGSUB_REGISTRY)}
+        found = {name: self.site_of(AUGSUB_REGISTRY.get(name)) for name in list_augmentations()}
         return {name: site for name, site in found.items() if site is not None}
 
     def check_complete(self) -> None:
@@ -141,30 +143,17 @@ class SubForward:
         now |= {block for block, _, occupant in drop_path_places(self.model) if not isinstance(occupant, DropPath)}
         added = [name for name, module in self.model.named_modules() if module in now - known]
         if added:
-            raise ValueError(
-                f"{self.model_name}.{added[0]} was added after augsub.patch, which does not know it: "
-                "augsub.unpatch the model and patch it again"
-            )
+            raise ValueError(f"{self.model_name}.{added[0]} was added after augsub.patch, {PATCH_AGAIN}")
 
     def _check_places(self, site: str) -> None:
         """Raise ValueError if a module of the site is no longer where it was when the model was patched."""
         for name, place in self._places[site]:
-            found: Any = self.model
-            for attribute in name.split("."):
-                found = getattr(found, attribute, None)
+            try:
+                found = operator.attrgetter(name)(self.model)
+            except AttributeError:
+                found = None
             if found is not place:
-                raise ValueError(
-                    f"{self.model_name}.{name} was replaced after augsub.patch, which knows the module that was there: "
-                    "augsub.unpatch the model and patch it again"
-                )
-
-    def _no_site(self, member: SubModelAugmentation) -> str:
-        fixed = member.resizes_images and "image" in member.sites
-        return (
-            f"{member.name or type(member).__name__} has no site in {self.model_name}: it acts at "
-            f"{' or '.join(member.sites)}; {self.model_name} has {', '.join(self.sites)}"
-            f"{' (images of its built size only)' if fixed else ''} and offers {', '.join(self.support())}"
-        )
+                raise ValueError(f"{self.model_name}.{name} was replaced after augsub.patch, {PATCH_AGAIN}")
 
     def remove(self) -> None:
         """Take the hooks and the inserted modules out of the model."""
@@ -214,46 +203,3 @@ class _SiteHook:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         augmentations = self.sub_forward.active.get(self.name)
         return self.change(augmentations, output, self.sub_forward.image_size) if augmentations else None
-
-
-class Turns:
-    """Lets threads run a model's main forward side by side, and a sub-forward alone.
-
-    A thread that is inside may call the model again. A copy, also a pickled one, begins anew.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside: Counter[int] = Counter()  # forwards under way, by thread
-        self._alone: int | None = None  # the thread of a sub-forward
-        self._waiting = 0  # sub-forwards: they go first, or many main forwards would keep them out
-
-    @contextmanager
-    def take(self, alone: bool) -> Iterator[None]:
-        """The turn of a sub-forward, `alone`, or of a main forward."""
-        me = threading.get_ident()
-        with self._changed:
-            self._waiting += alone
-            try:
-                self._changed.wait_for(lambda: self._may_enter(me, alone))
-            finally:
-                self._waiting -= alone
-            self._inside[me] += 1
-            self._alone = me if alone else self._alone
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside[me] -= 1
-                if not self._inside[me]:
-                    del self._inside[me]
-                    self._alone = None if self._alone == me else self._alone
-                self._changed.notify_all()
-
-    def _may_enter(self, me: int, alone: bool) -> bool:
-        if alone:
-            return not self._inside.keys() - {me}
-        return me in self._inside or (self._alone is None and not self._waiting)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Turns, ()

@@ -22,19 +22,11 @@ TargetForm = Literal["softmax", "sigmoid"]
 FORMS: tuple[TargetForm, ...] = get_args(TargetForm)
 # Classes and functions of torch and timm
 KNOWN: dict[str, TargetForm] = {
-    "CrossEntropyLoss": "softmax",
-    "cross_entropy": "softmax",
-    "LabelSmoothingCrossEntropy": "softmax",
-    "SoftTargetCrossEntropy": "softmax",
-    "PolyCrossEntropy": "softmax",
-    "AsymmetricLossSingleLabel": "softmax",
-    "BCEWithLogitsLoss": "sigmoid",
-    "binary_cross_entropy_with_logits": "sigmoid",
-    "BinaryCrossEntropy": "sigmoid",
-    "PolyBinaryCrossEntropy": "sigmoid",
-    "MultiLabelSoftMarginLoss": "sigmoid",
-    "multilabel_soft_margin_loss": "sigmoid",
-    "AsymmetricLossMultiLabel": "sigmoid",
+    **dict.fromkeys(("CrossEntropyLoss", "cross_entropy", "LabelSmoothingCrossEntropy"), "softmax"),
+    **dict.fromkeys(("SoftTargetCrossEntropy", "PolyCrossEntropy", "AsymmetricLossSingleLabel"), "softmax"),
+    **dict.fromkeys(("BCEWithLogitsLoss", "binary_cross_entropy_with_logits", "BinaryCrossEntropy"), "sigmoid"),
+    **dict.fromkeys(("MultiLabelSoftMarginLoss", "multilabel_soft_margin_loss"), "sigmoid"),
+    **dict.fromkeys(("PolyBinaryCrossEntropy", "AsymmetricLossMultiLabel"), "sigmoid"),
 }
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": Tensor.mean,
@@ -58,14 +50,19 @@ def main_loss(criterion: Criterion, logits: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.ndim == 1 and not targets.is_floating_point():
         targets = targets.long()  # torch takes class numbers of no other type
-    if isinstance(criterion, SoftTargetCrossEntropy) and targets.ndim == 1:
-        raise ValueError(_refusal(criterion, logits, targets, "it would broadcast them"))
     try:
+        if isinstance(criterion, SoftTargetCrossEntropy) and targets.ndim == 1:
+            raise ValueError("it would broadcast them")
         loss = criterion(logits, targets)
     except torch.cuda.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(_refusal(criterion, logits, targets, " ".join(str(error).split()))) from error
+        raise ValueError(
+            f"{name_of(criterion)} cannot take targets {tuple(targets.shape)}, {targets.dtype}, with logits "
+            f"{tuple(logits.shape)}: {' '.join(str(error).split()).rstrip('.')}; labels (B,), below "
+            f"{logits.shape[-1]}, need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy, soft targets "
+            "(B, K), as mixup makes them, timm.loss.SoftTargetCrossEntropy or BinaryCrossEntropy"
+        ) from error
     if loss.ndim != 0:
         raise ValueError(
             f"the criterion returned a loss of shape {tuple(loss.shape)}, needed is a scalar: reduction='mean'"
@@ -205,18 +202,3 @@ def _known_form(criterion: Any) -> TargetForm | None:
 def name_of(criterion: Criterion) -> str:
     """The criterion in a message."""
     return getattr(criterion, "__name__", type(criterion).__name__)
-
-
-def _refusal(criterion: Criterion, logits: Tensor, targets: Tensor, reason: str) -> str:
-    if "out of bounds" in reason:
-        remedy = f"labels must be in [0, {logits.shape[-1]}), the model's classes"
-    elif targets.ndim == 1 and targets.is_floating_point():
-        remedy = "labels (B,) must be whole numbers"
-    elif targets.ndim == 1:
-        remedy = "labels (B,) need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy"
-    else:
-        remedy = "soft targets (B, K), as mixup makes them, need timm.loss.SoftTargetCrossEntropy or BinaryCrossEntropy"
-    return (
-        f"{name_of(criterion)} cannot take targets {tuple(targets.shape)}, {targets.dtype}, "
-        f"with logits {tuple(logits.shape)}: {reason.rstrip('.')}; {remedy}"
-    )

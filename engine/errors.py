@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from models import first_line as first_line
+
 
 class RunError(Exception):
     """A run cannot start or go on; the message names the place, the value and what is allowed."""
@@ -21,11 +23,6 @@ class NonFiniteLossError(RunError):
 
 class Preempted(Exception):
     """The run was asked to stop, and saved its state first."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of other code says, without the lines after its first one; its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # torch says

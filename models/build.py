@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import socket
 import urllib.request
 import warnings
@@ -23,6 +22,7 @@ from torch.func import functional_call
 
 import augsub
 from augsub.registry import did_you_mean
+from models import first_line
 
 LOGGER = logging.getLogger("models")
 TIMM_KEYS = {  # of a transform, by their names in a configuration
@@ -57,14 +57,20 @@ def create_model(
         ValueError: unknown name (the nearest one is named), an argument the model does not take,
             or pretrained weights that cannot be had.
     """
-    given = {"num_classes": num_classes, "img_size": image_size}
-    arguments = {"in_chans": in_chans, **kwargs}
-    arguments |= {argument: value for argument, value in given.items() if value is not None}
+    source, _ = parse_model_name(name)
+    if source is None and not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": image_size}
+    arguments = {key: value for key, value in given.items() if value is not None} | kwargs
     try:
-        return _create(name, pretrained, arguments)
-    except TypeError:
-        del arguments["img_size"]  # a model for images of any size
-    return _create(name, pretrained, arguments)
+        with warnings.catch_warnings(), _hub_or_its_cache(pretrained or source == "hf-hub"):
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # of a file that is refused
+            return timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # what is wrong with an argument shows wherever the model's code uses it
+        if isinstance(error, TypeError) and image_size is not None and "img_size" in str(error):  # it takes any size
+            return create_model(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **kwargs)
+        what = f"timm cannot build {name} with {arguments}{' and its pretrained weights' if pretrained else ''}"
+        raise ValueError(f"{what}: {first_line(error)}") from error
 
 
 def build_on_meta(name: str, **arguments: Any) -> nn.Module:
@@ -90,38 +96,9 @@ def image_settings(name: str) -> tuple[int | None, dict[str, Any]]:
     return own["input_size"][-1] if "input_size" in own else None, transform
 
 
-def takes_image_size(name: str, image_size: int, **arguments: Any) -> bool:
+def takes_image_size(model: nn.Module) -> bool:
     """Whether a timm model is built for one size, so that `timm.create_model` must be told it (`img_size`)."""
-    try:
-        with torch.device("meta"):
-            timm.create_model(name, img_size=image_size, **arguments)
-    except TypeError:
-        return False
-    return True
-
-
-def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
-    source, _ = parse_model_name(name)
-    if source is None and not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    try:
-        with warnings.catch_warnings(), _hub_or_its_cache(pretrained or source == "hf-hub"):
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # of a file that is refused
-            return timm.create_model(name, pretrained=pretrained, **arguments)
-    except Exception as error:  # what is wrong with an argument shows wherever the model's code uses it
-        if isinstance(error, TypeError) and "img_size" in arguments and "img_size" in str(error):
-            raise  # the model does not take it
-        what = f"timm cannot build {name} with {arguments}{' and its pretrained weights' if pretrained else ''}"
-        raise ValueError(f"{what}: {_first_line(error)}{_nearest_argument(name, error)}") from error
-
-
-def _nearest_argument(name: str, error: Exception) -> str:
-    """The model's own argument that is meant by one which it refuses, as text; empty if there is none."""
-    refused = re.search(r"unexpected keyword argument.*?'(.+?)'", str(error))
-    if refused is None:
-        return ""
-    classes = type(build_on_meta(name)).__mro__[:-1]
-    return did_you_mean(refused[1], {key: 0 for each in classes for key in inspect.signature(each.__init__).parameters})
+    return any("img_size" in inspect.signature(base.__init__).parameters for base in type(model).__mro__)
 
 
 @contextmanager
@@ -169,7 +146,7 @@ def check_image_shape(
             with _unsynchronised(model):
                 logits = functional_call(model, weights, (images,), {"augsub": augmentation})
         except Exception as error:  # as above: the model's own code
-            raise ValueError(f"{size} pixels do not fit: {_first_line(error)}") from error
+            raise ValueError(f"{size} pixels do not fit: {first_line(error)}") from error
         if getattr(logits, "ndim", None) != 2:
             found = getattr(logits, "shape", type(logits).__name__)
             raise ValueError(f"the model is no classifier: its output is {found}, no logits (B, K)")
@@ -191,10 +168,6 @@ def _unsynchronised(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def innermost_blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs of main model and sub-models, activations, cost of a training step.
+"""What a model costs: parameters, FLOPs of main model and sub-models, cost of a training step, memory of activations.
 
 One FLOP is one multiply-add, as in the papers. Shapes are all that counts, so that forwards run on meta tensors, which
 have nothing else; what an operation costs is what fvcore counts for it.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,6 +167,48 @@ def count_with_torch(model: nn.Module, image_shape: tuple[int, int, int]) -> int
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         functional_call(model, meta_weights(model), (torch.empty(1, *image_shape, device="meta"),))
     return counter.get_total_flops() // 2  # it counts multiplications and additions
+
+
+def activation_memory(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    images: int,
+    augmentation: augsub.SubModelAugmentation | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> int:
+    """Bytes that autograd holds at the end of a training forward, beside parameters and buffers.
+
+    Measured with two and with three images (BatchNorm refuses one), where the model is and with the kernels that run
+    there, and scaled: an image always adds as much, what autocast has converted is there once. What backward itself
+    needs for a while is not in it, nor the block that `train.grad_checkpointing` computes again.
+
+    Args:
+        model: a patched model; its BatchNorm statistics and random state go on.
+        image_shape: (C, H, W).
+        images: how many at once.
+        augmentation: of a sub-model; None for the main model.
+        autocast: makes the context of a forward.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def kept_bytes(count: int) -> int:
+        """Of the images and of all storages that tensors saved for backward lie in, each counted once."""
+        batch = torch.randn(count, *image_shape, device=next(model.parameters()).device)
+        kept = {batch.untyped_storage().data_ptr(): batch.nbytes}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with autocast(), saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model.train()(batch, augsub=augmentation)
+        del output  # until here nothing of the graph is freed, so that no address was used twice
+        return sum(kept.values())
+
+    two, three = kept_bytes(2), kept_bytes(3)
+    return two + (images - 2) * (three - two)
 
 
 class _ForwardCounter(TorchDispatchMode):

@@ -27,7 +27,6 @@ def param_groups(
     Raises:
         ValueError: if a name in `full_lr` is not in the model, or the model does not tell its layers.
     """
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for module in full_lr:
         if not any(_is_in(name, module) for name, _ in model.named_parameters()):
             raise ValueError(f"full_lr: the model has no module {module!r}")
@@ -44,10 +43,11 @@ def param_groups(
         for parameter in group["params"]
     }
     groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in learning.items():
-        decay, scale = settings[parameter]
-        scale = 1.0 if any(_is_in(name, module) for module in full_lr) else scale
-        groups.setdefault((decay, scale), []).append(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter in settings:  # it learns
+            decay, scale = settings[parameter]
+            scale = 1.0 if any(_is_in(name, module) for module in full_lr) else scale
+            groups.setdefault((decay, scale), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), parameters in groups.items()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,10 +56,9 @@ class LoadReport:
         """A few readable lines."""
         total = len(self.loaded) + len(self.initial)
         LOGGER.info("%s: %d of the model's %d tensors loaded", source, len(self.loaded), total)
-        for name, (before, after) in list(self.resized.items())[:LISTED]:
-            LOGGER.info("  resized: %s %s -> %s", name, before, after)
-        if len(self.resized) > LISTED:
-            LOGGER.info("  resized: and %d more", len(self.resized) - LISTED)
+        if self.resized:
+            sizes = [f"{name} {before} -> {after}" for name, (before, after) in self.resized.items()]
+            LOGGER.info("  resized: %s", _some(sizes))
         if self.other_classes:
             LOGGER.warning("  the head is new, the checkpoint's is for other classes: %s", _some(self.other_classes))
         if rest := sorted(set(self.initial) - set(self.other_classes)):
@@ -90,12 +88,13 @@ def load_weights(
         ValueError: no state dict, one of another architecture, or one that is not complete.
     """
     own = model.state_dict()
-    place = _find(content, own.keys(), source)
-    original = {
-        name: weight.float() if weight.is_floating_point() else weight for name, weight in place.weights.items()
+    found, beside = _find(content, own.keys(), source)
+    pretraining = _names_of_pretraining(found, model)
+    needed = {
+        name: weight.float() if weight.is_floating_point() else weight
+        for name, weight in found.items()
+        if name not in pretraining
     }
-    pretraining = _names_of_pretraining(original, model)
-    needed = {name: weight for name, weight in original.items() if name not in pretraining}
     weights = _in_timms_layout(needed, model, antialias, source)
 
     head = head_tensors(model)
@@ -108,7 +107,7 @@ def load_weights(
         initial=tuple(name for name in own if name not in fitting and name != "mask_token"),
         other_classes={name: tuple(weights[name].shape) for name in sorted(misfits & head)},
         pretraining=tuple(sorted(pretraining)),
-        unexpected=(*unknown, *place.beside),
+        unexpected=(*unknown, *beside),
     )
     missing = [name for name in report.initial if name not in head and not name.endswith("num_batches_tracked")]
     if max(len(missing) / len(own), len(unknown) / max(1, len(weights))) > MOST_MISSING:
@@ -145,29 +144,22 @@ def _names_of_pretraining(weights: Weights, model: nn.Module) -> set[str]:
 
 
 def _in_timms_layout(weights: Weights, model: nn.Module, antialias: bool, source: object) -> Weights:
-    convert = _timm_filter(model, antialias)
-    try:
-        return weights if convert is None else convert(dict(weights))
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"checkpoint {source} is of another model: timm cannot convert it ({reason})") from error
-
-
-def _timm_filter(model: nn.Module, antialias: bool) -> Callable[[Weights], Weights] | None:
-    """timm's conversion of other layouts and sizes for this model's class; None if it has none."""
+    """After timm's conversion of other layouts and sizes for this model's class, if it has one."""
     for model_class in type(model).__mro__:
-        if not model_class.__module__.startswith("timm.models."):
+        convert = getattr(sys.modules[model_class.__module__], "checkpoint_filter_fn", None)
+        if convert is None or not model_class.__module__.startswith("timm.models."):
             continue
-        convert = getattr(importlib.import_module(model_class.__module__), "checkpoint_filter_fn", None)
-        if convert is not None:
-            takes = inspect.signature(convert).parameters
-            options = {"antialias": antialias, "adapt_layer_scale": True}  # the latter for DeiT-III's own files
-            return partial(
-                convert,
-                **({"model": model} if "model" in takes else {}),
-                **{option: value for option, value in options.items() if option in takes},
-            )
-    return None
+        options = {
+            "model": model,
+            "antialias": antialias,
+            "adapt_layer_scale": True,
+        }  # the last for DeiT-III's own files
+        taken = inspect.signature(convert).parameters
+        try:
+            return convert(dict(weights), **{option: value for option, value in options.items() if option in taken})
+        except Exception as error:  # whatever its code meets in weights of other shapes
+            raise ValueError(f"checkpoint {source} is of another model: timm cannot convert it ({error!r})") from error
+    return weights
 
 
 def _resized(before: Weights, after: Weights) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -195,31 +187,10 @@ def _some(names: Any) -> str:
     return f"{', '.join(names[:LISTED])}{more}"
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Tensors whose names begin alike.
+def _find(content: Any, own: Set[str], source: object) -> tuple[Weights, list[str]]:
+    """A model's weights in a file, and the names of all other tensors in the same mapping.
 
-    Attributes:
-        name: keys of the mappings around them and the beginning of their names, "state_dict.model.".
-        weights: by the rest of their names.
-        beside: names of all other tensors in the same mapping.
-        found: how many of them have a name of the model's.
-    """
-
-    name: str
-    weights: Weights
-    beside: tuple[str, ...]
-    found: int
-
-    @property
-    def is_average(self) -> bool:
-        """Whether its name says that these are not the weights that were trained, but follow them."""
-        return AVERAGE.search(self.name) is not None
-
-
-def _find(content: Any, own: Set[str], source: object) -> _Place:
-    """The place that has most of the model's tensors; of several the trained ones before their average.
-
+    They are what has most of the model's names behind any beginning; of several the trained ones before their average.
     In a file of another layout, whose names are not the model's, it is the largest state dict.
 
     Args:
@@ -230,19 +201,28 @@ def _find(content: Any, own: Set[str], source: object) -> _Place:
     Raises:
         ValueError: there are no tensors by name.
     """
-    places = [place for path, weights in _state_dicts(content, "", DEPTH) for place in _places(path, weights, own)]
-    if not places:
+    mappings = dict(_state_dicts(content, "", DEPTH))
+    if not mappings:
         raise ValueError(f"checkpoint {source} holds no state dict")
-    whole = [place for place in places if place.found > len(own) / 2]
-    best = max(
-        whole or places,
-        key=lambda place: (place.found if whole else len(place.weights), not place.is_average, -len(place.name)),
-    )
-    if best.is_average:
-        LOGGER.warning("%s: holds no trained weights, only their average, '%s'", source, best.name.rstrip("."))
-    elif others := [place.name.rstrip(".") for place in whole if place is not best]:
-        LOGGER.info("%s: these are '%s', not '%s'", source, best.name.rstrip("."), "', '".join(others))
-    return best
+    places = {
+        (path, beginning): count
+        for path, weights in mappings.items()
+        for beginning, count in _beginnings(weights, own).items()
+        if count > len(own) / 2
+    }
+    if not places:
+        path = max(mappings, key=lambda path: len(mappings[path]))
+        places = {(path, _shared_wrappers(mappings[path])): 0}
+    names = {place: "".join(place).rstrip(".") for place in places}
+    best = max(places, key=lambda place: (places[place], not AVERAGE.search(names[place]), -len(names[place])))
+    if AVERAGE.search(names[best]):
+        LOGGER.warning("%s: holds no trained weights, only their average, '%s'", source, names[best])
+    elif len(places) > 1:
+        others = "', '".join(name for place, name in names.items() if place != best)
+        LOGGER.info("%s: these are '%s', not '%s'", source, names[best], others)
+    weights, beginning = mappings[best[0]], best[1]
+    inside = {name.removeprefix(beginning): weight for name, weight in weights.items() if name.startswith(beginning)}
+    return inside, [name for name in weights if not name.startswith(beginning)]
 
 
 def _state_dicts(content: Any, path: str, depth: int) -> Iterator[tuple[str, Weights]]:
@@ -256,21 +236,14 @@ def _state_dicts(content: Any, path: str, depth: int) -> Iterator[tuple[str, Wei
         yield from _state_dicts(value, f"{path}{key}.", depth - 1)
 
 
-def _places(path: str, weights: Weights, own: Set[str]) -> Iterator[_Place]:
-    """Behind every beginning that leaves most of the model's names, and behind the wrappers that most names share."""
-    starts = ((name, end) for name in weights for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
-    found = Counter(name[:end] for name, end in starts if name[end:] in own)
-    whole = (prefix for prefix, count in found.items() if count > len(own) / 2)
-    for prefix in dict.fromkeys((_shared_wrappers(weights), *whole)):
-        yield _Place(
-            name=path + prefix,
-            weights={name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)},
-            beside=tuple(name for name in weights if not name.startswith(prefix)),
-            found=found[prefix],
-        )
+def _beginnings(names: Iterable[str], own: Set[str]) -> Counter[str]:
+    """Beginnings of names behind which some of the model's stand, with how many."""
+    ends = ((name, end) for name in names for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+    return Counter(name[:end] for name, end in ends if name[end:] in own)
 
 
 def _shared_wrappers(names: Weights) -> str:
+    """The wrappers that most names begin with."""
     prefix = ""
     while wrapper := next((w for w in WRAPPERS if sum(n.startswith(prefix + w) for n in names) > len(names) / 2), ""):
         prefix += wrapper

@@ -129,9 +129,7 @@ def test_every_config_and_every_picture_is_shown_somewhere():
 
 
 def test_every_augmentation_has_a_card_with_the_same_headings():
-    own = [path.stem for path in (ROOT / "augsub").glob("*.py") if "@register(" in path.read_text()]
-    assert set(own) <= set(augsub.list_augmentations())
-    for augmentation in own:
+    for augmentation in augsub.list_augmentations():
         card = (DOCS / "augmentations" / f"{augmentation}.md").read_text()
         assert re.findall(r"^## (.+)", card, re.MULTILINE) == [
             "What it does", "When to use it", "Cost", "Measured", "Code",

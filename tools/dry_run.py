@@ -29,8 +29,7 @@ from engine.optim import build_schedule
 from engine.run_folder import RunFolder
 from engine.text import readable_size, text_table
 from engine.trainer import Trainer
-from models.activation_memory import activation_memory
-from models.complexity import analyze
+from models.complexity import activation_memory, analyze
 from tools.step_costs import Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
@@ -149,8 +148,8 @@ def _largest_graph(config: Config, source: DataSource, trainer: Trainer) -> int:
     trainer.objective.prepare(model)
     shape, autocast = source.image_shape(config.data.image_size), trainer.precision.autocast
     augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
-    branches = (activation_memory(model, shape, augmentation, autocast) for augmentation in augmentations)
-    return max(branch.of(trainer.data.micro_batch) for branch in branches)
+    images = trainer.data.micro_batch
+    return max(activation_memory(model, shape, images, each, autocast) for each in augmentations)
 
 
 def _draw(config: Config, trainer: Trainer) -> Path:

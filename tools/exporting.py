@@ -109,7 +109,7 @@ def load_exported(checkpoint: Path, ema: bool | None = None, plugins: Sequence[s
         model = create_model(name, image_size=image_size, **arguments)
         # the mask token is of sub-models alone
         model.load_state_dict({name: tensor for name, tensor in weights.items() if name != "mask_token"})
-    if takes_image_size(name, image_size, **arguments):
+    if takes_image_size(model):
         arguments["img_size"] = image_size
     latest = state["hooks"].get("evaluation", {}).get("latest", {})
     return Exported(

@@ -82,22 +82,18 @@ class ByobNetFamily(Family):
         )
 
 
-PATCH_EMBED_NLC_FIXED = StemFamily("patch_embed", "NLC", fixed_size=True)
-PATCH_EMBED_NLC = StemFamily("patch_embed", "NLC")
-PATCH_EMBED_NHWC = StemFamily("patch_embed", "NHWC")
-PATCH_EMBED_NCHW_FIXED = StemFamily("patch_embed", "NCHW", fixed_size=True)
-STEM_NCHW = StemFamily("stem", "NCHW")
-STEM_NCHW_FIXED = StemFamily("stem", "NCHW", fixed_size=True)
-
 # Relative positions, gated or of a fixed table
 register_family(
-    PATCH_EMBED_NLC_FIXED, "beit.Beit", "convit.ConVit", "vision_transformer_relpos.VisionTransformerRelPos"
+    StemFamily("patch_embed", "NLC", fixed_size=True),
+    "beit.Beit",
+    "convit.ConVit",
+    "vision_transformer_relpos.VisionTransformerRelPos",
 )
-register_family(STEM_NCHW_FIXED, "levit.Levit")
+register_family(StemFamily("stem", "NCHW", fixed_size=True), "levit.Levit")
 # Token mixing with weights of a fixed length
 register_family(StemFamily("stem", "NLC", fixed_size=True), "mlp_mixer.MlpMixer")
 # Blocks that reshape the tokens to their grid
-register_family(PATCH_EMBED_NLC, "mvitv2.MultiScaleVit", "xcit.Xcit")
+register_family(StemFamily("patch_embed", "NLC"), "mvitv2.MultiScaleVit", "xcit.Xcit")
 register_family(StemFamily("patch_embeds.0", "NLC"), "twins.Twins")
 register_family(StemFamily("patch_embed1", "NLC", fixed_size=True), "coat.CoaT")
 # The encoders of multi-modal models put the tokens back on their grid; alone they return that grid
@@ -109,22 +105,26 @@ register_family(
 )
 # Maps with attention in windows, along axes, or over pooled keys
 register_family(
-    PATCH_EMBED_NHWC,
+    StemFamily("patch_embed", "NHWC"),
     "vision_transformer_sam.VisionTransformerSAM",
     "hieradet_sam2.HieraDet",
     "pvt_v2.PyramidVisionTransformerV2",
 )
-register_family(PATCH_EMBED_NCHW_FIXED, "nest.Nest", "pit.PoolingVisionTransformer", "volo.VOLO")
+register_family(
+    StemFamily("patch_embed", "NCHW", fixed_size=True), "nest.Nest", "pit.PoolingVisionTransformer", "volo.VOLO"
+)
 register_family(StemFamily("patch_embed", "NCHW"), "tiny_vit.TinyVit")
-register_family(STEM_NCHW, "davit.DaVit", "focalnet.FocalNet")
+register_family(StemFamily("stem", "NCHW"), "davit.DaVit", "focalnet.FocalNet")
 # Norms over the channels of a position: a zeroed cell leaves such a stem as zeros, and each norm on its way divides the
 # gradient by the root of its eps. With zeroed pixels that of convnext_tiny had a norm of 5.8e10 at the start, beside 34
-register_family(STEM_NCHW, "convnext.ConvNeXt", "edgenext.EdgeNeXt", "metaformer.MetaFormer")
+register_family(StemFamily("stem", "NCHW"), "convnext.ConvNeXt", "edgenext.EdgeNeXt", "metaformer.MetaFormer")
 register_family(StemFamily("stem", "NHWC"), "mambaout.MambaOut")
 register_family(EfficientNetFamily("bn1", "NCHW"), "efficientnet.EfficientNet")
 register_family(CSATv2Family("stem_dct", "NCHW"), "csatv2.CSATv2")
 register_family(StemFamily("conv_stem", "NCHW"), "mobilenetv5.MobileNetV5", "mobilenetv5.MobileNetV5Encoder")
-register_family(STEM_NCHW_FIXED, "maxxvit.MaxxVit", "gcvit.GlobalContextVit", "visformer.Visformer")
+register_family(
+    StemFamily("stem", "NCHW", fixed_size=True), "maxxvit.MaxxVit", "gcvit.GlobalContextVit", "visformer.Visformer"
+)
 # No stem whose output goes through the blocks as it is
 register_family(FixedSizeFamily(), "efficientformer.EfficientFormer", "efficientformer_v2.EfficientFormerV2", "tnt.TNT")
 register_family(ByobNetFamily(), "byobnet.ByobNet")

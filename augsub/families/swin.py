@@ -4,9 +4,7 @@ of the image get windows that fit."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from augsub.augmentation import SubModelAugmentation, Tokens
@@ -91,20 +89,24 @@ class WindowGroupSite(HookedSite):
         resolution = self.side
         for blocks in self._stages:
             for block in blocks:
-                yield from fitting_windows(block, resolution)
+                window = tuple(map(min, block.window_size, resolution))
+                shift = (
+                    shift if side < length else 0
+                    for shift, side, length in zip(block.shift_size, window, resolution, strict=True)
+                )
+                yield from with_windows(block, window, tuple(shift))
             resolution = tuple(-(-length // 2) for length in resolution)  # patch merging pads odd maps
 
     def apply(self, augmentations: Sequence[SubModelAugmentation], output: Tensor, image_size: ImageSize) -> Tensor:
         if not _removes(augmentations):
             return output
         batch, *resolution, width = output.shape
+        rows, columns = self.side
         if not self.divides(resolution):
-            rows, columns = self.side
             raise ValueError(
                 f"a map of {resolution[0]} x {resolution[1]} positions does not divide into several groups of windows "
                 f"of {rows} x {columns}"
             )
-        rows, columns = self.side
         grid = (int(resolution[0]) // rows, int(resolution[1]) // columns)  # tensors while torch.jit traces
         groups = (
             output.view(batch, grid[0], rows, grid[1], columns, width)
@@ -123,43 +125,20 @@ def _removes(augmentations: Sequence[SubModelAugmentation]) -> bool:
     return any(augmentation.ratio for augmentation in augmentations)
 
 
-def fitting_windows(block: ForeignModule, resolution: Sequence[int]) -> Iterator[Assignment]:
-    """A block's windows, cut to a map of that resolution."""
-    window = tuple(map(min, block.window_size, resolution))
-    shift = tuple(
-        shift if side < length else 0 for shift, side, length in zip(block.shift_size, window, resolution, strict=True)
-    )
-    yield from with_windows(block, window, shift)
-    if all(shift) and block.attn_mask is not None:
-        yield block, "attn_mask", _mask_of_part(block, resolution)
-        yield block, "dynamic_mask", False  # it would be computed anew in every forward
-
-
-def _mask_of_part(block: ForeignModule, resolution: Sequence[int]) -> Tensor:
-    """The built attention mask (windows, N, N) for a smaller map: only its last row and column are special."""
-    rows, columns = (length // side for length, side in zip(block.input_resolution, block.window_size, strict=True))
-    kept_rows, kept_columns = (length // side for length, side in zip(resolution, block.window_size, strict=True))
-    mask = block.attn_mask.unflatten(0, (rows, columns))
-    mask = torch.cat([mask[: kept_rows - 1], mask[-1:]])
-    mask = torch.cat([mask[:, : kept_columns - 1], mask[:, -1:]], dim=1)
-    return mask.flatten(0, 1)
-
-
 def with_windows(block: ForeignModule, window: tuple[int, ...], shift: tuple[int, ...]) -> Iterator[Assignment]:
     """A block of Swin with smaller windows.
 
     Position biases depend on the distance alone, so those of a smaller window are a part of the built ones.
     """
-    values: dict[str, Any] = {"window_size": window, "window_area": window[0] * window[1]}
     yield block, "dynamic_mask", True  # the stored attention mask fits the built size only
     yield block, "shift_size", shift
     (rows, columns), built = window, block.attn.window_size
     index = block.attn.relative_position_index.view(*built, *built)[:rows, :columns, :rows, :columns]
     yield block.attn, "relative_position_index", index.reshape(rows * columns, rows * columns)
     for module in (block, block.attn):
-        for name, value in values.items():
-            if hasattr(module, name):
-                yield module, name, value
+        yield module, "window_size", window
+        if hasattr(module, "window_area"):
+            yield module, "window_area", window[0] * window[1]
 
 
 register_family(

@@ -1,7 +1,10 @@
-"""Plain vision transformers: ViT, DeiT, DeiT-III, CLIP towers, hybrids, ViTamin, CaiT."""
+"""Plain vision transformers: ViT, DeiT, CLIP towers, hybrids, ViTamin, CaiT, NaFlexViT, and Hugging Face's own."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from augsub.augmentation import Tokens
 from augsub.families.base import Family, register_family
 from augsub.sites import ForeignModule, Site, TokenSite
 
@@ -47,5 +50,57 @@ class CaitFamily(TokenFamily):
         return TokenSite(model.pos_drop, model.patch_embed, num_prefix_tokens=0)
 
 
+class EmbedsSite(TokenSite):
+    """The module returns (tokens with prefix and position embedding, grid size)."""
+
+    def pack(self, tokens: Tokens, output: Any) -> Any:
+        return tokens.values, *output[1:]
+
+
+class NaFlexVitFamily(TokenFamily):
+    """NaFlexViT on ordinary images, where all have one grid.
+
+    Tokens go at `embeds`: timm's own `patch_drop` would not be called in evaluation.
+    With rotary embeddings, whose indices only that place passes on, tokens stay and pixels are masked.
+    """
+
+    def token_site(self, model: ForeignModule) -> TokenSite | None:
+        if model.rope is not None:
+            return None
+        return EmbedsSite(model.embeds, model.embeds, model.num_prefix_tokens)
+
+    def stride(self, model: ForeignModule) -> int:
+        return patch_side(model.embeds)
+
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
+        return True
+
+
+class HuggingFaceViTFamily(TokenFamily):
+    """ViT, DeiT, DINOv2 of Transformers, below their heads.
+
+    The sequence of their `embeddings` begins with `num_prefix_tokens` and registers, if any.
+    """
+
+    def __init__(self, num_prefix_tokens: int = 1) -> None:
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def token_site(self, model: ForeignModule) -> TokenSite:
+        registers = getattr(model.config, "num_register_tokens", 0)
+        embeddings = model.embeddings
+        return TokenSite(embeddings, embeddings.patch_embeddings, self.num_prefix_tokens + registers)
+
+    def stride(self, model: ForeignModule) -> int:
+        return patch_side(model.embeddings.patch_embeddings)
+
+
 register_family(VisionTransformerFamily(), "vision_transformer.VisionTransformer")
 register_family(CaitFamily(), "cait.Cait")
+register_family(NaFlexVitFamily(), "naflexvit.NaFlexVit")
+register_family(
+    HuggingFaceViTFamily(),
+    "transformers.models.vit.modeling_vit.ViTModel",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+)
+register_family(HuggingFaceViTFamily(num_prefix_tokens=2), "transformers.models.deit.modeling_deit.DeiTModel")

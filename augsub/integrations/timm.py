@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from augsub.objective import SubModelObjective
 from augsub.patching import is_patched, patch
-
-try:
-    from timm.task import ClassificationTask
-except ImportError as error:
-    raise ImportError("augsub.integrations.timm needs timm.task: pip install 'timm>=1.0.24'") from error
 
 
 class SubModelTask(ClassificationTask):
@@ -25,26 +20,17 @@ class SubModelTask(ClassificationTask):
     Args:
         model: a timm model, not wrapped; patched here if it is not yet.
         objective: the objective, with the criterion of the recipe.
-        device: where the model is trained, as for every task.
-        dtype: of its weights, as for every task.
-        verbose: whether the task logs what it does, as for every task.
+        **options: those of every task: device, dtype, verbose.
 
     Raises:
         ValueError: if the model is wrapped already, or has no site for a sub-model.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: SubModelObjective,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        verbose: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, objective: SubModelObjective, **options: Any) -> None:
         if not is_patched(model):
             patch(model)
         objective.prepare(model)
-        super().__init__(model, objective.criterion, device=device, dtype=dtype, verbose=verbose)
+        super().__init__(model, objective.criterion, **options)
         self.objective = objective
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Trainer
 
 from augsub.objective import SubModelObjective
-
-try:
-    from transformers import Trainer
-except ImportError as error:
-    raise ImportError(
-        "augsub.integrations.transformers needs transformers: pip install 'augsub[transformers]'"
-    ) from error
 
 
 class SubModelTrainer(Trainer):

@@ -21,51 +21,25 @@ SMALL = 128  # pixels; 4 x 4 cells
 # Fewer blocks of the same kind, for models that exist in one large size only
 SHALLOW = {"deepseek_vit": 2, "gemma4_vit": 2, "qwen3_vit": 4}
 ROWS = {row.smallest: row for row in load_rows()}
+# Static size, attention pooling, registers, parallel branches, pre-norm, convolutional stem, rotary of all kinds …
 VARIANTS = (
-    "vit_tiny_patch16_224",  # static size
-    "vit_base_patch32_siglip_256",  # no class token, attention pooling
-    "vit_small_patch14_reg4_dinov2",  # registers
-    "vit_pwee_patch16_reg1_gap_256",  # parallel attention and MLP, mean pooling
-    "vit_small_patch16_18x2_224",  # parallel branches
-    "vit_base_patch32_clip_224",  # pre-norm
-    "vit_small_r26_s32_224",  # convolutional stem
-    "flexivit_small",
-    "eva02_tiny_patch14_224",  # rotary, absolute and class token
-    "vit_small_patch16_rope_224",  # axial rotary
-    "vit_small_patch16_rope_mixed_224",  # learned rotary per block
-    "vit_pe_core_tiny_patch16_384",  # rotary, attention pooling
-    "eva_giant_patch14_224",  # no rotary
-    "naflexvit_base_patch16_map",
-    "test_efficientnet_ln",  # norms of each position, not of channels
-    "swin_s3_tiny_224",
-    "swinv2_cr_tiny_ns_224",
-    "mobilevitv2_050",
-    "botnet26t_256",  # position-bound attention in a convolutional network
-    "maxvit_rmlp_pico_rw_256",  # network of relative positions
-)
-# Norms over the channels of a position: of a zeroed cell they made gradients of 1e5 to 1e24 times the main model's
-EXPLODED_WITH_ZERO_PIXELS = (
-    "convnext_tiny", "convnext_atto", "convnextv2_atto", "caformer_s18", "mambaout_femto",
+    "vit_tiny_patch16_224", "vit_base_patch32_siglip_256", "vit_small_patch14_reg4_dinov2", "flexivit_small",
+    "vit_pwee_patch16_reg1_gap_256", "vit_small_patch16_18x2_224", "vit_base_patch32_clip_224", "vit_small_r26_s32_224",
+    "eva02_tiny_patch14_224", "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224", "eva_giant_patch14_224",
+    "vit_pe_core_tiny_patch16_384", "naflexvit_base_patch16_map", "test_efficientnet_ln", "swin_s3_tiny_224",
+    "swinv2_cr_tiny_ns_224", "mobilevitv2_050", "botnet26t_256", "maxvit_rmlp_pico_rw_256",
 )  # fmt: skip
+# Norms over the channels of a position: of a zeroed cell they made gradients of 1e5 to 1e24 times the main model's
+EXPLODED_WITH_ZERO_PIXELS = ("convnext_tiny", "convnext_atto", "convnextv2_atto", "caformer_s18", "mambaout_femto")
 ONE_PER_MECHANISM = (
-    "test_vit",  # tokens at timm's own slot
-    "cait_xxs24_224",  # the class token comes later
-    "eva02_tiny_patch14_224",  # tokens with rotary embeddings
-    "crossvit_tiny_240",  # two streams of tokens
-    "hiera_tiny_224",  # units of tokens
-    "naflexvit_base_patch16_map",  # tokens with their grid
-    "gemma4_vit_167m",  # tokens with their positions
-    "xcit_nano_12_p8_224",  # mask token in a sequence
-    "pvt_v2_b0",  # in a map, channels last
-    "test_convnext",  # in a map, channels first
-    "test_efficientnet_ln",  # in a map, where the norms are of each position
-    "csatv2",  # behind several convolutions
-    "levit_128s",  # images of the built size only
-    "swinv2_cr_tiny_ns_224",  # windows of smaller images
-    "test_resnet",  # pixels
-    "efficientvit_m0",  # residual connections with a rate of their own
-    "mobilevitv2_050",  # blocks without a residual connection
-)
+    # tokens: timm's own slot, class token later, rotary, two streams, units, with their grid, with their positions
+    "test_vit", "cait_xxs24_224", "eva02_tiny_patch14_224", "crossvit_tiny_240", "hiera_tiny_224",
+    "naflexvit_base_patch16_map", "gemma4_vit_167m",
+    # mask token: in a sequence, in maps of both layouts, with norms of each position, behind several convolutions
+    "xcit_nano_12_p8_224", "pvt_v2_b0", "test_convnext", "test_efficientnet_ln", "csatv2",
+    # built size only, windows of smaller images, pixels, residual connections with a rate of their own, or without one
+    "levit_128s", "swinv2_cr_tiny_ns_224", "test_resnet", "efficientvit_m0", "mobilevitv2_050",
+)  # fmt: skip
 EXTRA = {
     "eva_giant_patch14_224": {"depth": 2},
     "naflexvit_base_patch16_map": {"depth": 2},
@@ -170,15 +144,11 @@ def test_every_row_and_variant(name: str) -> None:
     check(name)
 
 
-class Pooled(nn.Module):
+class Pooled(nn.Sequential):
     """Logits (B, K) of a classifier; of an encoder the mean of its tokens (B, L, D) or its map (B, D, H, W)."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, images: Tensor, **arguments) -> Tensor:
-        output = self.model(images, **arguments)
+        output = self[0](images, **arguments)
         return output.flatten(2).mean(2) if output.ndim == 4 else output.mean(1) if output.ndim == 3 else output
 
 
@@ -205,22 +175,20 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor, names: list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ROWS, *VARIANTS, *EXPLODED_WITH_ZERO_PIXELS])
-def test_no_sub_model_drowns_the_main_model(name: str, record_property) -> None:
+def test_no_sub_model_drowns_the_main_model(name: str) -> None:
     """At the start and after a few steps: a sub-model's target is close, so its gradient should be the smaller one."""
     bare_model, size = small_model(name)
     support = augsub.supports(bare_model)
     model = Pooled(augsub.patch(bare_model)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # as in a warmup
-    shares = {}
-    for steps in range(4):
+    shares = []
+    for _ in range(4):
         images, labels = torch.randn(4, 3, size, size), torch.randint(NUM_CLASSES, (4,))
         main, *subs = gradient_norms(model, images, labels, list(support))
-        shares[steps] = [norm / main for norm in subs]
+        shares.append(max((norm / main for norm in subs), default=0))
         gradient_norms(model, images, labels, [])
         optimizer.step()
-    cells = [f"{shares[0][number]:.2g}, {shares[3][number]:.2g}" for number in range(len(support))]
-    record_property("gradients", (name, dict(zip(support, cells, strict=True))))
-    assert max(max(row, default=0) for row in shares.values()) <= 10, (support, shares)
+    assert max(shares) <= 10, (support, shares)
 
 
 def test_every_family_serves_classes_that_timm_has() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from timm.models.beit import Beit
 from timm.models.crossvit import CrossVit
@@ -12,27 +11,35 @@ from timm.models.eva import Eva
 from timm.models.hiera import Hiera
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import augsub
 from augsub.families import FAMILIES, Family, register_family
 from augsub.families.stem import StemFamily
 
-ROTARY = {
-    "img_size": 64,
-    "patch_size": 16,
-    "embed_dim": 48,
-    "depth": 2,
-    "num_heads": 3,
-    "use_rot_pos_emb": True,
-    "use_abs_pos_emb": False,
-    "num_classes": 10,
-}
+ROTARY = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+ROTARY |= {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 
 
-def kept_cells(seed: int, batch: int, cells: int, kept: int) -> list[set[int]]:
-    """Cells of lowest noise per sample, from one draw (batch, cells)."""
-    torch.manual_seed(seed)
-    return [set(noise.argsort()[:kept].tolist()) for noise in torch.rand(batch, cells)]
+def masked(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    model = model if augsub.is_patched(model) else augsub.patch(model)
+    torch.manual_seed(5)
+    return model(images, augsub="masking", augsub_ratio=0.5)
+
+
+def kept_cells(batch: int, cells: int) -> torch.Tensor:
+    """Cells of lowest noise per sample, in order, from one draw (batch, cells)."""
+    torch.manual_seed(5)
+    return torch.rand(batch, cells).argsort(1)[:, : cells // 2].sort(1).values
 
 
 def test_support_is_data_and_leaves_the_model_alone(make_model, family_model):
@@ -54,20 +61,15 @@ def test_support_is_data_and_leaves_the_model_alone(make_model, family_model):
 
 
 def test_rotary_embeddings_go_with_their_tokens():
-    images = torch.randn(3, 3, 64, 64)
-    torch.manual_seed(0)
+    images, expected = torch.randn(3, 3, 64, 64), []
     model = Eva(**ROTARY).eval()
     tokens, rotary = model._pos_embed(model.patch_embed(images))
-    expected = []
-    for sample, kept in enumerate(kept_cells(5, 3, 16, 8)):
-        kept = sorted(kept)
-        x = torch.cat([tokens[sample : sample + 1, :1], tokens[sample : sample + 1, 1:][:, kept]], dim=1)
+    for sample, kept in zip(tokens, kept_cells(3, 16), strict=True):
+        x = torch.cat([sample[:1], sample[1:][kept]])[None]
         for block in model.blocks:
             x = block(x, rope=rotary[kept])
         expected.append(model.forward_head(model.norm(x)))
-    torch.manual_seed(5)
-    logits = augsub.patch(model)(images, augsub="masking", augsub_ratio=0.5)
-    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked(model, images), torch.cat(expected), rtol=1e-4, atol=1e-5)
     assert augsub.unpatch(model).patch_drop is None
 
 
@@ -84,15 +86,10 @@ def test_the_models_own_patch_dropout_comes_first():
 
 def test_hiera_drops_the_mask_units_that_timm_would_drop():
     images = torch.randn(2, 3, 128, 128)
-    torch.manual_seed(0)
     model = Hiera(img_size=(128, 128), embed_dim=24, num_heads=1, stages=(1, 1, 2, 1), num_classes=10).eval()
-    keep = torch.zeros(2, 16, dtype=torch.bool)
-    for sample, kept in enumerate(kept_cells(5, 2, 16, 8)):
-        keep[sample, list(kept)] = True
+    keep = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, kept_cells(2, 16), True)
     expected = model.forward_head(model.forward_features(images, mask=keep))
-    torch.manual_seed(5)
-    logits = augsub.patch(model)(images, augsub="masking", augsub_ratio=0.5)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked(model, images), expected, rtol=1e-4, atol=1e-5)
 
 
 STEMS = {
@@ -104,43 +101,26 @@ STEMS = {
 
 @pytest.mark.parametrize("layout", STEMS)
 def test_stem_features_become_the_mask_token_where_a_cell_is_hidden(layout):
-    torch.manual_seed(0)
-    model = augsub.patch(STEMS[layout]()).eval()
+    model, images, seen = augsub.patch(STEMS[layout]()).eval(), torch.randn(2, 3, 64, 64), []
     stem = model.stem if layout == "NCHW" else model.patch_embed
-    seen = []
     stem.register_forward_hook(lambda _, args, output: seen.append(output))
-    images = torch.randn(2, 3, 64, 64)
     model(images)
-    torch.manual_seed(5)
-    model(images, augsub="masking", augsub_ratio=0.5)
+    masked(model, images)
     main, sub = (features.permute(0, 2, 3, 1) if layout == "NCHW" else features for features in seen)
     side = int((main.numel() / main.shape[0] / main.shape[-1]) ** 0.5)
     main, sub = main.reshape(2, side, side, -1), sub.reshape(2, side, side, -1)
-    for sample, kept in enumerate(kept_cells(5, 2, 4, 2)):  # 2 x 2 cells of 32 pixels
-        for row in range(side):
-            for column in range(side):
-                cell = row * 2 // side * 2 + column * 2 // side
-                expected = main[sample, row, column] if cell in kept else model.mask_token[0, 0]
-                torch.testing.assert_close(sub[sample, row, column], expected)
+    visible = torch.zeros(2, 4, dtype=torch.bool).scatter_(1, kept_cells(2, 4), True).view(2, 2, 2)  # cells of 32 px
+    visible = visible.repeat_interleave(side // 2, 1).repeat_interleave(side // 2, 2).unsqueeze(-1)
+    torch.testing.assert_close(sub, torch.where(visible, main, model.mask_token[0, 0]))
 
 
 def test_each_stream_of_crossvit_loses_half_of_its_patches():
-    model = CrossVit(
-        img_size=48,
-        img_scale=(1.0, 1.0),
-        patch_size=(8, 16),
-        embed_dim=(24, 48),
-        depth=((1, 1, 0),),
-        num_heads=(2, 2),
-        mlp_ratio=(2.0, 2.0, 1.0),
-        num_classes=10,
-    )
-    seen = []
+    shape = {"embed_dim": (24, 48), "depth": ((1, 1, 0),), "num_heads": (2, 2), "mlp_ratio": (2.0, 2.0, 1.0)}
+    model, seen = CrossVit(img_size=48, img_scale=(1.0, 1.0), patch_size=(8, 16), **shape), []
     augsub.patch(model).pos_drop.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
-    model(torch.randn(2, 3, 48, 48), augsub="masking", augsub_ratio=0.5)
-    assert seen == [1 + 18, 1 + 4]
-    model(torch.randn(2, 3, 48, 48), augsub="random_crop", augsub_ratio=0.5)
-    assert seen[2:] == [1 + 16, 1 + 4]
+    for name in ("masking", "random_crop"):
+        model(torch.randn(2, 3, 48, 48), augsub=name, augsub_ratio=0.5)
+    assert seen == [1 + 18, 1 + 4, 1 + 16, 1 + 4]
 
 
 def test_a_family_of_ones_own(monkeypatch):
@@ -162,10 +142,46 @@ def test_a_family_of_ones_own(monkeypatch):
     assert model.mask_token.grad is not None
 
 
-@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224", "test_resnet"])
-def test_features_of_the_unpatched_class_are_timms_own(name):
-    classifier = augsub.patch(timm.create_model(name))
-    features = timm.create_model(name, features_only=True)
-    assert not any(augsub.is_patched(module) for module in features.modules())
-    size = classifier.pretrained_cfg["input_size"][-1]
-    assert all(isinstance(level, torch.Tensor) for level in features(torch.randn(1, 3, size, size)))
+SIZE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+HUGGING_FACES = {  # classifier, its configuration, prefix tokens
+    "vit": (ViTForImageClassification, ViTConfig(**SIZE), 1),
+    "deit": (DeiTForImageClassification, DeiTConfig(**SIZE), 2),
+    "dinov2": (Dinov2ForImageClassification, Dinov2Config(**SIZE), 1),
+    "dinov2 with registers": (
+        Dinov2WithRegistersForImageClassification,
+        Dinov2WithRegistersConfig(**SIZE, num_register_tokens=3),
+        4,
+    ),
+}
+
+
+class Constant(nn.Module):
+    """Embeddings of whatever it is given."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = value
+        self.patch_embeddings = nn.Module()
+        self.patch_embeddings.projection = nn.Linear(1, 1)  # Transformers asks for its dtype
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        return self.value
+
+
+@pytest.mark.parametrize("name", HUGGING_FACES)
+def test_transformers_of_hugging_face_lose_tokens(name):
+    """The last hidden state of the sub-model is that of the blocks on the kept tokens alone."""
+    create, config, prefix = HUGGING_FACES[name]
+    model, images = create(config).eval(), torch.randn(3, 3, 32, 32)
+    plain = model(images).logits
+    sub = masked(model.base_model, images).last_hidden_state
+    assert torch.equal(model(images).logits, plain)
+    assert not torch.equal(model(images, augsub="masking", augsub_ratio=0.5).logits, plain)
+    assert model(images, augsub="random_crop", augsub_ratio=0.5).logits.shape == plain.shape
+
+    backbone = augsub.unpatch(model.base_model)
+    index = torch.cat([torch.arange(prefix).expand(3, prefix), kept_cells(3, 16) + prefix], 1).unsqueeze(-1)
+    backbone.embeddings = Constant(backbone.embeddings(images).take_along_dim(index, 1))
+    expected = backbone(images).last_hidden_state
+    assert sub.shape == (3, prefix + 8, 32)
+    torch.testing.assert_close(sub.sort(1).values, expected.sort(1).values, atol=1e-5, rtol=1e-5)

@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,22 +88,17 @@ def test_without_sub_models_it_is_plain_training(make_model, images, labels):
 
 def test_only_one_graph_is_alive_at_a_time(make_model, images, labels):
     """The main forward's activations are freed before the sub-forward begins."""
+    saved, alive_at_start = weakref.WeakSet(), []
 
     class Saved:
         def __init__(self, tensor):
             self.tensor = tensor
-
-    saved, alive_at_start = weakref.WeakSet(), []
-
-    def pack(tensor):
-        holder = Saved(tensor)
-        saved.add(holder)
-        return holder
+            saved.add(self)
 
     model = augsub.patch(make_model("vit")).train()
     model.patch_embed.register_forward_pre_hook(lambda *_: alive_at_start.append(len(saved)))
     objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [HALF])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda holder: holder.tensor):
         objective.backward(model, images, labels)
         output = objective(model, images, labels)
     assert alive_at_start[:2] == [0, 0]
@@ -114,32 +108,9 @@ def test_only_one_graph_is_alive_at_a_time(make_model, images, labels):
 
 def test_prepare_freezes_a_mask_token_that_nothing_trains(make_model):
     model = augsub.patch(make_model("swin"))
-    criterion = nn.CrossEntropyLoss()
-    augsub.SubModelObjective(criterion, [augsub.SubModel("drop_path", ratio=0.1)]).prepare(model)
-    assert not model.mask_token.requires_grad
-    augsub.SubModelObjective(criterion, [augsub.SubModel("masking", ratio=0.1)]).prepare(model)
-    assert model.mask_token.requires_grad
-    with pytest.raises(ValueError, match="dropout has no site in ResNet"):
-        augsub.SubModelObjective(criterion, [augsub.SubModel("dropout", ratio=0.1)]).prepare(
-            augsub.patch(make_model("resnet"))
-        )
-    with pytest.raises(ValueError, match="not patched"):
-        augsub.SubModelObjective(criterion, [HALF]).prepare(make_model("vit"))
-
-
-def test_misuse_is_refused(make_model, images, labels):
-    with pytest.raises(ValueError, match="weight of a sub-model = -1"):
-        augsub.SubModel("masking", weight=-1)
-    with pytest.raises(ValueError, match="main_weight = nan"):
-        augsub.SubModelObjective(nn.CrossEntropyLoss(), [HALF], main_weight=float("nan"))
-    model = augsub.patch(make_model("vit"))
-    for criterion in (nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy()):
-        with pytest.raises(ValueError, match=r"out of bounds.*; labels must be in \[0, 10\), the model's classes$"):
-            augsub.SubModelObjective(criterion, [HALF])(model, images, labels + 10)
-    distilled = augsub.patch(make_model("deit_distilled"))
-    distilled.set_distilled_training(True)
-    with pytest.raises(TypeError, match="set_distilled_training"):
-        augsub.SubModelObjective(nn.CrossEntropyLoss(), [HALF])(distilled.train(), images, labels)
+    for name in ("drop_path", "masking"):
+        augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel(name, ratio=0.1)]).prepare(model)
+        assert model.mask_token.requires_grad == (name == "masking")
 
 
 DISTRIBUTED = """
@@ -208,9 +179,3 @@ def test_two_processes_equal_one_with_the_double_batch_and_reduce_once(tmp_path)
     result = subprocess.run(launch, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("equal") == 2
-
-
-@pytest.mark.parametrize("sub_models", [["masking"], augsub.SubModel("masking"), "masking"])
-def test_what_is_no_list_of_sub_models_is_refused(sub_models):
-    with pytest.raises(TypeError, match=r"needed is a list of augsub\.SubModel"):
-        augsub.SubModelObjective(nn.CrossEntropyLoss(), sub_models)

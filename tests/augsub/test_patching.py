@@ -2,9 +2,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from timm.layers import DropPath
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import augsub
 
@@ -38,7 +44,9 @@ def sub_model(name, family):
 def test_main_model_is_bit_identical(any_model, images, training):
     expected_model = copy.deepcopy(any_model).train(training)
     expected = seeded(expected_model, images)
+    state = torch.get_rng_state()
     model = augsub.patch(any_model).train(training)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(seeded(model, images), expected)
     if training:
         expected.sum().backward()
@@ -49,23 +57,14 @@ def test_main_model_is_bit_identical(any_model, images, training):
 
 def test_unpatch_gives_back_the_plain_model(any_model, images):
     plain = copy.deepcopy(any_model)
-    state = {name: dict(vars(module)) for name, module in any_model.named_modules()}
     model = augsub.unpatch(augsub.patch(any_model))
-    assert type(model) is type(plain)
-    assert str(model) == str(plain)
+    assert type(model) is type(plain) and str(model) == str(plain)
     assert list(model.state_dict()) == list(plain.state_dict())
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == {
-        name: set(attributes) for name, attributes in state.items()
-    }
+    before, after = ({name: set(vars(module)) for name, module in each.named_modules()} for each in (plain, model))
+    assert after == before
     assert torch.equal(seeded(model, images), seeded(plain, images))
     with pytest.raises(TypeError, match="augsub"):
         model(images, augsub="masking")
-
-
-def test_patching_draws_no_global_random_number(family_model):
-    state = torch.get_rng_state()
-    augsub.patch(family_model)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(("name", "family"), SUPPORTED)
@@ -92,20 +91,17 @@ def test_state_is_restored_after_the_sub_forward_and_after_an_error_in_it(name, 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_patched_and_independent(clone, patched_model, images):
-    twin = clone(patched_model)
-    assert augsub.is_patched(twin)
+    twin = clone(patched_model.eval()).eval()
     cell = {} if augsub.supports(patched_model)["masking"] == "tokens" else {"cell": 8}
     masking = augsub.build({"name": "masking", "ratio": 0.5, **cell})
-    expected = seeded(patched_model.eval(), images, augsub=masking)
-    assert torch.equal(seeded(twin.eval(), images, augsub=masking), expected)
+    expected = seeded(patched_model, images, augsub=masking)
+    assert torch.equal(seeded(twin, images, augsub=masking), expected)
     assert torch.equal(seeded(twin, images), seeded(patched_model, images))  # nothing is left active in either
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    assert torch.equal(seeded(patched_model, images, augsub=masking), expected)
     assert not torch.equal(seeded(twin, images, augsub=masking), expected)
     augsub.unpatch(twin)
-    assert augsub.is_patched(patched_model)
     assert torch.equal(seeded(patched_model, images, augsub=masking), expected)
 
 
@@ -114,29 +110,53 @@ def test_swin_gets_a_mask_token_without_weight_decay(make_model):
     assert model.mask_token.shape == (1, 1, 16)
     assert 0.01 < model.mask_token.std() < 0.03
     assert "mask_token" in model.no_weight_decay()
-    assert "mask_token" not in augsub.unpatch(model).state_dict()
+
+
+class Recomputing(nn.Module):
+    """Computes its residual branches again in backward, by torch alone: no attribute tells of it."""
+
+    def __init__(self, is_reentrant: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, 8)
+        self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.drop_path = nn.ModuleList(DropPath(0.1) for _ in range(4))
+        self.head = nn.Linear(8, 10)
+        self.is_reentrant, self.recomputes = is_reentrant, False
+
+    def set_grad_checkpointing(self, recomputes: bool) -> None:
+        self.recomputes = recomputes
+
+    def forward(self, images):
+        tokens = self.stem(images).flatten(2).mT
+        for branch, drop_path in zip(self.branches, self.drop_path, strict=True):
+            block = lambda tokens, a=branch, b=drop_path: tokens + b(a(tokens).tanh())  # noqa: E731
+            tokens = checkpoint(block, tokens, use_reentrant=self.is_reentrant) if self.recomputes else block(tokens)
+        return self.head(tokens.mean(1))
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [("drop_path", "vit"), ("drop_path", "swin"), ("drop_path", "resnet"), ("random_crop", "swin")],
+    ("name", "model"),
+    [
+        *(("drop_path", family) for family in ("vit", "swin", "resnet")),
+        ("random_crop", "swin"),
+        *(("drop_path", Recomputing(is_reentrant)) for is_reentrant in (False, True)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("one_graph", [True, False])
-def test_gradient_checkpointing_runs_blocks_again_in_the_same_state(
-    name, family, one_graph, make_model, images, labels
-):
-    objective = augsub.SubModelObjective(torch.nn.CrossEntropyLoss(), [augsub.SubModel(name, ratio=0.5)])
-    gradients = []
+def test_gradient_checkpointing_runs_blocks_again_in_the_same_state(name, model, one_graph, make_model, images, labels):
+    objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel(name, ratio=0.5)])
+    model = augsub.patch(make_model(model) if isinstance(model, str) else copy.deepcopy(model)).train()
+    start, gradients = copy.deepcopy(model.state_dict()), []
     for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = augsub.patch(make_model(family)).train()
+        model.load_state_dict(start)  # BatchNorm's statistics move
+        model.zero_grad()
         model.set_grad_checkpointing(checkpointing)
-        torch.manual_seed(3)
         if one_graph:
-            objective(model, images, labels).loss.backward()
+            seeded(objective, model, images, labels).loss.backward()
         else:
-            objective.backward(model, images, labels)
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+            seeded(objective.backward, model, images, labels)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-6)
 
@@ -144,8 +164,6 @@ def test_gradient_checkpointing_runs_blocks_again_in_the_same_state(
 @pytest.mark.parametrize(("name", "family"), SLOW_BUT_ONE_PER_FAMILY)
 def test_compiles_into_two_graphs_without_a_break(name, family, make_model):
     images = images_for(family)
-    from torch._dynamo.testing import CompileCounter
-
     torch._dynamo.reset()
     counter = CompileCounter()
     model = augsub.patch(make_model(family)).train()
@@ -170,15 +188,91 @@ def test_compiled_code_computes_what_eager_mode_computes(name, family, make_mode
     torch.testing.assert_close(sub, seeded(model, images, augsub=augmentation), rtol=1e-4, atol=1e-5)
 
 
-def test_misuse_is_refused(make_model, images):
+@pytest.mark.parametrize(
+    ("name", "family"), [("masking", "vit"), ("drop_path", "resnet"), ("masking", "swin"), ("random_crop", "swin")]
+)
+def test_a_main_forward_is_not_touched_by_another_threads_sub_forward(name, family, make_model):
+    model, images, stop = augsub.patch(make_model(family)).eval(), images_for(family), threading.Event()
+
+    @torch.no_grad()
+    def sub_forwards() -> int:
+        count = 0
+        while not stop.is_set():
+            model(images, augsub=sub_model(name, family))
+            count += 1
+        return count
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as thread:
+        alone = model(images)
+        counting = thread.submit(sub_forwards)
+        try:
+            are_equal = [torch.equal(model(images), alone) for _ in range(60)]
+        finally:
+            stop.set()
+    assert counting.result() > 1 and all(are_equal)
+
+
+def test_sub_forwards_of_different_kinds_do_not_mix(make_model, images):
+    """Each at a ratio of its own: the number of tokens that the blocks see tells them apart."""
+    model = augsub.patch(make_model("vit")).eval()
+    lengths = threading.local()
+    model.blocks[0].register_forward_pre_hook(lambda module, args: setattr(lengths, "tokens", args[0].shape[1]))
+
+    @torch.no_grad()
+    def tokens_at(ratio: float) -> list[int]:
+        return [model(images, augsub="masking", augsub_ratio=ratio) is not None and lengths.tokens for _ in range(60)]
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(tokens_at, [0.25, 0.5, 0.75]))
+    assert found == [[1 + 12] * 60, [1 + 8] * 60, [1 + 4] * 60]
+
+
+def test_an_error_in_a_sub_forward_and_a_copy_made_in_one_keep_nobody_waiting(make_model, images):
+    model, copies = augsub.patch(make_model("vit")).eval(), []
+    with pytest.raises(ValueError, match="leaves none"):
+        model(images, augsub="masking", augsub_ratio=0.99)
+    handle = model.blocks[0].register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(model)))
+    model(images, augsub="masking", augsub_ratio=0.5)
+    handle.remove()
+    with ThreadPoolExecutor(1) as thread:
+        for each in (model, *copies):
+            assert thread.submit(each, images, augsub="masking").result(timeout=60).shape == (len(images), 10)
+
+
+def swap(place: str, make=copy.deepcopy):
+    """Replaces the module at that place."""
+    return lambda model: model.set_submodule(place, make(model.get_submodule(place)))
+
+
+REPLACED = {
+    "patch_drop": ("vit", swap("patch_drop", lambda _: nn.Identity()), "masking", "patch_drop was replaced"),
+    "block, drop_path": ("vit", swap("blocks.1"), "drop_path", r"blocks\.1\.drop_path1 was replaced"),
+    "block, dropout": ("vit", swap("blocks.1"), "dropout", r"blocks\.1\.[\w.]+ was replaced"),
+    "dropout": ("vit", swap("blocks.2.mlp.drop1"), "dropout", r"blocks\.2\.mlp\.drop1 was replaced"),
+    "stem": ("swin", swap("patch_embed"), "masking", "patch_embed was replaced"),
+    "added": ("vit", lambda model: model.blocks.append(copy.deepcopy(model.blocks[0])), None, r"blocks\.3.* was added"),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_a_site_that_is_gone_or_new_is_noticed_until_the_model_is_patched_again(case, make_model, images):
+    family, change, name, problem = REPLACED[case]
+    model = augsub.patch(make_model(family)).eval()
+    change(model)
+    augmentation = sub_model(name or "drop_path", family)
+    objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel(augmentation)])
+    forward = [lambda model: model(images, augsub=augmentation)] if name else []  # does not look for what is new
+    for use in (objective.prepare, augsub.supports, *forward):
+        with pytest.raises(ValueError, match=rf"{problem} after augsub\.patch.*unpatch the model and patch it again"):
+            use(model)
+    assert torch.isfinite(model(images)).all()  # the main model has no site
+    augsub.patch(augsub.unpatch(model)).eval()
+    assert not torch.equal(objective.prepare(model)(images, augsub=augmentation), model(images))
+
+
+def test_other_parts_may_be_replaced(make_model, images):
     model = augsub.patch(make_model("vit"))
-    with pytest.raises(ValueError, match="patched already"):
-        augsub.patch(model)
-    with pytest.raises(ValueError, match="without augsub"):
-        model(images, augsub_ratio=0.5)
-    with pytest.raises(ValueError, match="not patched"):
-        augsub.unpatch(make_model("vit"))
-    with pytest.raises(ValueError, match="before wrapping"):
-        augsub.patch(torch.nn.DataParallel(make_model("vit")))
-    with pytest.raises(TypeError, match="not 'resnet18'"):
-        augsub.patch("resnet18")
+    model.reset_classifier(3)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")  # a wrapper, with the same modules inside
+    for augmentation in augsub.supports(model):
+        assert model(images, augsub=augmentation, augsub_ratio=0.5).shape == (len(images), 3)

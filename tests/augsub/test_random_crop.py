@@ -7,36 +7,35 @@ from timm.models.swin_transformer import SwinTransformer
 import augsub
 
 
-def corners(seed: int, batch: int, spans: tuple[int, int]) -> list[tuple[int, int]]:
-    torch.manual_seed(seed)
+def corners(batch: int, spans: tuple[int, int]) -> list[tuple[int, int]]:
+    torch.manual_seed(4)
     return [(int(u * (spans[0] + 1)), int(v * (spans[1] + 1))) for u, v in torch.rand(batch, 2).tolist()]
+
+
+def cropped(model, images, ratio):
+    torch.manual_seed(4)
+    return model.eval()(images, augsub="random_crop", augsub_ratio=ratio)
+
+
+def crops(images: torch.Tensor, side: int) -> torch.Tensor:
+    spans = (images.shape[2] - side, images.shape[3] - side)
+    places = zip(images, corners(len(images), spans), strict=True)
+    return torch.stack([image[:, top : top + side, left : left + side] for image, (top, left) in places])
 
 
 @pytest.mark.parametrize(("ratio", "side"), [(0.5, 3), (0.25, 3), (0.75, 2), (0.9, 1)])
 def test_vit_keeps_a_window_of_its_grid(ratio, side, make_model, images):
-    model = augsub.patch(make_model("vit")).eval()
-    torch.manual_seed(4)
-    logits = model(images, augsub="random_crop", augsub_ratio=ratio)
-    expected = []
-    for image, (top, left) in zip(images, corners(4, 4, (4 - side, 4 - side)), strict=True):
-        tokens = model._pos_embed(model.patch_embed(image[None]))
-        window = tokens[:, 1:].view(1, 4, 4, -1)[:, top : top + side, left : left + side].flatten(1, 2)
-        tokens = model.norm(model.blocks(torch.cat([tokens[:, :1], window], dim=1)))
-        expected.append(model.forward_head(tokens))
-    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    model = augsub.patch(make_model("vit"))
+    logits, tokens = cropped(model, images, ratio), model._pos_embed(model.patch_embed(images))
+    window = crops(tokens[:, 1:].mT.unflatten(2, (4, 4)), side).flatten(2).mT
+    expected = model.forward_head(model.norm(model.blocks(torch.cat([tokens[:, :1], window], dim=1))))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_resnet_sees_a_crop_of_the_input(make_model):
-    images = torch.randn(3, 3, 96, 128)
-    model = augsub.patch(make_model("resnet")).eval()
-    torch.manual_seed(4)
-    logits = model(images, augsub="random_crop", augsub_ratio=0.75)
+    images, model = torch.randn(3, 3, 96, 128), augsub.patch(make_model("resnet"))
     side = 64  # half of sqrt(96 * 128) = 55.4, to a multiple of the stride 32
-    crops = [
-        image[:, top : top + side, left : left + side]
-        for image, (top, left) in zip(images, corners(4, 3, (96 - side, 128 - side)), strict=True)
-    ]
-    torch.testing.assert_close(logits, model(torch.stack(crops)))
+    torch.testing.assert_close(cropped(model, images, 0.75), model(crops(images, side)))
 
 
 def central_part(table: torch.Tensor, window: int) -> torch.Tensor:
@@ -52,22 +51,12 @@ def test_swin_sees_a_crop_through_smaller_windows_of_the_same_weights():
     shape = {"patch_size": 4, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 4, 8), "num_classes": 10}
     images = torch.randn(3, 3, 128, 128)
     model = augsub.patch(SwinTransformer(img_size=128, window_size=8, **shape))
-    torch.manual_seed(4)
-    logits = model.eval()(images, augsub="random_crop", augsub_ratio=0.5)
-    crops = torch.stack(
-        [
-            image[:, top : top + 96, left : left + 96]
-            for image, (top, left) in zip(images, corners(4, 3, (32, 32)), strict=True)
-        ]
-    )
     scaled = SwinTransformer(img_size=96, window_size=6, **shape).eval()
     state = {name: value for name, value in model.state_dict().items() if name in scaled.state_dict()}
-    scaled.load_state_dict(
-        {name: central_part(value, 6) if "bias_table" in name else value for name, value in state.items()}
-    )
-    torch.testing.assert_close(logits, scaled(crops))
+    scaled.load_state_dict({n: central_part(value, 6) if "bias_table" in n else value for n, value in state.items()})
+    torch.testing.assert_close(cropped(model, images, 0.5), scaled(crops(images, 96)))
     with pytest.raises(AssertionError, match="doesn't match"):
-        model(crops)
+        model(crops(images, 96))
 
 
 def test_crop_before_masking_but_not_after(make_model, images):
@@ -79,10 +68,9 @@ def test_crop_before_masking_but_not_after(make_model, images):
 
 
 def test_ratio_0_is_the_main_model(patched_model, images):
-    patched_model.eval()
-    assert torch.equal(patched_model(images, augsub="random_crop", augsub_ratio=0), patched_model(images))
+    assert torch.equal(cropped(patched_model, images, 0), patched_model(images))
 
 
 def test_a_crop_that_leaves_the_image_whole_is_refused(make_model, images):
     with pytest.raises(ValueError, match="allows no crop of 32 x 32: its side must be a multiple of 32 and smaller"):
-        augsub.patch(make_model("resnet"))(images, augsub="random_crop", augsub_ratio=0.5)
+        cropped(augsub.patch(make_model("resnet")), images, 0.5)

@@ -45,37 +45,24 @@ def drop_windows(ratio: float = 0.5) -> augsub.SubModelAugmentation:
     return augsub.build("masking", ratio=ratio, mode="drop_windows")
 
 
-def kept_groups(batch: int, groups: int, kept: int, seed: int) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return torch.rand(batch, groups).topk(kept, largest=False).indices
-
-
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 8), (0.25, 12), (0.9, 1)])
+@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 8), (0.9, 1)])
 def test_every_group_is_computed_as_an_image_of_its_own(name, ratio, kept):
-    images = torch.randn(3, 3, 64, 64)
+    images, plain = torch.randn(3, 3, 64, 64), swin(name)
     model = augsub.patch(swin(name))
     torch.manual_seed(7)
     logits = model(images, augsub=drop_windows(ratio))
 
+    torch.manual_seed(7)
+    chosen = torch.rand(3, 16).topk(kept, largest=False).indices
     small = of_group_size(model, name)
     cells = images.unfold(2, SIDE, SIDE).unfold(3, SIDE, SIDE).flatten(2, 3).transpose(1, 2)  # (B, 16, 3, 16, 16)
-    chosen = kept_groups(3, 16, kept, seed=7)
     features = [
-        torch.stack([small.forward_features(sample[cell][None])[0] for cell in cells_of]).mean(dim=(0, 1, 2))
-        for sample, cells_of in zip(cells, chosen, strict=True)
+        small.forward_features(sample[cell]).mean(dim=(0, 1, 2)) for sample, cell in zip(cells, chosen, strict=True)
     ]
     torch.testing.assert_close(logits, small.head.fc(torch.stack(features)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_ratio_0_is_the_main_model_and_the_main_model_stays_what_it_was(name):
-    images = torch.randn(2, 3, 64, 64)
-    plain = swin(name)(images)
-    model = augsub.patch(swin(name))
-    assert torch.equal(model(images, augsub=drop_windows(0.0)), plain)
-    assert not torch.allclose(model(images, augsub=drop_windows()), plain)
-    assert torch.equal(model(images), plain)
+    assert torch.equal(model(images, augsub=drop_windows(0.0)), plain(images))
+    assert torch.equal(model(images), plain(images))
 
 
 def test_the_published_swin_saves_what_it_leaves_out():
@@ -102,14 +89,17 @@ def test_gradients_are_the_same_with_gradient_checkpointing_and_in_a_copy():
         torch.testing.assert_close(one, other)
 
 
-def test_where_there_are_no_groups_it_is_said():
-    with pytest.raises(ValueError, match="masking has no site in ResNet: it acts at windows"):
-        augsub.patch(timm.create_model("resnet18"))(torch.randn(1, 3, 64, 64), augsub=drop_windows())
-    model = augsub.patch(swin())
-    with pytest.raises(ValueError, match="a map of 20 x 20 positions does not divide into several groups of "):
-        crop = augsub.build("random_crop", ratio=0.6)
-        model(torch.randn(1, 3, 64, 64), augsub=augsub.Compose([crop, drop_windows()]))
-    with pytest.raises(ValueError, match=r"ratio = 0\.95 leaves none of 16 cells"):
-        model(torch.randn(1, 3, 64, 64), augsub=drop_windows(0.95))
-    with pytest.raises(ValueError, match="masking: cell = 8 px"):
-        model(torch.randn(1, 3, 64, 64), augsub=augsub.build("masking", ratio=0.5, mode="drop_windows", cell=8))
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            [{"name": "random_crop", "ratio": 0.6}, drop_windows()],
+            "20 x 20 positions does not divide into several groups",
+        ),
+        (drop_windows(0.95), r"ratio = 0\.95 leaves none of 16 cells"),
+        ({"name": "masking", "mode": "drop_windows", "cell": 8}, "masking: cell = 8 px"),
+    ],
+)
+def test_what_does_not_fit_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        augsub.patch(swin())(torch.randn(1, 3, 64, 64), augsub=spec)

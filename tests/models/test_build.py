@@ -33,14 +33,14 @@ def patched(name: str, **arguments) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("vit_tiny_patch16_242", {}, "timm has no model 'vit_tiny_patch16_242', did you mean 'vit_tiny_patch16_224'?"),
-        ("vit_tiny_patch16_224", {"embed_dim": 100, "num_heads": 3}, "cannot build vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_242", {}, "timm has no model 'vit_tiny_patch16_242', did you mean 'vit_tiny_patch16_224'"),
+        ("vit_tiny_patch16_224", {"embed_dim": 100}, "cannot build vit_tiny_patch16_224 with .*: dim should be div"),
+        ("resnet18", {"zero_init_lst": 1}, "with .*'zero_init_lst': 1}: .*unexpected keyword argument 'zero_init_lst'"),
     ],
 )
 def test_models_that_cannot_be_built_are_refused(name, kwargs, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         build_on_meta(name, num_classes=7, in_chans=3, image_size=32, **kwargs)
-    assert message in str(error.value)
 
 
 def test_sizes_are_checked_without_computing(caplog):
@@ -128,22 +128,8 @@ def test_every_class_of_models_passes_the_check_of_its_own_size(name):
 
 
 def test_what_a_model_must_be_told_of_the_image_size():
-    assert takes_image_size("vit_tiny_patch16_224", 64) and takes_image_size("levit_128s", 64, num_classes=3)
-    assert not takes_image_size("resnet18", 64, in_chans=1)
-
-
-def test_an_argument_that_a_model_does_not_take_is_refused_with_the_nearest():
-    for name, argument, nearest in (
-        ("vit_tiny_patch16_224", "ptch_size", "patch_size"),
-        ("resnet18", "zero_init_lst", "zero_init_last"),
-        ("convnext_atto", "ls_init_valu", "ls_init_value"),
-        ("hrnet_w18_small", "drop_rat", "drop_rate"),  # refuses several at once
-        ("poolformer_s12", "depth", "depths"),
-    ):
-        with pytest.raises(
-            ValueError, match=rf"unexpected keyword argument.*'{argument}'\]?, did you mean '{nearest}'"
-        ):
-            create_model(name, **{argument: 4})
+    found = [takes_image_size(build_on_meta(name)) for name in ("vit_tiny_patch16_224", "levit_128s", "resnet18")]
+    assert found == [True, True, False]
 
 
 @pytest.mark.slow

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 import augsub
-from models.build import build_on_meta, create_model
-from models.complexity import analyze, count_forward, count_with_torch
+from models.build import build_on_meta, checkpoint_gradients, create_model
+from models.complexity import activation_memory, analyze, count_forward, count_with_torch
 from tests.zoo import load_rows
 from tools.analysis import PUBLISHED
 
@@ -19,7 +22,7 @@ with warnings.catch_warnings():  # fvcore compiles a function with torch.jit.scr
     warnings.simplefilter("ignore", FutureWarning)
     from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 
-IMAGENET = (3, 224, 224)
+IMAGENET, SMALL = (3, 224, 224), (3, 32, 32)
 # Operations that are not counted: none of them multiplies matrices
 ELEMENTWISE = {
     *("add", "add_", "addcmul", "clamp", "clamp_min", "cos", "cumsum", "div", "div_", "exp", "mul", "mul_", "neg"),
@@ -77,35 +80,26 @@ def test_sub_models_that_see_half_cost_half(name, augmentation, limit):
 
 def test_training_cost_counts_every_sub_model(make_model):
     model = make_model("vit")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     masking, drop_path = augsub.build("masking", ratio=0.5), augsub.build("drop_path", ratio=0.5)
-    complexity = analyze(model, (3, 32, 32), [masking, drop_path])
-    half, whole = (analyze(model, (3, 32, 32), [augmentation]) for augmentation in (masking, drop_path))
+    half, whole, both = (analyze(model, SMALL, subs) for subs in ([masking], [drop_path], [masking, drop_path]))
     assert whole.training_cost == 2
-    assert complexity.training_cost == pytest.approx(half.training_cost + 1)
-    assert complexity.as_dict() == {
-        "params": complexity.params,
-        "main_flops": complexity.main.flops,
-        "sub_flops": half.sub_flops + complexity.main.flops,
-        "training_cost": complexity.training_cost,
-        "activations": complexity.main.activations,
+    assert both.training_cost == pytest.approx(half.training_cost + 1)
+    assert both.as_dict() == {
+        "params": both.params,
+        "main_flops": both.main.flops,
+        "sub_flops": half.sub_flops + both.main.flops,
+        "training_cost": both.training_cost,
+        "activations": both.main.activations,
     }
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_mask_token_is_no_parameter_of_the_model(make_model):
+def test_a_model_stays_plain_and_its_mask_token_is_no_parameter(make_model):
     swin = make_model("swin")
     params = sum(parameter.numel() for parameter in swin.parameters())
-    assert analyze(swin, (3, 32, 32), [augsub.build({"name": "masking", "ratio": 0.5, "cell": 8})]).params == params
-
-
-def test_what_does_not_fit_is_refused_and_the_model_stays_plain(make_model):
-    model = make_model("vit")
+    assert analyze(swin, SMALL, [augsub.build({"name": "masking", "ratio": 0.5, "cell": 8})]).params == params
     with pytest.raises(ValueError, match="48 x 48 pixels do not fit: Input height"):
-        analyze(model, (3, 48, 48))
-    with pytest.raises(ValueError, match="leaves none of 16 cells"):
-        analyze(model, (3, 32, 32), [augsub.build("masking", ratio=0.99)])
-    assert not augsub.is_patched(model)
+        analyze(swin, (3, 48, 48))
+    assert not augsub.is_patched(swin)
 
 
 @pytest.mark.slow
@@ -121,51 +115,37 @@ def test_no_matrix_product_of_any_timm_class_is_left_out(row):
 class Function(nn.Module):
     def __init__(self, function) -> None:
         super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
+        self.forward = function
 
 
-def cost(module, *shape):
-    return count_forward(module.eval(), shape)
+KEY, VALUES = (torch.zeros(2, 3, 7, size, device="meta") for size in (4, 6))  # (B, heads, S, E or F)
+LSTM_WEIGHTS = 2 * (4 * 3 * (4 + 3) + 4 * 3 * (2 * 3 + 3))  # directions, four gates; layer 2 sees both directions
 
 
-def test_attention():
-    key, values = (torch.zeros(2, 3, 7, size, device="meta") for size in (4, 6))  # (B, heads, S, E or F)
-    counted = cost(Function(lambda query: functional.scaled_dot_product_attention(query, key, values)), 2, 3, 5, 4)
-    assert counted.flops == 2 * 3 * (5 * 7 * 4 + 5 * 7 * 6)
-    assert counted.activations == 2 * 3 * 5 * 6
-
-
-def test_convolutions():
-    counted = cost(nn.Conv2d(6, 6, 3, groups=6, padding="same"), 2, 6, 8, 8)
-    assert counted.flops == 2 * 6 * 9 * 8 * 8
-    assert counted.activations == 2 * 6 * 8 * 8
-    assert cost(nn.ConvTranspose2d(6, 4, 2, stride=2), 2, 6, 8, 8).flops == 2 * 6 * 4 * 4 * 8 * 8
-
-
-def test_lstm_of_two_layers_and_directions():
-    lstm = nn.LSTM(4, 3, num_layers=2, bidirectional=True, batch_first=True)
-    counted = cost(lstm, 2, 5, 4)
-    first, second = 4 * 3 * (4 + 3), 4 * 3 * (2 * 3 + 3)  # four gates; the second layer sees both directions
-    assert counted.flops == 2 * 5 * 2 * (first + second)
-    assert counted.activations == 2 * 5 * 6
-
-
-def test_unfold_fold_and_resizing():
-    unfolded = cost(nn.Unfold(2, stride=2), 1, 3, 8, 8)
-    assert unfolded.flops == 0 and unfolded.uncounted == {}
-    assert cost(nn.Fold(8, 2, stride=2), 1, 12, 16).flops == 12 * 16
-    for mode, neighbours in (("nearest", 1), ("bilinear", 4), ("bicubic", 16)):
-        resized = Function(lambda x, mode=mode: functional.interpolate(x, (6, 6), mode=mode))
-        assert cost(resized, 1, 2, 4, 4).flops == 2 * 36 * neighbours
-
-
-def test_what_is_not_counted_is_named():
-    counted = cost(nn.Sequential(nn.Linear(4, 4), Function(lambda x: torch.cumprod(x * x, 1))), 2, 4)
-    assert counted.flops == 2 * 4 * 4
-    assert counted.uncounted == {"mul": 1, "cumprod": 1}
+@pytest.mark.parametrize(
+    ("module", "shape", "flops", "activations", "uncounted"),
+    [
+        (
+            Function(lambda query: functional.scaled_dot_product_attention(query, KEY, VALUES)),
+            (2, 3, 5, 4),
+            2 * 3 * (5 * 7 * 4 + 5 * 7 * 6),
+            2 * 3 * 5 * 6,
+            {},
+        ),
+        (nn.Conv2d(6, 6, 3, groups=6, padding="same"), (2, 6, 8, 8), 2 * 6 * 9 * 8 * 8, 2 * 6 * 8 * 8, {}),
+        (nn.ConvTranspose2d(6, 4, 2, stride=2), (2, 6, 8, 8), 2 * 6 * 4 * 4 * 8 * 8, 2 * 4 * 16 * 16, {}),
+        (nn.LSTM(4, 3, 2, bidirectional=True, batch_first=True), (2, 5, 4), 2 * 5 * LSTM_WEIGHTS, 2 * 5 * 6, {}),
+        (nn.Unfold(2, stride=2), (1, 3, 8, 8), 0, 0, {}),
+        (nn.Fold(8, 2, stride=2), (1, 12, 16), 12 * 16, 0, {}),
+        (nn.Upsample((6, 6), mode="nearest"), (1, 2, 4, 4), 2 * 36, 0, {}),
+        (nn.Upsample((6, 6), mode="bilinear"), (1, 2, 4, 4), 2 * 36 * 4, 0, {}),
+        (nn.Upsample((6, 6), mode="bicubic"), (1, 2, 4, 4), 2 * 36 * 16, 0, {}),
+        (Function(lambda x: torch.cumprod(x * x, 1)), (2, 4), 0, 0, {"mul": 1, "cumprod": 1}),
+    ],
+)
+def test_single_operations(module, shape, flops, activations, uncounted):
+    counted = count_forward(module.eval(), shape)
+    assert (counted.flops, counted.activations, counted.uncounted) == (flops, activations, uncounted)
 
 
 def test_modules_of_main_model_and_sub_model_have_the_same_names(make_model):
@@ -178,3 +158,32 @@ def test_modules_of_main_model_and_sub_model_have_the_same_names(make_model):
     # linear layers of a block: 4 D^2 in attention, 8 D^2 in the MLP; class token and 16 or 8 patches
     assert main.flops_by_module["blocks.0.mlp"] == 17 * 8 * 48**2
     assert sub.flops_by_module["blocks.0.mlp"] == 9 * 8 * 48**2
+
+
+def held_after_forward(model, images, augmentation, autocast) -> int:
+    """Bytes allocated and not freed while the graph is alive."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, autocast():
+        logits = model(images, augsub=augmentation)
+    assert logits.grad_fn is not None
+    return sum(event.self_cpu_memory_usage for event in recorded.key_averages()) + images.nbytes
+
+
+@pytest.mark.parametrize("autocast", [nullcontext, partial(torch.autocast, "cpu", dtype=torch.bfloat16)])
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_memory_of_activations_is_what_a_forward_leaves(patched_model, ratio, autocast):
+    cell = None if hasattr(patched_model, "cls_token") else 16  # px
+    augmentation = None if ratio is None else augsub.build("masking", ratio=ratio, cell=cell)
+    patched_model.train()(torch.randn(2, *SMALL))  # what is made at the first forward
+    estimate = activation_memory(patched_model, SMALL, 16, augmentation, autocast)
+    measured = held_after_forward(patched_model, torch.randn(16, *SMALL), augmentation, autocast)
+    assert estimate == pytest.approx(measured, rel=0.01)
+
+
+def test_weights_are_no_activations_masked_patches_and_checkpointed_blocks_have_none(make_model):
+    model = augsub.patch(make_model("vit"))
+    whole, many = (activation_memory(model, SMALL, images) for images in (1, 10))
+    assert many == 10 * whole
+    masked = activation_memory(model, SMALL, 1, augsub.build("masking", ratio=0.5))
+    assert 0.5 < masked / whole < 0.7  # 8 of 16 patches and the class token; the patch embedding whole
+    checkpoint_gradients(model)
+    assert activation_memory(model, SMALL, 1) < whole / 3
