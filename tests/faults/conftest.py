@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from engine.checkpoint_file import split_tensors
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
+REFUSED = re.compile(r"error: [^\n]+\n")
 # Every kind of state that a resumed run must find again, in a run of seconds: 12 iterations are an epoch
 EVERYTHING_ON = (
     "model.kwargs.depth=2", "model.drop_path_rate=0.2", "train.max_iters=34", "train.global_batch=80",
@@ -30,8 +33,7 @@ EVERYTHING_ON = (
 )  # fmt: skip
 
 
-@dataclass
-class Ended:
+class Ended(NamedTuple):
     """What a process of a run ended with."""
 
     code: int
@@ -39,8 +41,7 @@ class Ended:
     err: str
 
 
-@dataclass
-class Running:
+class Running(NamedTuple):
     """A process of a run."""
 
     pid: int
@@ -49,7 +50,7 @@ class Running:
 
 
 class RunServer:
-    """Starts runs, see run_server.py."""
+    """Starts runs of tools/train_net.py, see run_server.py."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,40 +65,17 @@ class RunServer:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start(
-        self,
-        *arguments: Any,
-        environment: dict[str, str] | None = None,
-        kill: dict | None = None,
-        memory: int | None = None,
-    ) -> Running:
-        """Start tools/train_net.py; `memory` limits the bytes that it may address."""
+    def ask(self, **order: Any) -> Any:
+        """The server's answer to an order."""
+        self._server.stdin.write(json.dumps(order) + "\n")
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *arguments: Any, environment: dict[str, str] | None = None, **order: Any) -> Running:
+        """Start a process; `kill` as for run_server.py, `memory` limits the bytes that it may address."""
         self._count += 1
         out, err = (self.folder / f"{self._count}.{stream}" for stream in ("out", "err"))
-        pid = self._ask(
-            arguments=[*map(str, arguments)],
-            environment=environment or {},
-            kill=kill,
-            memory=memory,
-            out=str(out),
-            err=str(err),
-            folder=str(self.folder),
-        )
-        return Running(pid, out, err)
-
-    def wait(self, run: Running, timeout: float = 120) -> Ended:
-        """How it ended; a run that does not end fails the test."""
-        deadline = time.monotonic() + timeout
-        while (code := self._ask(wait=run.pid)) is None:
-            if time.monotonic() > deadline:
-                os.kill(run.pid, signal.SIGKILL)
-                pytest.fail(f"hangs after {timeout} s: {run.out.read_text()[-1000:]} {run.err.read_text()[-1000:]}")
-            time.sleep(0.02)
-        return Ended(code, run.out.read_text(), run.err.read_text())
-
-    def run(self, *arguments: Any, **settings: Any) -> Ended:
-        """Start and wait."""
-        return self.wait(self.start(*arguments, **settings))
+        order |= {"out": str(out), "err": str(err), "folder": str(self.folder), "environment": environment or {}}
+        return Running(self.ask(arguments=[*map(str, arguments)], **order), out, err)
 
     def start_processes(
         self,
@@ -108,45 +86,97 @@ class RunServer:
         victim: int = 0,
     ) -> list[Running]:
         """The processes of one run, as a launcher starts them; `kill` goes to one of them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        if count == 1:
+            return [self.start(*arguments, environment=environment, kill=kill)]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+        shared |= environment or {}
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         return [
-            self.start(
-                *arguments,
-                environment={**shared, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                kill=kill if rank == victim else None,
-            )
+            self.start(*arguments, environment={**shared, **own[rank]}, kill=kill if rank == victim else None)
             for rank in range(count)
         ]
 
-    def run_processes(self, count: int, *arguments: Any, **settings: Any) -> list[Ended]:
-        """Start them and wait for all."""
-        return [self.wait(process) for process in self.start_processes(count, *arguments, **settings)]
+    def wait(self, run: Running, timeout: float = 120) -> Ended:
+        """How it ended; a run that does not end fails the test."""
+        deadline = time.monotonic() + timeout
+        while (code := self.ask(wait=run.pid)) is None:
+            if time.monotonic() > deadline:
+                os.kill(run.pid, signal.SIGKILL)
+                pytest.fail(f"hangs after {timeout} s: {run.out.read_text()[-1000:]} {run.err.read_text()[-1000:]}")
+            time.sleep(0.02)
+        return Ended(code, run.out.read_text(), run.err.read_text())
 
-    def close(self) -> None:
-        """End the server."""
-        self._server.stdin.close()
-        self._server.wait(timeout=30)
+    def run(self, *arguments: Any, processes: int = 1, **settings: Any) -> list[Ended]:
+        """Start and wait for all processes."""
+        return [self.wait(process) for process in self.start_processes(processes, *arguments, **settings)]
 
-    def _ask(self, **order: Any) -> Any:
-        self._server.stdin.write(json.dumps(order) + "\n")
-        return json.loads(self._server.stdout.readline())
+    def succeed(self, *arguments: Any, **settings: Any) -> str:
+        """What a run prints that ends well."""
+        ended = self.run(*arguments, **settings)
+        assert not any(end.code for end in ended), (arguments, [end.err for end in ended])
+        return ended[0].out
+
+    def refused(self, *arguments: Any, **settings: Any) -> str:
+        """The one line of a run that ends with it."""
+        for ended in self.run(*arguments, **settings):
+            assert ended.code == 2 and REFUSED.fullmatch(ended.err) and "unforeseen" not in ended.err, (
+                arguments,
+                ended,
+            )
+        return ended.err
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> RunServer:
-    """Starts runs of tools/train_net.py in milliseconds."""
+def server(tmp_path_factory) -> Iterator[RunServer]:
+    """Starts runs in milliseconds."""
     server = RunServer(tmp_path_factory.mktemp("runs"))
     yield server
-    server.close()
+    server._server.stdin.close()
+    server._server.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def finished(server, tmp_path_factory):
+    """Gives the folder of a run with these arguments that nothing has stopped; each is trained once."""
+
+    @functools.cache
+    def folder_of(*arguments: Any, processes: int = 1) -> Path:
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        server.succeed(*arguments, f"output_dir={folder}", processes=processes)
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture
 def digits() -> tuple[Any, ...]:
     """Arguments of the short digits run with everything on."""
     return ("--config", DIGITS, *EVERYTHING_ON)
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self._sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self._sentinel}",)
+
+
+def wait_for(text: str, file: Path, timeout: float = 120) -> None:
+    """Until a run has logged something."""
+    deadline = time.monotonic() + timeout
+    while text not in (file.read_text() if file.exists() else ""):
+        assert time.monotonic() < deadline, f"no {text!r} in {file}"
+        time.sleep(0.02)
 
 
 def outcome(folder: Path) -> tuple[dict, dict, list[dict], list[dict], dict]:
@@ -164,15 +194,21 @@ def outcome(folder: Path) -> tuple[dict, dict, list[dict], list[dict], dict]:
     return tensors, plain, records, rows, summary
 
 
+def differences(one: Path, other: Path) -> list[str]:
+    """What is not the same, bit by bit, in two finished runs, averages and optimiser too."""
+    (tensors, *rest), (other_tensors, *other_rest) = outcome(one), outcome(other)
+    if tensors.keys() != other_tensors.keys():
+        return ["names of tensors"]
+    found = [path for path in tensors if not torch.equal(tensors[path], other_tensors[path])]
+    parts = zip(("state", "metrics.jsonl", "metrics.csv", "summary.json"), rest, other_rest, strict=True)
+    return found + [name for name, part, other_part in parts if part != other_part]
+
+
 @pytest.fixture
 def assert_same_end():
-    """Compares two finished runs bit by bit: weights, averages, optimiser, schedule, metrics, summary."""
+    """Compares two finished runs."""
 
     def compare(one: Path, other: Path) -> None:
-        (tensors, *rest), (other_tensors, *other_rest) = outcome(one), outcome(other)
-        assert tensors.keys() == other_tensors.keys()
-        differing = [path for path in tensors if not torch.equal(tensors[path], other_tensors[path])]
-        assert not differing, differing[:3]
-        assert rest == other_rest
+        assert not differences(one, other)
 
     return compare

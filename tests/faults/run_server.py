@@ -6,7 +6,7 @@ this process sends itself SIGKILL some milliseconds after a function of that nam
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import resource
@@ -14,19 +14,12 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[2]
 PROBE_SECONDS = 0.0002
-
-
-def train_net():
-    """The tool as a module."""
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools" / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def kill_inside(function: str, entry: int, delay: float) -> None:
@@ -62,18 +55,16 @@ def start(tool, order: dict) -> int:
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
-    if order["memory"] is not None:
+    if "memory" in order:
         resource.setrlimit(resource.RLIMIT_AS, (order["memory"], order["memory"]))
     sys.argv = ["train_net.py", *order["arguments"]]
-    if order["kill"] is not None:
+    if order.get("kill"):
         threading.Thread(target=kill_inside, kwargs=order["kill"], daemon=True).start()
     try:
         code = tool.main()
     except SystemExit as end:
         code = end.code
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
@@ -83,7 +74,8 @@ def start(tool, order: dict) -> int:
 
 def main() -> None:
     """Serve until standard input ends."""
-    tool = train_net()
+    sys.path.insert(0, str(ROOT / "tools"))
+    tool = importlib.import_module("train_net")
     for module in ("engine.defaults", "engine.data.loaders", "torch.utils.tensorboard"):  # a run imports them late
         importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w", buffering=1)

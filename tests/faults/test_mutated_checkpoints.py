@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
-import os
 import pickle
 import random
 import re
 import shutil
+import subprocess
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,12 @@ import pytest
 import torch
 
 from engine.checkpoint import load
-from engine.checkpoint_file import split_tensors
+from tests.faults.conftest import DIGITS, REFUSED, Evil, differences
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"
 RUN = ("--config", DIGITS, "model.kwargs.depth=1", "model.kwargs.embed_dim=16", "model.kwargs.num_heads=1",
-       "evaluation.batch=800", "log.period=1", "checkpoint.period=2", "checkpoint.keep=2")  # fmt: skip
-TIMEOUT = 60
-REFUSED = re.compile(r"error: [^\n]+\n")
-FILES, CONTENTS = 120, 80
+       "evaluation.batch=800", "log.period=1", "log.csv=true", "checkpoint.period=2", "checkpoint.keep=2")  # fmt: skip
+FILES, CONTENTS = 30, 80  # of each kind of damage, of nonsense
 EVERY = 8  # of the mutants is evaluated and started from too
-
-Change = Callable[[random.Random, bytes, Path], bytes]
-
-
-class Evil:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self._sentinel = sentinel
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self._sentinel}",)
 
 
 def flipped(rng: random.Random, data: bytes, sentinel: Path) -> bytes:
@@ -89,20 +72,19 @@ WORST = (None, 5, "x", [], {}, float("nan"), True, torch.zeros(2), [torch.zeros(
 
 def nonsense(rng: random.Random, state: dict[str, Any]) -> dict[str, Any]:
     """A state with something missing, added, or of another type or shape."""
-    kind = rng.choice(("missing", "wrong", "wrong", "wrong", "deep", "deep", "deep", "extra", "shape", "nan", "other"))
-    holder = state if kind in ("missing", "wrong", "extra") else rng.choice(holders(state))
-    key = rng.choice(list(holder))
+    kind = rng.choice(
+        ("top", "top", "top", "top", "deep", "deep", "deep", "deep", "extra", "tensor", "tensor", "other")
+    )
+    holder = state if kind in ("top", "extra") else rng.choice(holders(state))
+    key, name = rng.choice(list(holder)), rng.choice(list(state["model"]))
     if kind == "other":
         state["model"] = {f"layer{index}": torch.zeros(3) for index in range(4)}
-    elif kind == "nan":
-        name = rng.choice(list(state["model"]))
-        state["model"][name] = torch.full_like(state["model"][name], float("nan"))
-    elif kind == "shape":
-        name = rng.choice(list(state["model"]))
-        state["model"][name] = torch.zeros(7, 3)
+    elif kind == "tensor":
+        nan = torch.full_like(state["model"][name], float("nan"))
+        state["model"][name] = rng.choice((nan, torch.zeros(7, 3)))
     elif kind == "extra":
         holder[rng.choice(("unknown", 5, "model.weight"))] = rng.choice(WORST)
-    elif kind == "missing" or rng.random() < 0.2:
+    elif rng.random() < 0.3:
         del holder[key]
     else:
         holder[key] = rng.choice(WORST)
@@ -118,89 +100,45 @@ def holders(state: Any) -> list[dict]:
     return [state, *(holder for value in state.values() for holder in holders(value))]
 
 
-def copied(original: Path, folder: Path) -> Path:
-    """A run's folder with new files, linked to each other as they were; its checkpoints."""
-    copies: dict[int, Path] = {}
-    for path in sorted(original.rglob("*")):
-        new = folder / path.relative_to(original)
-        new.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and path.stat().st_ino in copies:
-            os.link(copies[path.stat().st_ino], new)
-        elif path.is_file():
-            shutil.copyfile(path, new)
-            copies[path.stat().st_ino] = new
-    return folder / "checkpoints"
-
-
-def replace(path: Path, data: bytes, in_place: bool) -> None:
-    """New bytes under a name; or in the file itself, whatever other names it has."""
-    if not in_place:
-        path.unlink()
-    path.write_bytes(data)
-
-
-def weights_and_results(folder: Path) -> tuple[dict, list]:
-    """Every tensor that a run ends with, and what it reports."""
-    tensors, _ = split_tensors(load(folder / "checkpoints" / "last.pt"))
-    summary = json.loads((folder / "summary.json").read_text())
-    return tensors, [summary[key] for key in ("top1", "main_loss", "sub_loss", "iterations")]
-
-
 def complaint(ended) -> str | None:
     """How a process breaks the promise, or None."""
     if "Traceback" in ended.err or "unforeseen" in ended.err or ended.code not in (0, 2):
         return f"exit code {ended.code}: {ended.err[-700:]}"
-    if ended.code == 2 and not REFUSED.fullmatch(ended.err):
-        return f"not one line: {ended.err[-700:]}"
-    return None
-
-
-def is_same_end(one: Path, other: Path) -> bool:
-    """Whether two runs end with the same weights and results, bit by bit."""
-    (tensors, results), (other_tensors, other_results) = weights_and_results(one), weights_and_results(other)
-    same = tensors.keys() == other_tensors.keys() and results == other_results
-    return same and all(torch.equal(tensors[path], other_tensors[path]) for path in tensors)
-
-
-@pytest.fixture(scope="module")
-def finished(server, tmp_path_factory) -> Path:
-    """Runs of four iterations, and of six that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("finished")
-    for iterations in (4, 6):
-        ended = server.run(*RUN, f"train.max_iters={iterations}", f"output_dir={folder}/{iterations}")
-        assert ended.code == 0, ended.err
-    return folder
+    return f"not one line: {ended.err[-700:]}" if ended.code and not REFUSED.fullmatch(ended.err) else None
 
 
 @pytest.fixture
 def resumed(server, finished, tmp_path):
-    """Resume a copy of the short run whose `last.pt` has other bytes; what went wrong, in words."""
-    sentinel = tmp_path / "executed"
+    """Resume a copy of a run of four iterations whose `last.pt` has other bytes; what went wrong, in words."""
+    before, whole = (finished(*RUN, f"train.max_iters={iterations}") for iterations in (4, 6))
 
-    def attempt(number: int, data: bytes, in_place: bool, must_end_equal: bool) -> list[str]:
-        folder = tmp_path / str(number)
-        checkpoints = copied(finished / "4", folder)
-        earlier = {name: (checkpoints / name).read_bytes() for name in ("previous.pt", "iter_2.pt")}
-        replace(checkpoints / "last.pt", data, in_place)
-        problems = []
-        if number % EVERY == 0:
-            started = [f"model.checkpoint={checkpoints}/last.pt", "train.max_iters=1", f"output_dir={folder}/new"]
-            for more in (["--eval-only", f"output_dir={folder}"], started):
-                problems.append(complaint(server.wait(server.start(*RUN, *more), TIMEOUT)))
-        ended = server.wait(server.start(*RUN, "train.max_iters=6", "--resume", f"output_dir={folder}"), TIMEOUT)
-        problems.append(complaint(ended))
-        if must_end_equal and (ended.code or not is_same_end(folder, finished / "6")):
+    def attempt(data: bytes, in_place: bool = False, is_evaluated: bool = False, must_end_equal: bool = False) -> list:
+        folder, problems = tmp_path / "run", []
+        subprocess.run(["cp", "-a", before, folder], check=True)  # its files linked to each other as they were
+        last, *earlier = (folder / "checkpoints" / name for name in ("last.pt", "previous.pt", "iter_2.pt"))
+        if not in_place:  # else in the file itself, whatever other names it has
+            last.unlink()
+        last.write_bytes(data)
+        contents = [path.read_bytes() for path in earlier]
+        commands = [["train.max_iters=6", "--resume", f"output_dir={folder}"]]
+        if is_evaluated:
+            start = [f"model.checkpoint={last}", "train.max_iters=1", f"output_dir={folder}/new"]
+            commands = [["--eval-only", f"output_dir={folder}"], start, *commands]
+        for command in commands:
+            ended = server.wait(server.start(*RUN, *command), timeout=60)
+            problems.append(complaint(ended))
+        if must_end_equal and (ended.code or differences(folder, whole)):
             problems.append(f"exit code {ended.code}, another end: {ended.err}")
-        if not ended.code and data != (finished / "4" / "checkpoints" / "last.pt").read_bytes():
+        if not ended.code and data != (before / "checkpoints" / "last.pt").read_bytes():
             used = re.search(r"resumed \S+/(\S+\.pt)", ended.out)
             if used is None or (used[1] != "last.pt") != ("WARNING: checkpoint" in ended.out):
                 problems.append("went on from another checkpoint without naming the damaged one")
-        if ended.code and any((checkpoints / name).read_bytes() != before for name, before in earlier.items()):
+        if ended.code and [path.read_bytes() for path in earlier] != contents:
             problems.append("an earlier checkpoint has changed")
-        if sentinel.exists():
+        if (tmp_path / "executed").exists():
             problems.append("code was executed")
         shutil.rmtree(folder)
-        return [f"{number}: {problem}" for problem in problems if problem is not None]
+        return [problem for problem in problems if problem is not None]
 
     return attempt
 
@@ -211,12 +149,12 @@ def resumed(server, finished, tmp_path):
 )
 @pytest.mark.parametrize("change", [flipped, zeroed, truncated, swapped], ids=lambda change: change.__name__)
 def test_damaged_bytes(resumed, finished, tmp_path, change):
-    rng, problems = random.Random(change.__name__), []
-    whole = (finished / "4" / "checkpoints" / "last.pt").read_bytes()
-    for number in range(FILES // 4):
+    rng, problems = random.Random(change.__name__), {}
+    whole = (finished(*RUN, "train.max_iters=4") / "checkpoints" / "last.pt").read_bytes()
+    for number in range(FILES):
         data = change(rng, whole, tmp_path / "executed")
-        problems += resumed(number, data, in_place=rng.random() < 0.2, must_end_equal=change is not swapped)
-    assert not problems, "\n".join(problems)
+        problems[number] = resumed(data, rng.random() < 0.2, number % EVERY == 0, must_end_equal=change is not swapped)
+    assert not any(problems.values()), problems
 
 
 @pytest.mark.faults(
@@ -224,8 +162,8 @@ def test_damaged_bytes(resumed, finished, tmp_path, change):
     promise="the run goes on, or ends in one line; the checkpoints before stay",
 )
 def test_nonsensical_content(resumed, finished):
-    rng, problems = random.Random(5), []
+    rng, problems = random.Random(5), {}
     for number in range(CONTENTS):
-        state = nonsense(rng, load(finished / "4" / "checkpoints" / "last.pt"))
-        problems += resumed(number, saved(state), in_place=False, must_end_equal=False)
-    assert not problems, "\n".join(problems)
+        state = nonsense(rng, load(finished(*RUN, "train.max_iters=4") / "checkpoints" / "last.pt"))
+        problems[number] = resumed(saved(state), is_evaluated=number % EVERY == 0)
+    assert not any(problems.values()), problems

@@ -37,41 +37,30 @@ def assert_close(one: Path, other: Path) -> None:
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("model", DIGITS)
-def test_two_processes_are_one_with_twice_the_batch(server, tmp_path, model, strategy):
+def test_two_processes_are_one_with_twice_the_batch(finished, model, strategy):
     """2 x b against 1 x 2b, the latter in two micro-batches of b: the masks and mixtures are theirs."""
     run = ["--config", DIGITS[model], *TWENTY_STEPS, RATES[model], "mixup.mixup_alpha=0.8", "model.drop_path_rate=0.1"]
     turns = 1 if model == "resnet" else 2  # BatchNorm over ten 1 x 1 maps would make chaos of rounding errors
-    alone = server.run(*run, f"train.accumulation={2 * turns}", f"output_dir={tmp_path}/one")
-    assert alone.code == 0, alone.err
-    two = [*run, f"distributed.strategy={strategy}", f"train.accumulation={turns}", f"output_dir={tmp_path}/two"]
-    ended = server.run_processes(2, *two)
-    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-    assert_close(tmp_path / "one", tmp_path / "two")
-    start = server.run(*run, "train.max_iters=1", "optimizer.lr=1e-9", f"output_dir={tmp_path}/start")
-    assert start.code == 0
-    moved = {
-        name: (tensor - weights(tmp_path / "start")[name]).abs().max()
-        for name, tensor in weights(tmp_path / "one").items()
-    }
-    assert max(moved.values()) > 1e-3  # far beyond the tolerance
+    one = finished(*run, f"train.accumulation={2 * turns}")
+    assert_close(one, finished(*run, f"distributed.strategy={strategy}", f"train.accumulation={turns}", processes=2))
+    start = weights(finished(*run, "train.max_iters=1", "optimizer.lr=1e-9"))
+    moved = [(tensor - start[name]).abs().max() for name, tensor in weights(one).items()]
+    assert max(moved) > 1e-3  # far beyond the tolerance
 
 
 @pytest.mark.faults(
     fault="resumed with another number of processes, or another strategy",
     promise="the same stream of data goes on: the same weights to float tolerance",
 )
-def test_another_number_of_processes(server, tmp_path):
+def test_another_number_of_processes(server, finished, tmp_path):
     run = ["--config", DIGITS["vit"], *TWENTY_STEPS, RATES["vit"], "mixup.mixup_alpha=0.8", "checkpoint.period=5"]
-    whole = server.run(*run, "train.accumulation=4", f"output_dir={tmp_path}/whole")
-    assert whole.code == 0, whole.err
     stations = [(1, 4, "ddp"), (2, 2, "fsdp2"), (4, 1, "fsdp2"), (2, 2, "ddp"), (1, 4, "fsdp2")]
     for station, (processes, accumulation, strategy) in enumerate(stations, start=1):
         arguments = [*run, f"train.accumulation={accumulation}", f"distributed.strategy={strategy}"]
         arguments += ["--resume", f"train.max_iters={4 * station}", f"output_dir={tmp_path}/moved"]
-        ended = server.run_processes(processes, *arguments) if processes > 1 else [server.run(*arguments)]
-        assert [end.code for end in ended] == [0] * processes, [end.err for end in ended]
-        assert station == 1 or f"after {4 * station - 4} of {4 * station}" in ended[0].out
-    assert_close(tmp_path / "whole", tmp_path / "moved")
+        out = server.succeed(*arguments, processes=processes)
+        assert station == 1 or f"after {4 * station - 4} of {4 * station}" in out
+    assert_close(finished(*run, "train.accumulation=4"), tmp_path / "moved")
 
 
 @pytest.mark.faults(
@@ -79,18 +68,15 @@ def test_another_number_of_processes(server, tmp_path):
     promise="the resumed run ends bit-identical to one that was never killed",
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_own_statistics(server, tmp_path, assert_same_end, strategy):
+def test_own_statistics(server, finished, tmp_path, assert_same_end, strategy):
     run = ["--config", DIGITS["resnet"], "train.max_iters=24", "train.global_batch=100", "ema.enabled=true",
            "ema.decay=0.9", "evaluation.period=1", "checkpoint.period=4", "log.csv=true",
            f"distributed.strategy={strategy}"]  # fmt: skip
-    assert [end.code for end in server.run_processes(2, *run, f"output_dir={tmp_path}/whole")] == [0, 0]
     kill = {"function": "Trainer.run_step", "entry": 15, "delay": 0}  # the last save is no evaluation
     killed = [*run, f"output_dir={tmp_path}/killed"]
-    assert -signal.SIGKILL in [end.code for end in server.run_processes(2, *killed, kill=kill)]
-    ended = server.run_processes(2, *killed, "--resume")
-    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-    assert "after 12 of 24" in ended[0].out
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert -signal.SIGKILL in [end.code for end in server.run(*killed, processes=2, kill=kill)]
+    assert "after 12 of 24" in server.succeed(*killed, "--resume", processes=2)
+    assert_same_end(finished(*run, processes=2), tmp_path / "killed")
 
 
 @pytest.mark.faults(
@@ -98,18 +84,13 @@ def test_own_statistics(server, tmp_path, assert_same_end, strategy):
     promise="the same weights to float tolerance, under one process, DDP and FSDP2",
 )
 @pytest.mark.parametrize("model", DIGITS)
-def test_gradient_checkpointing(server, tmp_path, model):
+def test_gradient_checkpointing(finished, model):
     run = ["--config", DIGITS[model], *TWENTY_STEPS, RATES[model]]
-    recomputing = [*run, "train.grad_checkpointing=true"]
-    assert server.run(*run, "train.accumulation=2", f"output_dir={tmp_path}/plain").code == 0
-    ended = server.run(*recomputing, "train.accumulation=2", f"output_dir={tmp_path}/again")
-    assert ended.code == 0, ended.err
-    assert_close(tmp_path / "plain", tmp_path / "again")
+    again = [*run, "train.grad_checkpointing=true"]
+    plain = finished(*run, "train.accumulation=2")
+    assert_close(plain, finished(*again, "train.accumulation=2"))
     for strategy in ("ddp", "fsdp2"):
-        arguments = [*recomputing, f"distributed.strategy={strategy}", f"output_dir={tmp_path}/{strategy}"]
-        ended = server.run_processes(2, *arguments)
-        assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-        assert_close(tmp_path / "plain", tmp_path / strategy)
+        assert_close(plain, finished(*again, f"distributed.strategy={strategy}", processes=2))
 
 
 @pytest.mark.faults(
@@ -117,16 +98,13 @@ def test_gradient_checkpointing(server, tmp_path, model):
     promise="no find_unused_parameters, the same weights to float tolerance under DDP and FSDP2",
 )
 @pytest.mark.parametrize("order", [("masking", "drop_path"), ("drop_path", "masking")], ids=lambda order: order[0])
-def test_two_sub_models(server, tmp_path, order):
+def test_two_sub_models(finished, order):
     augmentations = {"masking": "{name: masking, ratio: 0.5, cell: 2}", "drop_path": "{name: drop_path, ratio: 0.5}"}
     sub_models = ", ".join(f"{{weight: 0.25, augmentations: [{augmentations[name]}]}}" for name in order)
     run = ["--config", DIGITS["swin"], *TWENTY_STEPS, RATES["swin"], f"augsub.sub_models=[{sub_models}]"]
-    assert server.run(*run, "train.accumulation=2", f"output_dir={tmp_path}/one").code == 0
+    one = finished(*run, "train.accumulation=2")
     for strategy in ("ddp", "fsdp2"):
-        arguments = [*run, f"distributed.strategy={strategy}", f"output_dir={tmp_path}/{strategy}"]
-        ended = server.run_processes(2, *arguments)
-        assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-        assert_close(tmp_path / "one", tmp_path / strategy)
+        assert_close(one, finished(*run, f"distributed.strategy={strategy}", processes=2))
 
 
 @pytest.mark.faults(
@@ -134,17 +112,10 @@ def test_two_sub_models(server, tmp_path, order):
     promise="all processes save at the same step, by the main one's clock",
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_saving_by_the_clock(server, tmp_path, strategy):
-    run = [
-        "--config",
-        DIGITS["vit"],
-        "train.max_iters=12",
-        f"distributed.strategy={strategy}",
-        "checkpoint.period=1000",
-    ]
-    ended = server.run_processes(2, *run, "checkpoint.every_minutes=1e-6", f"output_dir={tmp_path}/run")
-    assert [end.code for end in ended] == [0, 0], [end.err for end in ended]
-    saved = {name: load(tmp_path / "run" / "checkpoints" / f"{name}.pt")["iteration"] for name in ("last", "previous")}
+def test_saving_by_the_clock(finished, strategy):
+    run = ["--config", DIGITS["vit"], "train.max_iters=12", f"distributed.strategy={strategy}"]
+    folder = finished(*run, "checkpoint.period=1000", "checkpoint.every_minutes=1e-6", processes=2)
+    saved = {name: load(folder / "checkpoints" / f"{name}.pt")["iteration"] for name in ("last", "previous")}
     assert saved == {"last": 12, "previous": 11}  # asked for after each step, done after the next
 
 

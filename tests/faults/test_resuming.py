@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -40,24 +39,27 @@ def poison(server):
     return lambda at, rank=0, value="nan": {"POISON_AT": str(at), "POISON_RANK": str(rank), "POISON": value}
 
 
+def iteration_of_sound(last: Path) -> int:
+    """The iteration of a checkpoint without NaN or infinity."""
+    assert all(tensor.isfinite().all() for tensor in split_tensors(load(last))[0].values())
+    return load_metadata(last)["iteration"]
+
+
 @pytest.mark.faults(
     fault="a loss is NaN or infinite at iteration k",
     promise="one line that names the iteration, exit code 2; nothing of it is saved, the last checkpoint goes on",
 )
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_not_finite(server, digits, tmp_path, poison, value):
+@pytest.mark.parametrize("iteration", [1, 6, 12])  # at the first step, between two, and where an epoch ends
+def test_a_loss_that_is_not_finite(server, digits, tmp_path, poison, value, iteration):
     run = [*digits, *POISONED, "checkpoint.period=1", f"output_dir={tmp_path}/run"]
-    for iteration in (1, 6, 12):  # at the first step, between two, and where an epoch ends; two forwards make a step
-        ended = server.run(*run, environment=poison(2 * iteration, value=value))
-        assert ended.code == 2 and ended.err.count("\n") == 1, ended.err
-        assert f"error: the loss is not finite at iteration {iteration};" in ended.err
-        last = tmp_path / "run" / "checkpoints" / "last.pt"
-        assert last.exists() == (iteration > 1)
-        if last.exists():
-            assert load_metadata(last)["iteration"] == iteration - 1
-            assert all(tensor.isfinite().all() for tensor in split_tensors(load(last))[0].values())
-            assert server.run(*run, "--resume", environment=poison(10_000)).code == 0
-        shutil.rmtree(tmp_path / "run")
+    error = server.refused(*run, environment=poison(2 * iteration, value=value))  # two forwards make a step
+    assert f"error: the loss is not finite at iteration {iteration};" in error
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert last.exists() == (iteration > 1)
+    if last.exists():
+        assert iteration_of_sound(last) == iteration - 1
+        server.succeed(*run, "--resume", environment=poison(10_000))
 
 
 @pytest.mark.faults(
@@ -67,12 +69,9 @@ def test_a_loss_that_is_not_finite(server, digits, tmp_path, poison, value):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_loss_that_is_not_finite_elsewhere(server, digits, tmp_path, poison, strategy):
     run = [*digits, *POISONED, f"distributed.strategy={strategy}", "checkpoint.period=1", f"output_dir={tmp_path}/run"]
-    ended = [server.wait(process) for process in server.start_processes(2, *run, environment=poison(2 * 5, rank=1))]
-    assert [end.code for end in ended] == [2, 2]
-    assert all("the loss is not finite at iteration 5;" in end.err for end in ended), [end.err for end in ended]
-    last = tmp_path / "run" / "checkpoints" / "last.pt"
-    assert load_metadata(last)["iteration"] == 4
-    assert all(tensor.isfinite().all() for tensor in split_tensors(load(last))[0].values())
+    ended = server.run(*run, processes=2, environment=poison(2 * 5, rank=1))
+    assert all(end.code == 2 and "the loss is not finite at iteration 5;" in end.err for end in ended), ended
+    assert iteration_of_sound(tmp_path / "run" / "checkpoints" / "last.pt") == 4
 
 
 @pytest.mark.faults(
@@ -83,16 +82,14 @@ def test_a_missing_data_folder(server, image_folder, tmp_path):
     config = Path(__file__).parents[2] / "configs" / "finetune_folder.yaml"
     run = ["--config", config, "model.pretrained=false", "model.name=test_vit", "data.image_size=null",
            "train.epochs=4", "schedule.warmup_epochs=1", "data.workers=0", f"output_dir={tmp_path}/run"]  # fmt: skip
-    first = server.run(*run, f"data.root={image_folder}", "train.max_iters=2")
-    assert first.code == 0, first.err
-    before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
+    server.succeed(*run, f"data.root={image_folder}", "train.max_iters=2")
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    before = last.read_bytes()
     image_folder.rename(tmp_path / "moved")
-    ended = server.run(*run, f"data.root={image_folder}", "--resume")
-    assert ended.code == 2
-    assert ended.err == f"error: data.root = {image_folder}: no such folder\n"
-    assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
-    resumed = server.run(*run, f"data.root={tmp_path}/moved", "--resume")
-    assert resumed.code == 0 and "resumed" in resumed.out and "changed: data.root" in resumed.out, resumed.err
+    error = server.refused(*run, f"data.root={image_folder}", "--resume")
+    assert error == f"error: data.root = {image_folder}: no such folder\n" and last.read_bytes() == before
+    out = server.succeed(*run, f"data.root={tmp_path}/moved", "--resume")
+    assert "resumed" in out and "changed: data.root" in out
 
 
 REFUSED = {
@@ -116,18 +113,16 @@ REFUSED = {
 )
 def test_a_changed_command(server, digits, tmp_path):
     run = [*digits, f"output_dir={tmp_path}/run"]
-    assert server.run(*run, "train.max_iters=8").code == 0
+    server.succeed(*run, "train.max_iters=8")
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for change, message in REFUSED.items():
-        ended = server.run(*run, "--resume", change)
-        assert ended.code == 2 and ended.err.count("\n") == 1, ended.err
-        assert ended.err.startswith(f"error: --resume: {message}") and "Only output_dir, " in ended.err
+        error = server.refused(*run, "--resume", change)
+        assert error.startswith(f"error: --resume: {message}") and "Only output_dir, " in error
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     allowed = ["data.workers=1", "log.period=3", "optimizer.lr=1e-4", "evaluation.batch=100", "checkpoint.keep=1"]
-    resumed = server.run(*run, "--resume", *allowed)
-    assert resumed.code == 0, resumed.err
+    out = server.succeed(*run, "--resume", *allowed)
     for line in ("data.workers: 0 -> 1", "log.period: 7 -> 3", "optimizer.lr: 0.002 -> 0.0001"):
-        assert f"changed: {line}\n" in resumed.out
+        assert f"changed: {line}\n" in out
 
 
 @pytest.mark.faults(
@@ -135,17 +130,14 @@ def test_a_changed_command(server, digits, tmp_path):
     promise="the second one ends with one line that names the first, exit code 2; the first one ends undisturbed",
 )
 @pytest.mark.parametrize("arguments", [(), ("--resume",)], ids=["new", "resume"])
-def test_two_runs_in_one_folder(server, digits, tmp_path, assert_same_end, arguments):
-    assert server.run(*digits, f"output_dir={tmp_path}/alone").code == 0
+def test_two_runs_in_one_folder(server, digits, finished, tmp_path, assert_same_end, arguments):
     first = server.start(*digits, f"output_dir={tmp_path}/run")
     while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
         os.sched_yield()
-    second = server.run(*digits, f"output_dir={tmp_path}/run", *arguments)
-    assert second.code == 2 and second.err.count("\n") == 1, second.err
     taken = f"another run is writing into it (process {first.pid} on " if arguments else "holds a run already"
-    assert taken in second.err
+    assert taken in server.refused(*digits, f"output_dir={tmp_path}/run", *arguments)
     assert server.wait(first).code == 0
-    assert_same_end(tmp_path / "alone", tmp_path / "run")
+    assert_same_end(finished(*digits), tmp_path / "run")
 
 
 BACKWARDS = """
@@ -160,14 +152,12 @@ time.time = lambda: 2 * start - real()  # a second back for each second on
     fault="the clock goes backwards, and files have times in the future",
     promise="the run and what a resumed one finds do not change by a bit",
 )
-def test_a_clock_that_goes_backwards(server, digits, tmp_path, assert_same_end):
+def test_a_clock_that_goes_backwards(server, digits, finished, tmp_path, assert_same_end):
     (server.folder / "backwards.py").write_text(BACKWARDS)
-    assert server.run(*digits, f"output_dir={tmp_path}/whole").code == 0
     run = [*digits, "plugins=[backwards]", "checkpoint.every_minutes=1000", f"output_dir={tmp_path}/run"]
     kill = {"function": "Trainer.run_step", "entry": 20, "delay": 0.0}
-    assert server.run(*run, kill=kill).code != 0
+    assert server.run(*run, kill=kill)[0].code != 0
     for age, path in enumerate(sorted((tmp_path / "run" / "checkpoints").iterdir())):
         os.utime(path, (4e9 - age, 4e9 - age))
-    resumed = server.run(*run, "--resume")
-    assert resumed.code == 0 and "last.pt after" in resumed.out, resumed.err
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert "last.pt after" in server.succeed(*run, "--resume")
+    assert_same_end(finished(*digits), tmp_path / "run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,10 @@ TRAINING_IMAGES = 1_281_167
 CONFIG_OF = {
     **{f"deit3_{size}_{epochs}": f"deit3_{size}_{epochs}e" for size in "sblh" for epochs in (400, 800)},
     **{f"deit3_{size}_finetune": f"deit3_{size}_finetune" for size in "blh"},
-    "mae_b_ft100": "mae_b",
-    "mae_l_ft50": "mae_l",
-    "mae_h_ft50": "mae_h",
+    **{f"mae_{size}": f"mae_{size[0]}" for size in ("b_ft100", "l_ft50", "h_ft50")},
     **{f"swin_{size}_300": f"swin_{size}" for size in "tsb"},
     **{f"resnet{depth}_rsb_300": f"resnet{depth}" for depth in (50, 101, 152)},
-    "ftclip_b16_224": "clip_b16",
-    "ftclip_l14_224": "clip_l14",
+    **{f"ftclip_{size}_224": f"clip_{size}" for size in ("b16", "l14")},
 }
 
 
@@ -69,10 +65,6 @@ class Recipe:
         return self.facts["family"]
 
     @property
-    def training_images(self) -> int:
-        return TRAINING_IMAGES
-
-    @property
     def schedule(self) -> WarmupCosine:
         train = self.config.train
         iterations = TRAINING_IMAGES // train.global_batch
@@ -84,19 +76,7 @@ class Recipe:
 
 
 @pytest.fixture(params=CONFIG_OF)
-def recipe(request: pytest.FixtureRequest, record_property) -> Recipe:
-    """Each recipe in turn; the tests that take it are counted as quantities at the end."""
-    record_property("recipe_quantity", request.node.originalname.removeprefix("test_").replace("_", " "))
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    """Each recipe in turn."""
     path = CONFIGS / f"{CONFIG_OF[request.param]}.yaml"
     return Recipe(request.param, published()[request.param], path, load_config(path))
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    passed = terminalreporter.stats.get("passed", [])
-    properties = [pair for report in passed for pair in report.user_properties]
-    quantities = Counter(value for key, value in properties if key == "recipe_quantity")
-    if quantities:
-        counted = ", ".join(f"{quantity} ({count})" for quantity, count in quantities.items())
-        terminalreporter.write_line(
-            f"recipes checked: {max(quantities.values())} of {len(CONFIG_OF)} x {len(quantities)} quantities: {counted}"
-        )

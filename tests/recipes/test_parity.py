@@ -14,6 +14,7 @@ from augsub.masking import random_keep
 from engine.data.loaders import accumulation_for
 from engine.data.stream import TrainingOrder
 from models.param_groups import param_groups
+from tests.recipes.conftest import TRAINING_IMAGES
 
 
 def published_lr(facts: dict, epoch: int) -> float:
@@ -43,35 +44,27 @@ def published_lr(facts: dict, epoch: int) -> float:
 
 
 def test_learning_rate(recipe):
-    epochs, per_epoch = recipe.config.train.epochs, recipe.config.schedule.unit == "epoch"
-    steps_per_epoch = 1 if per_epoch else recipe.facts["iterations_per_epoch"]
-    ours = [recipe.schedule(epoch * steps_per_epoch) for epoch in range(epochs)]
-    for epoch, rate in [*recipe.facts.get("reference_lr", ()), *recipe.facts.get("reference_lr_more", ())]:
-        assert ours[epoch] == pytest.approx(rate, rel=1e-6, abs=0), epoch
-    for epoch in range(epochs):
-        assert ours[epoch] == pytest.approx(published_lr(recipe.facts, epoch), rel=1e-6, abs=0), epoch
-
-
-def test_learning_rate_within_an_epoch(recipe):
-    """Constant in recipes that step per epoch, moving in the others."""
-    rate, schedule = recipe.schedule, recipe.config.schedule
-    changes_inside = recipe.facts["schedule"]["step_unit"] != "per epoch"
-    assert (schedule.unit == "iteration") == changes_inside
+    """Constant within an epoch in recipes that step per epoch, moving in the others."""
+    facts, rate, per_epoch = recipe.facts, recipe.schedule, recipe.config.schedule.unit == "epoch"
+    assert per_epoch == (facts["schedule"]["step_unit"] == "per epoch")
+    ours = [rate(epoch * (1 if per_epoch else facts["iterations_per_epoch"])) for epoch in range(facts["epochs"])]
+    assert ours == pytest.approx([published_lr(facts, epoch) for epoch in range(facts["epochs"])], rel=1e-6, abs=0)
+    for epoch, published in [*facts.get("reference_lr", ()), *facts.get("reference_lr_more", ())]:
+        assert ours[epoch] == pytest.approx(published, rel=1e-6, abs=0), epoch
     if recipe.family == "swin":
         assert rate(0) == rate(1) < rate(2)  # the lag of one iteration
     if recipe.family == "ft_clip":
-        last = recipe.facts["schedule"]["warmup_iterations"] - 1
-        assert rate(last) == rate(last + 1) == recipe.facts["lr"]["absolute"]
+        last = facts["schedule"]["warmup_iterations"] - 1
+        assert rate(last) == rate(last + 1) == facts["lr"]["absolute"]
 
 
 def test_weight_decay(recipe):
-    counts = {True: [0, 0], False: [0, 0]}
-    for group in param_groups(recipe.model, recipe.config.optimizer.weight_decay):
-        counts[group["weight_decay"] > 0][0] += len(group["params"])
-        counts[group["weight_decay"] > 0][1] += sum(parameter.numel() for parameter in group["params"])
+    groups = param_groups(recipe.model, recipe.config.optimizer.weight_decay)
     for decays, key in ((True, "with_weight_decay"), (False, "without_weight_decay")):
+        tensors = [tensor for group in groups if (group["weight_decay"] > 0) == decays for tensor in group["params"]]
         published = recipe.facts["param_counts"][key]
-        assert counts[decays] == [published["tensors"], published["elements"]], key
+        found = (len(tensors), sum(tensor.numel() for tensor in tensors))
+        assert found == (published["tensors"], published["elements"]), key
 
 
 def test_frozen_parameters(recipe):
@@ -90,18 +83,16 @@ def layer_of(name: str, depth: int) -> int:
 
 def test_layer_decay(recipe):
     optimizer, published = recipe.config.optimizer, recipe.facts["lr"]["layer_decay"]
+    published = published if isinstance(published, dict) else {"rate": 1.0}
     groups = param_groups(recipe.model, optimizer.weight_decay, optimizer.layer_decay, optimizer.full_lr)
     scale_of = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
-    depth = recipe.facts["model"].get("depth")
+    depth, rate = recipe.facts["model"].get("depth"), published["rate"]
     for name, parameter in recipe.model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        rate = published["rate"] if isinstance(published, dict) else 1.0
-        expected = rate ** (depth + 1 - layer_of(name, depth)) if rate < 1 else 1.0
-        assert scale_of[id(parameter)] == pytest.approx(expected, rel=1e-12), name
-    if isinstance(published, dict):
-        assert len(groups) == published["groups"]
-        assert min(scale_of.values()) == pytest.approx(published["smallest_scale"], rel=1e-9)
+        if parameter.requires_grad:
+            expected = rate ** (depth + 1 - layer_of(name, depth)) if rate < 1 else 1.0
+            assert scale_of[id(parameter)] == pytest.approx(expected, rel=1e-12), name
+    assert len(groups) == published.get("groups", len(groups))
+    assert min(scale_of.values()) == pytest.approx(published.get("smallest_scale", 1.0), rel=1e-9)
 
 
 def test_drop_path(recipe):
@@ -120,35 +111,29 @@ def test_drop_path(recipe):
 
 def test_batch(recipe):
     batch, train = recipe.facts["batch"], recipe.config.train
-    assert train.global_batch == batch["global_batch"]
-    assert recipe.config.published.gpus == batch["gpus"]
-    assert accumulation_for(train, batch["gpus"]) == batch["gradient_accumulation"]
-    assert train.global_batch // batch["gpus"] // batch["gradient_accumulation"] == batch["per_gpu"]
+    accumulation = accumulation_for(train, batch["gpus"])
+    assert (train.global_batch, recipe.config.published.gpus) == (batch["global_batch"], batch["gpus"])
+    assert accumulation == batch["gradient_accumulation"]
+    assert train.global_batch // batch["gpus"] // accumulation == batch["per_gpu"]
 
 
 def test_samples_of_an_epoch(recipe):
-    facts, train = recipe.facts, recipe.config.train
+    facts, sampler, config = recipe.facts, recipe.facts["sampler"], recipe.config
+    of_one = {"accumulation": 1, "rank": 0, "world_size": 1, "first_iteration": 0, "last_iteration": 1}
     order = TrainingOrder(
-        num_samples=recipe.training_images,
-        repeats=recipe.config.data.repeats,
-        micro_batch=train.global_batch,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=recipe.config.seed,
-        first_iteration=0,
-        last_iteration=1,
+        num_samples=TRAINING_IMAGES,
+        repeats=config.data.repeats,
+        micro_batch=config.train.global_batch,
+        seed=config.seed,
+        **of_one,
     )
     images = order.epoch_images(0)
     assert order.iterations_per_epoch == facts["iterations_per_epoch"]
-    assert train.epochs == facts["epochs"]
-    assert order.iterations_per_epoch * train.epochs == facts["total_updates"]
-    assert len(images) == facts["sampler"]["samples_drawn_per_epoch"]
-    if facts["sampler"]["repeated_augmentation"]:
-        assert len(set(images)) == facts["sampler"]["distinct_images_per_epoch"]
-    else:
-        assert len(set(images)) == facts["sampler"]["samples_drawn_per_epoch"]
-    assert recipe.config.data.repeats == facts["sampler"]["repeats"]
+    assert config.train.epochs == facts["epochs"]
+    assert order.iterations_per_epoch * config.train.epochs == facts["total_updates"]
+    drawn = sampler["samples_drawn_per_epoch"]
+    distinct = sampler["distinct_images_per_epoch"] if sampler["repeated_augmentation"] else drawn
+    assert (len(images), len(set(images)), config.data.repeats) == (drawn, distinct, sampler["repeats"])
 
 
 def test_model(recipe):
@@ -179,35 +164,30 @@ def test_masking(recipe):
     sub_model, *others = recipe.config.augsub.sub_models
     (masking,) = sub_model.augmentations
     assert not others and masking["name"] == "masking"
-    if recipe.family == "ft_clip":  # not published: the paper's default
-        assert (masking["ratio"], sub_model.weight, recipe.config.augsub.main_weight) == (0.5, 0.5, 0.5)
-        assert augsub.supports(recipe.model)["masking"] == "tokens"
-        return
-    facts = recipe.facts["augsub"]
-    assert masking["ratio"] == facts["ratio"]
-    assert (recipe.config.augsub.main_weight, sub_model.weight) == tuple(facts["loss_weights"].values())
     site = {"swin": "stem", "resnet_rsb": "image"}.get(recipe.family, "tokens")
     assert augsub.supports(recipe.model)["masking"] == site
+    ours = (masking["ratio"], recipe.config.augsub.main_weight, sub_model.weight)
+    if recipe.family == "ft_clip":  # not published: the paper's default
+        assert ours == (0.5, 0.5, 0.5)
+        return
+    facts = recipe.facts["augsub"]
+    assert ours == (facts["ratio"], *facts["loss_weights"].values())
     kept = random_keep(1, math.prod(facts["grid"]), masking["ratio"], torch.device("cpu")).shape[1]
-    if recipe.family == "resnet_rsb":  # the original shows the complement of what it keeps
-        assert kept == facts["zeroed_cells"] and masking["cell"] == facts["mask_cell_pixels"]
-    elif recipe.family == "swin":
-        assert kept == facts["visible_cells"] and masking["cell"] == facts["mask_cell_pixels"]
-    else:
-        assert kept == facts["kept_patch_tokens"]
-        assert list(recipe.model.patch_embed.grid_size) == facts["grid"]
+    if site == "tokens":
+        assert kept == facts["kept_patch_tokens"] and list(recipe.model.patch_embed.grid_size) == facts["grid"]
+    else:  # the original of ResNet shows the complement of what it keeps
+        assert kept == facts["visible_cells" if site == "stem" else "zeroed_cells"]
+        assert masking["cell"] == facts["mask_cell_pixels"]
 
 
 def test_head_comment(recipe):
     """Accuracies, GPUs times batch, and the command."""
     comment = "".join(line for line in recipe.path.read_text().splitlines(True) if line.startswith("#"))
-    top1, batch = recipe.facts["reported_top1"], recipe.facts["batch"]
+    top1, batch, ours = recipe.facts["reported_top1"], recipe.facts["batch"], recipe.config.published
     top1 = top1.get("after_400", top1)
-    assert f"baseline {top1['baseline']}" in comment
-    assert recipe.config.published.baseline == top1["baseline"]
+    assert f"baseline {top1['baseline']}" in comment and ours.baseline == top1["baseline"]
     if isinstance(top1["masksub"], float):
-        assert f"MaskSub {top1['masksub']}" in comment
-        assert recipe.config.published.masksub == top1["masksub"]
+        assert f"MaskSub {top1['masksub']}" in comment and ours.masksub == top1["masksub"]
     assert f"8 GPUs x {batch['per_gpu']} images" in comment and f"= {batch['global_batch']}" in comment
     assert f"--config configs/{recipe.path.name} data.root=" in comment
     assert ("--nnodes=8" in comment) == (batch["nodes"] == 8)

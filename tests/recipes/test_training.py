@@ -139,13 +139,10 @@ def check_rand_augment(op, facts, config, bicubic_only) -> None:
     published = [name.removesuffix("Increasing") for name in facts["ops"]]
     assert [one.name.removesuffix("Increasing") for one in op.ops] == published
     assert sum("Increasing" in one.name for one in op.ops) == 6 * facts["increasing_severity_set"]
+    strength = tuple(facts[key] for key in ("op_probability", "magnitude", "magnitude_std"))
     for one in op.ops:
         assert isinstance(one, AugmentOp)
-        assert (one.prob, one.magnitude, one.magnitude_std) == (
-            facts["op_probability"],
-            facts["magnitude"],
-            facts["magnitude_std"],
-        )
+        assert (one.prob, one.magnitude, one.magnitude_std) == strength
         assert one.magnitude_max is None  # then levels are clipped to [0, 10]
         assert one.kwargs["fillcolor"] == tuple(round(255 * mean) for mean in config.transform.mean)
         assert ("resample" in one.kwargs and not isinstance(one.kwargs["resample"], tuple)) == bicubic_only
@@ -162,34 +159,31 @@ def test_eval_transform(recipe):
 
 def test_optimizer_step(recipe):
     """Two steps on a tensor with decay and one without, against the published update in float64."""
-    settings = recipe.config.optimizer
+    settings, facts, rate = recipe.config.optimizer, recipe.facts["optimizer"], recipe.facts["lr"]["absolute"]
     torch.manual_seed(0)
     values = {"matrix": torch.randn(4, 3).double(), "vector": torch.randn(5).double()}
     module = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in values.items()})
     optimizer = build_optimizer(settings, param_groups(module, settings.weight_decay))
-    reference = {name: Published(value.double().numpy(), recipe.facts["optimizer"]) for name, value in values.items()}
-    rate = recipe.facts["lr"]["absolute"]
+    reference = {name: Published(value, facts) for name, value in values.items()}
     for _ in range(2):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        gradients = {name: torch.randn_like(value) for name, value in values.items()}
-        for name, parameter in module.items():
-            parameter.grad = gradients[name].clone()
-        norm = np.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
-        optimizer.step()
+        for parameter in module.values():
+            parameter.grad = torch.randn_like(parameter)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in module.values()]).item()
         for name, tensor in reference.items():
-            tensor.step(gradients[name].double().numpy(), norm, rate, decays=name == "matrix")
+            tensor.step(module[name].grad.clone(), norm, rate, decays=name == "matrix")
+        optimizer.step()
     for name, tensor in reference.items():
-        moved = module[name].detach().double().numpy() - values[name].double().numpy()
-        assert moved == pytest.approx(tensor.value - values[name].double().numpy(), rel=1e-6), name
+        torch.testing.assert_close(module[name].data - values[name], tensor.value - values[name], rtol=1e-6, atol=1e-12)
 
 
 class Published:
     """One tensor under LAMB (decay inside the trust ratio, inner clipping) or AdamW (decoupled decay)."""
 
     def __init__(self, value, facts) -> None:
-        self.value, self.facts = value.copy(), facts
-        self.first, self.second, self.count = np.zeros_like(value), np.zeros_like(value), 0
+        self.value, self.facts = value.clone(), facts
+        self.first, self.second, self.count = torch.zeros_like(value), torch.zeros_like(value), 0
 
     def step(self, gradient, norm: float, rate: float, decays: bool) -> None:
         beta1, beta2 = self.facts["betas"]
@@ -200,10 +194,10 @@ class Published:
         self.first = beta1 * self.first + (1 - beta1) * gradient
         self.second = beta2 * self.second + (1 - beta2) * gradient**2
         corrected = self.second / (1 - beta2**self.count)
-        update = self.first / (1 - beta1**self.count) / (np.sqrt(corrected) + eps)
+        update = self.first / (1 - beta1**self.count) / (corrected.sqrt() + eps)
         if limit:
             update = update + decay * self.value
-            trust = np.linalg.norm(self.value) / np.linalg.norm(update) if decay else 1.0
+            trust = self.value.norm() / update.norm() if decay else 1.0
             self.value = self.value - rate * trust * update
         else:
             self.value = self.value * (1 - rate * decay) - rate * update
@@ -211,27 +205,27 @@ class Published:
 
 def test_hyper_parameters(recipe):
     facts, config = recipe.facts, recipe.config
-    optimizer, mix, ema, amp = facts["optimizer"], facts["mix"], facts["ema"], facts["amp"]
-    assert config.optimizer.betas == optimizer["betas"] and config.optimizer.eps == optimizer["eps"]
-    assert config.optimizer.weight_decay == optimizer["weight_decay"]
-    assert config.optimizer.kwargs.get("max_grad_norm") == optimizer.get("max_grad_norm_inside_optimizer")
-    assert config.train.clip_norm == optimizer.get("clip_grad_norm")
-    ours = (config.mixup.mixup_alpha, config.mixup.cutmix_alpha, config.mixup.prob, config.mixup.switch_prob)
-    assert ours == tuple(
-        mix[key] for key in ("mixup_alpha", "cutmix_alpha", "probability", "switch_to_cutmix_probability")
-    )
-    assert config.mixup.mode == mix["mode"] and config.mixup.cutmix_minmax == mix.get("cutmix_minmax")
-    assert config.mixup.correct_lam == mix.get("correct_lambda_for_clipped_box", True)
-    assert config.mixup.off_epoch is None and mix["off_epoch"] in (None, "0, meaning never switched off")
-    assert config.mixup.integer_pixels == ("uint8" in mix.get("where", ""))
-    assert isinstance(build_mixup(config, CLASSES, 2, CPU), IntegerMixup) == config.mixup.integer_pixels
+    published, mix, ema, amp = facts["optimizer"], facts["mix"], facts["ema"], facts["amp"]
+    optimizer, mixup, train = config.optimizer, config.mixup, config.train
+    assert (optimizer.betas, optimizer.eps) == (published["betas"], published["eps"])
+    assert optimizer.weight_decay == published["weight_decay"]
+    assert optimizer.kwargs.get("max_grad_norm") == published.get("max_grad_norm_inside_optimizer")
+    assert train.clip_norm == published.get("clip_grad_norm")
+    chances = ("mixup_alpha", "cutmix_alpha", "probability", "switch_to_cutmix_probability")
+    ours = [mixup.mixup_alpha, mixup.cutmix_alpha, mixup.prob, mixup.switch_prob]
+    assert ours == [mix[key] for key in chances]
+    assert (mixup.mode, mixup.cutmix_minmax) == (mix["mode"], mix.get("cutmix_minmax"))
+    assert mixup.correct_lam == mix.get("correct_lambda_for_clipped_box", True)
+    assert mixup.off_epoch is None and mix["off_epoch"] in (None, "0, meaning never switched off")
+    assert mixup.integer_pixels == ("uint8" in mix.get("where", ""))
+    assert isinstance(build_mixup(config, CLASSES, 2, CPU), IntegerMixup) == mixup.integer_pixels
     assert config.loss.smoothing == facts["loss"]["label_smoothing"]
     assert config.ema.enabled == ema["kept"]
     if ema["kept"]:
         assert (config.ema.decay, config.ema.evaluate) == (ema["decay"], ema["evaluated"])
-    assert config.train.amp == "fp16" and amp["dtype"] == "float16"
-    assert config.train.loss_scale == amp.get("scaler_init", amp.get("initial_scale"))
-    assert config.train.loss_scale_window == amp.get("scaler_growth_interval", amp.get("loss_scale_window"))
+    assert train.amp == "fp16" and amp["dtype"] == "float16"
+    assert train.loss_scale == amp.get("scaler_init", amp.get("initial_scale"))
+    assert train.loss_scale_window == amp.get("scaler_growth_interval", amp.get("loss_scale_window"))
     assert config.seed == int(re.search(r"(\d+) \+ rank", facts["seed"]).group(1))
     assert config.schedule.cooldown_epochs == facts["schedule"]["cooldown_epochs_run"]
 
