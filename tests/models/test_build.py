@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.models import register_model
 
 import augsub
 from engine.config_file import load_config
@@ -87,33 +86,21 @@ def test_sizes_are_checked_whatever_a_model_calls_its_patch_size(name):
     check_image_shape(patched(name), (3, 224, 224), [augsub.build("masking")])
 
 
-@pytest.fixture
-def untold():
-    """A registered model of which only the image size is listed."""
-
+def test_what_is_not_listed_of_a_model_is_left_out_and_must_be_set(monkeypatch):
     def test_untold(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
         model = timm.models.vit_tiny_patch16_224(**kwargs)
         model.pretrained_cfg = {"input_size": (3, 96, 96), "mean": (0.5, 0.5, 0.5)}
         return model
 
-    register_model(test_untold)
-    yield test_untold.__name__
-    del timm.models._registry._model_entrypoints[test_untold.__name__]
-
-
-def test_what_is_not_listed_of_a_model_is_left_out(untold):
-    assert image_settings(untold) == (96, {"mean": [0.5, 0.5, 0.5]})
-
-
-def test_what_is_listed_nowhere_must_be_set(untold):
-    config = load_config("finetune_folder", [f"model.name={untold}"])
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "test_untold", test_untold)
+    assert image_settings("test_untold") == (96, {"mean": [0.5, 0.5, 0.5]})
     with pytest.raises(InputError) as error:
-        config = complete(config)
-    message = f"model.name = {untold}: timm lists no transform.std, transform.eval_crop, transform.eval_crop_mode, "
+        complete(load_config("finetune_folder", ["model.name=test_untold"]))
+    message = "model.name = test_untold: timm lists no transform.std, transform.eval_crop, transform.eval_crop_mode, "
     assert str(error.value) == message + "transform.eval_interpolation for it, set them"
     given = ["transform.std=[1,1,1]", "transform.eval_crop=0.9", "transform.eval_crop_mode=center"]
-    config = load_config("finetune_folder", [f"model.name={untold}", *given, "transform.eval_interpolation=bicubic"])
-    config = complete(config)
+    given += ["model.name=test_untold", "transform.eval_interpolation=bicubic"]
+    config = complete(load_config("finetune_folder", given))
     assert (config.data.image_size, config.transform.mean, config.transform.eval_crop) == (96, [0.5] * 3, 0.9)
 
 
@@ -127,9 +114,9 @@ def test_every_class_of_models_passes_the_check_of_its_own_size(name):
         assert not model.num_classes and "the model is no classifier" in str(error)
 
 
-def test_what_a_model_must_be_told_of_the_image_size():
-    found = [takes_image_size(build_on_meta(name)) for name in ("vit_tiny_patch16_224", "levit_128s", "resnet18")]
-    assert found == [True, True, False]
+@pytest.mark.parametrize(("name", "takes"), [("vit_tiny_patch16_224", True), ("levit_128s", True), ("resnet18", False)])
+def test_what_a_model_must_be_told_of_the_image_size(name, takes):
+    assert takes_image_size(build_on_meta(name)) == takes
 
 
 @pytest.mark.slow

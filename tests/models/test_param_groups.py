@@ -63,8 +63,5 @@ def test_the_mask_token_has_no_decay_and_what_is_frozen_has_no_group():
     assert groups["mask_token"] == (0.0, 1.0)
     assert not any(name.startswith("patch_embed") for name in groups)
     assert groups["layers.0.blocks.0.attn.relative_position_bias_table"][0] == 0.0
-
-
-def test_a_model_that_does_not_tell_its_layers():
     with pytest.raises(ValueError, match=r"layer_decay: the model does not tell the order of its layers"):
         param_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 0.0, layer_decay=0.5)
