@@ -74,8 +74,8 @@ def start(tool, order: dict) -> int:
 
 def main() -> None:
     """Serve until standard input ends."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    tool = importlib.import_module("train_net")
+    sys.path.insert(0, str(ROOT))
+    tool = importlib.import_module("tools.train_net")
     for module in ("engine.defaults", "engine.data.loaders", "torch.utils.tensorboard"):  # a run imports them late
         importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w", buffering=1)

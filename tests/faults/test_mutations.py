@@ -25,7 +25,7 @@ SHAPES = (None, True, False, [], {}, [[1], [2, [3]]], {"a": {"b": 1}}, [None], [
 REFERENCES = (
     "${nowhere}", "${oc.env:NOPE}", "${oc.env:HOME}", "${model}", "${model.name}", "${", "${}", "${seed", "${.}",
     "${..}", "${oc.create:[1,2]}", "${oc.decode:'{a: ['}", "${oc.select:nowhere}", "${oc.nothing:1}", "a${nowhere}b",
-    "${augsub.sub_models[5]}", "???", "${oc.deprecated:seed}", "${oc.dict.keys:seed}",
+    "${augsub.sub_models[5]}", "???", "${oc.dict.keys:seed}",
 )  # fmt: skip
 AUGMENTATIONS = (
     "maskin", {"ratio": 0.5}, {}, [], [[[]]], None, 5, True, {1: 2}, ["masking", [5]], "é", "", ["masking", "masking"],
