@@ -15,7 +15,6 @@ from augsub.objective import ObjectiveOutput, SubModelObjective
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
-from engine.metrics import RunningMeans
 from engine.optim import optimizer_errors
 from engine.precision import Precision
 from engine.seeding import derive_seed, seed_all
@@ -138,6 +137,43 @@ class Trainer(TrainerBase):
                     hook.start_late()
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"checkpoint {source} does not fit this run: {type(error).__name__}: {error}") from error
+
+
+class RunningMeans:
+    """Means of named scalars since they were last read, over all processes."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add one value of each name, without waiting for the device."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+        self._count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means, and start anew. All processes must call it together."""
+        if not self._count:
+            return {}
+        means = torch.stack(list(self._sums.values())) / (self._count * self._process.world_size)
+        result = dict(zip(self._sums, self._process.sum(means).tolist(), strict=True))
+        self._sums, self._count = {}, 0
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of every process, by rank. All processes must call it together."""
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        return {"names": list(self._sums), "sums_by_rank": self._process.gather(values), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up this process's sums; with another number of processes, everybody their average."""
+        by_rank = torch.tensor(state["sums_by_rank"], dtype=torch.float64)
+        is_same = len(by_rank) == self._process.world_size
+        sums = (by_rank[self._process.rank] if is_same else by_rank.mean(dim=0)).to(self._process.device)
+        self._sums = dict(zip(state["names"], sums, strict=True))
+        self._count = state["count"]
 
 
 def _losses(output: ObjectiveOutput) -> dict[str, Tensor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
+import resource
 import shutil
+import sys
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +25,6 @@ from engine.config import Config
 from engine.data.transforms import normalisation
 from engine.evaluation import WEIGHTS, evaluate
 from engine.figure import draw_curves
-from engine.metrics import peak_memory
 from engine.run_folder import RunFolder
 from engine.text import text_table, to_json
 from engine.train_loop import HookBase
@@ -30,6 +32,8 @@ from engine.writers import Record, Writer, open_writers, read_lines, require_wan
 from models.pictures import record, render, render_main
 
 LOGGER = logging.getLogger("engine")
+MIB = 1024**2
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss, see getrusage(2)
 
 
 @dataclass
@@ -330,3 +334,22 @@ class Profiler(HookBase):
             recorded.export_chrome_trace(str(self.trace))
         except (OSError, RuntimeError) as error:  # no reason to stop the run
             LOGGER.warning("WARNING: train.profile: %s cannot be written: %s", self.trace, error)
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB at most so far: of a GPU's memory for tensors, on a CPU of the whole process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    return peak_resident() / MIB
+
+
+def peak_resident() -> int:
+    """Bytes of this process in memory, at most so far.
+
+    On Linux from /proc: what getrusage tells begins with what the process that started this one had.
+    """
+    status = Path("/proc/self/status")
+    high_water = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if high_water is not None:
+        return int(high_water[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES

@@ -21,8 +21,8 @@ import engine.distributed
 from engine.distributed import ADDRESS, Agreement, Process, fresh_store, synchronise_batchnorm
 from engine.errors import InputError, NonFiniteLossError
 from engine.hooks.training import NaNGuard, SameBatchNormStatistics
-from engine.metrics import RunningMeans
 from engine.precision import Precision
+from engine.trainer import RunningMeans
 from models.build import checkpoint_gradients, innermost_blocks
 
 HOST = "127.0.0.1"

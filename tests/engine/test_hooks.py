@@ -22,10 +22,10 @@ from engine.hooks import HOOK_REGISTRY, build_own_hooks
 from engine.hooks.reporting import Evaluation, Report, WriteRecords
 from engine.hooks.saving import Checkpoint, Preemption
 from engine.hooks.training import ExponentialMovingAverage, FrozenStatistics, NaNGuard
-from engine.metrics import RunningMeans
 from engine.precision import Precision
 from engine.run_folder import RunFolder
 from engine.train_loop import HookBase, TrainerBase
+from engine.trainer import RunningMeans
 
 CPU = torch.device("cpu")
 ALONE = Process(rank=0, world_size=1, device=CPU)

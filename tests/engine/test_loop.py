@@ -16,10 +16,9 @@ from torch import nn
 from augsub import SubModelObjective
 from engine.distributed import Process
 from engine.errors import InputError
-from engine.metrics import RunningMeans
 from engine.precision import Precision
 from engine.train_loop import HookBase, TrainerBase
-from engine.trainer import Trainer
+from engine.trainer import RunningMeans, Trainer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -183,7 +182,7 @@ def test_running_means_are_means_since_the_last_read():
 def test_the_peak_of_memory_is_in_bytes():
     """In a process of its own: what tests before this one have freed may be used again."""
     code = """
-from engine.metrics import peak_resident
+from engine.hooks.reporting import peak_resident
 before = peak_resident()
 more = bytearray(b"\\1") * 2**28
 print(peak_resident() - before)
@@ -197,7 +196,7 @@ def test_a_process_does_not_count_what_its_parent_needed():
     parent = f"""
 import subprocess, sys
 large = bytes([1]) * {2**31}
-child = "import torch; from engine.metrics import peak_memory; print(peak_memory(torch.device('cpu')))"
+child = "import torch; from engine.hooks.reporting import peak_memory; print(peak_memory(torch.device('cpu')))"
 subprocess.run([sys.executable, "-c", child], check=True, close_fds=False)
 """
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, cwd=ROOT, check=True)

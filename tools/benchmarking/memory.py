@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.metrics import peak_resident
+from engine.hooks.reporting import peak_resident
 from models.build import build_on_meta
 from tools.benchmarking.measurements import Measurement, Setting, compared
 from tools.benchmarking.steps import MASKED, PLAIN, trainer_on_one_batch
