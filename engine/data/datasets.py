@@ -36,27 +36,24 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
         return build_digits(data.image_size)
     if data.dataset == "synthetic":
         return build_synthetic(data.image_size, data.synthetic_samples)
-    train, items = _open(data, data.train_split) if with_training else None, _open(data, data.eval_split)
-    classes = items.class_to_idx
+    held_out, train = _open(data, data.eval_split), _open(data, data.train_split) if with_training else None
+    classes = held_out.class_to_idx
     if train is not None and (differing := train.class_to_idx.items() ^ classes.items()):
         names = sorted({str(name) for name, _ in differing})
         raise InputError(f"data.root = {data.root}: the splits have different classes: {', '.join(names[:5])}")
-    names = {number: readable_name(str(name)) for name, number in classes.items()}
-    if len(names) < 2:
+    class_names = {number: readable_name(str(name)) for name, number in classes.items()}
+    if len(class_names) < 2:
         raise InputError(
-            f"data.root = {data.root}: the only class is {next(iter(names.values()))}, at least two are needed"
+            f"data.root = {data.root}: the only class is {', '.join(class_names.values())}, at least two are needed"
         )
-    num_classes = max(names) + 1
-    if train is not None:
-        train = Images(train, build_transform(config.transform, config.data.image_size, is_training=True), "training")
+    num_classes = max(class_names) + 1
+    transforms = [build_transform(config.transform, data.image_size, is_training) for is_training in (True, False)]
     return DataSource(
-        train=train,
-        held_out=Images(
-            items, build_transform(config.transform, config.data.image_size, is_training=False), "held-out"
-        ),
+        train=None if train is None else Images(train, transforms[0], "training"),
+        held_out=Images(held_out, transforms[1], "held-out"),
         num_classes=num_classes,
         in_chans=3,
-        class_names=[names.get(number, str(number)) for number in range(num_classes)],
+        class_names=[class_names.get(number, str(number)) for number in range(num_classes)],
     )
 
 

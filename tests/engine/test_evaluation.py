@@ -69,14 +69,6 @@ def test_figures_are_those_of_scikit_learn(outputs):
     assert found["ece"] == pytest.approx(100 * error, rel=1e-5)
 
 
-def test_certain_predictions_are_calibrated_if_they_are_right():
-    metrics, logits = counting(3), 100 * torch.eye(3)
-    metrics.update(logits, torch.arange(3))
-    assert metrics.calibration_error == pytest.approx(0, abs=1e-9)
-    metrics.update(logits, torch.arange(3).roll(1))  # now half of them are wrong
-    assert metrics.calibration_error == pytest.approx(50)
-
-
 def test_with_several_right_labels_any_of_them_counts():
     accepted = torch.tensor([[1, 2], [3, IGNORED], [0, 7]])
     logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))

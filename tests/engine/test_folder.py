@@ -190,6 +190,9 @@ def test_every_source_has_facts(image_folder, folder_config):
     assert not [*Images(SimpleNamespace(), None, "").listing()]
     source = build_source(folder_config(image_folder / "train", dataset="torch/image_folder"))
     assert [*source.train.listing()] == [*"0" * 8, *"1" * 8, *"2" * 8]
+    (image_folder / "train/cat/4.jpg").write_bytes(b"")
+    with pytest.raises(UnreadableImage, match="training image 4"):  # of a file that another library opens
+        source.train[4]
     assert build_digits(8).facts["fingerprints"]["held-out"]["images"] == 797
     assert build_synthetic(8, samples=7).facts["fingerprints"]["training"]["images"] == 7
     assert IMAGENET.facts["class_names"][999] == "999"
