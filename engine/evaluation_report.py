@@ -171,7 +171,8 @@ def draw_confusion(metrics: Metrics, class_names: Sequence[str], title: str, pat
     else:
         pairs = metrics.most_confused(MOST_CONFUSED)
         labels = [f"{names[true]} → {names[predicted]}" for true, predicted, _ in pairs]
-        axes.bar_label(axes.barh(labels, [images for *_, images in pairs], color=BLUE), padding=3)
+        axes.bar_label(axes.barh(range(len(pairs)), [images for *_, images in pairs], color=BLUE), padding=3)
+        axes.set_yticks(range(len(pairs)), labels, fontsize=8)
         axes.invert_yaxis()
         axes.set(xlabel=f"images, of the most confused pairs of {len(names)} classes", ylabel="true → predicted class")
     save(figure, path)

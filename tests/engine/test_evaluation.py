@@ -17,7 +17,7 @@ from engine.data.stream import IGNORED
 from engine.distributed import Process
 from engine.errors import RunError
 from engine.evaluation import Metrics, Result, evaluate
-from engine.evaluation_report import tables, write
+from engine.evaluation_report import draw_confusion, tables, write
 from engine.precision import Precision
 
 CPU = torch.device("cpu")
@@ -170,3 +170,14 @@ def test_a_benchmark_of_several_sets_is_measured_apart_and_together(tmp_path):
     assert found["mean_corruption_error"] == pytest.approx(sum(errors) / 10)
     confused = sum(pair["images"] for pair in found["most_confused"])  # four classes have few pairs: all are listed
     assert confused == sum(int((~right).sum()) for right in hits.values())
+
+
+@pytest.mark.parametrize("num_classes", [2, 40])
+def test_there_is_a_picture_of_few_classes_and_of_many_right_or_wrong(num_classes, tmp_path):
+    for number, shift in enumerate((0, 1)):  # all right, then all wrong
+        metrics = counting(num_classes)
+        metrics.update(torch.eye(num_classes), torch.arange(num_classes).roll(shift))
+        draw_confusion(
+            metrics, ["a class with a long name, which others have too"] * num_classes, "$x", tmp_path / f"{number}.png"
+        )
+    assert (tmp_path / "0.png").stat().st_size != (tmp_path / "1.png").stat().st_size
