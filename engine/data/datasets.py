@@ -229,8 +229,6 @@ class Images(Dataset):
             source, label = self._items[index]
             with source:
                 image = decode(source)
-        except MemoryError:
-            raise  # says nothing about the file
         except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
             is_file = isinstance(self._items, ImageFiles)
             name = self._items.samples[index][0] if is_file else f"{self._split} image {index}"

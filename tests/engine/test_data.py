@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -360,12 +361,14 @@ def test_an_error_of_a_transform_is_not_laid_on_the_file(image_folder, folder_co
 
 
 class Dying(Dataset):
-    """Sixteen images; the process that reads the fifteenth ends."""
+    """Sixteen images; the process that reads the thirteenth hangs, that of the fifteenth ends."""
 
     def __len__(self) -> int:
         return 16
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 12:
+            time.sleep(60)
         return torch.tensor(index) if index != 14 else os._exit(7), index
 
 
@@ -387,6 +390,8 @@ def test_a_worker_that_crashes_ends_in_one_line_and_closing_ends_the_others():
     message = str(error.value)
     assert message.startswith("a data loading worker died: DataLoader worker (pid") and "\n" not in message
     assert message.endswith("lower data.workers (now 2) or train.micro_batch")
+    for worker in multiprocessing.active_children():  # the one that hangs is ended too
+        worker.join(timeout=5)
     assert not multiprocessing.active_children()
 
 
