@@ -217,11 +217,11 @@ class _DropWatcher(augsub.SubModelAugmentation):
         return {"training": True}
 
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ones = torch.ones_like(inputs[0])
+        ones, is_residual = torch.ones_like(inputs[0]), isinstance(module, ResidualDrop)
+        # which adds its branch to the input; a branch may be zero by itself, one that is the input is not
+        watched = ResidualDrop(nn.Identity(), module.drop) if is_residual else module
         with _same_random_numbers(ones):
-            output = module.forward(ones)
-        if isinstance(module, ResidualDrop):  # adds the input to its branch
-            output = output - ones
+            output = watched.forward(ones) - is_residual * ones
         kept = (output != 0).flatten(1)
         if not isinstance(module, nn.Dropout):
             kept = kept.any(dim=1)

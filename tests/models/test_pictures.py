@@ -112,6 +112,14 @@ def test_paths_and_activations_are_those_that_the_modules_drop(site, kind, famil
     assert {noted.float().mean().item() for noted in kept} - {0.0, 1.0}
 
 
+def test_a_path_is_dropped_where_the_module_adds_its_input_itself():
+    """timm's ResidualDrop, whose output is never zero."""
+    model = augsub.patch(timm.create_model("efficientvit_m0", num_classes=2))
+    recording = record(model, torch.randn(4, 3, 224, 224), {"name": "drop_path", "ratio": 0.5}, SEED)
+    kept = torch.cat(recording.kept["drop_path"], dim=1)
+    assert kept.shape[1] > 10 and 0.3 < kept.float().mean() < 0.7
+
+
 def test_crops_are_the_pixels_that_the_model_gets(make_model):
     images = torch.randn(3, 3, 96, 128)
     model = augsub.patch(make_model("resnet"))

@@ -114,7 +114,7 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
     """Start or continue every run that is not finished, each in a process with one thread.
 
     Raises:
-        InputError: a folder holds another run than the planned one, or somebody writes into it.
+        InputError: a folder holds another run than the planned one.
         RunError: a run failed; after this, and after Ctrl-C, those beside it have saved their state and ended.
     """
     for run in runs:
