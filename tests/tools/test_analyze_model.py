@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 
 import augsub
-import tools.analyze_model
+from tools import analyze_model
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def analyze(call):
-    """Call the tool; returns (exit code, standard output, standard error)."""
-    return partial(call, tools.analyze_model)
-
-
-def test_figures_of_models_and_configurations(analyze):
-    figures = json.loads(analyze("--model", "vit_tiny_patch16_224", "--json")[1])
+def test_figures_of_models_and_configurations(call):
+    figures = json.loads(call(analyze_model, "--model", "vit_tiny_patch16_224", "--json")[1])
     assert list(figures) == ["params", "main_flops", "sub_flops", "training_cost", "activations"]
     assert figures["params"] == 5_717_416 and figures["main_flops"] == pytest.approx(1.26e9, rel=0.01)
     assert figures["training_cost"] == pytest.approx(1 + figures["sub_flops"] / figures["main_flops"])
-    _, printed, _ = analyze("--config", "configs/digits_vit.yaml", "model.kwargs.depth=2", "--depth", 2)
+    _, printed, _ = call(analyze_model, "--config", "configs/digits_vit.yaml", "model.kwargs.depth=2", "--depth", 2)
     assert "sub-model masking 0.5" in printed
     assert "| blocks.1 " in printed and "blocks.2" not in printed and "blocks.1.attn" not in printed
     assert "not counted in the FLOPs (number of calls): add" in printed
-    _, printed, said = analyze("--config", "configs/resnet50.yaml", "data.root=nowhere", "--json")
+    _, printed, said = call(analyze_model, "--config", "configs/resnet50.yaml", "data.root=nowhere", "--json")
     assert json.loads(printed)["params"] == 25_557_032
     assert said == "data.root = nowhere: no such folder; taken to have 1000 classes\n"
 
 
-def test_support_of_a_wildcard(analyze):
-    support = json.loads(analyze("--list-support", "swin_*_patch4_window7_224", "--json")[1])
+def test_support_of_a_wildcard(call):
+    support = json.loads(call(analyze_model, "--list-support", "swin_*_patch4_window7_224", "--json")[1])
     assert list(support) == timm.list_models("swin_*_patch4_window7_224")
     assert support["swin_tiny_patch4_window7_224"] == augsub.supports(timm.create_model("swin_tiny_patch4_window7_224"))
-    assert "| stem " in analyze("--list-support", "swin_tiny_patch4_window7_224")[1]
+    assert "| stem " in call(analyze_model, "--list-support", "swin_tiny_patch4_window7_224")[1]
 
 
 @pytest.mark.parametrize(
@@ -54,14 +47,14 @@ def test_support_of_a_wildcard(analyze):
         (["--list-support", "no_such_*"], "timm has no model 'no_such_*'"),
     ],
 )
-def test_bad_input_ends_in_one_line(arguments, message, analyze):
-    code, _, error = analyze(*arguments)
+def test_bad_input_ends_in_one_line(arguments, message, call):
+    code, _, error = call(analyze_model, *arguments)
     assert code == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_all_configs_and_the_literature(analyze):
-    _, printed, _ = analyze("--all-configs")
+def test_all_configs_and_the_literature(call):
+    _, printed, _ = call(analyze_model, "--all-configs")
     for path in (ROOT / "configs").glob("*.yaml"):
         assert f"| {path.stem} " in printed
     _, literature = printed.split("\n\n")

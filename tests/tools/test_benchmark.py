@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
 
-import tools.benchmark
+from tools import benchmark
 from tools.benchmarking.loading import measure_loading
 from tools.benchmarking.measurements import compared, in_turns, table
 
@@ -16,14 +15,9 @@ CPU = torch.device("cpu")
 TINY = ["--models", "resnet10t:64:2", "--rounds", "2"]
 
 
-@pytest.fixture
-def benchmark(call):
-    return partial(call, tools.benchmark)
-
-
-def test_steps_and_memory_stand_beside_their_limits(benchmark, tmp_path):
+def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     file = tmp_path / "folder" / "results.json"
-    code, printed, _ = benchmark("--parts", "steps", "memory", *TINY, "--json", file)
+    code, printed, _ = call(benchmark, "--parts", "steps", "memory", *TINY, "--json", file)
     lines = {(line["part"], line["name"]): line for line in json.loads(file.read_text())["lines"]}
     trainer, masked, cropped = (lines["steps", name] for name in ("our trainer", "masking 0.5", "random_crop 0.5"))
     assert code == 0 and (trainer["against"], trainer["limit"]) == ("bare loop", 1.0)
@@ -33,7 +27,7 @@ def test_steps_and_memory_stand_beside_their_limits(benchmark, tmp_path):
     assert with_masking["ratio"] == pytest.approx(with_masking["value"] / plain["value"])
     assert 10 < plain["value"] < 1000 and 1 < with_masking["limit"] < 1.5  # 20 MB of gradients
     assert all(name in printed for _, name in lines)
-    shown = benchmark("--show", file)[1]
+    shown = call(benchmark, "--show", file)[1]
     assert shown.count("| masking 0.5") == 2 and "### Peak memory" in shown
 
 
@@ -68,9 +62,9 @@ def test_ratios_are_of_pairs():
         (["--parts", "memory", "--models", "vit_tiny_patch16_224:8:2"], "8 x 8 pixels do not fit"),
     ],
 )
-def test_bad_input_is_one_line(benchmark, tmp_path, arguments, error):
+def test_bad_input_is_one_line(call, tmp_path, arguments, error):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is one")
-    code, _, said = benchmark(*arguments, "--json", tmp_path / "results.json")
+    code, _, said = call(benchmark, *arguments, "--json", tmp_path / "results.json")
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and error in said
     assert not (tmp_path / "results.json").exists()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,19 +71,13 @@ def study(tmp_path, monkeypatch) -> Path:
     return Path("study.yaml")
 
 
-@pytest.fixture
-def compare(call):
-    """Call the tool."""
-    return partial(call, compare_runs)
-
-
 def rows(printed: str) -> dict[str, list[str]]:
     """Cells of the table by name of the way."""
     table = [re.split(r"\s*\|\s*", line.strip("| ")) for line in printed.splitlines() if line.startswith("|")]
     return {name: cells for name, *cells in table[2:]}
 
 
-def test_means_errors_and_intervals_are_those_of_scipy(finished, compare):
+def test_means_errors_and_intervals_are_those_of_scipy(finished, call):
     for seed in range(5):
         finished(f"baseline_seed{seed}", BASELINE[seed], NO_SUB_MODEL, seed=seed)
         finished(f"masksub_seed{seed}", MASKSUB[seed], seed=seed)
@@ -93,7 +86,9 @@ def test_means_errors_and_intervals_are_those_of_scipy(finished, compare):
         expected = stats.ttest_rel(MASKSUB, BASELINE).confidence_interval(confidence)
         mean, half = interval(masksub.differences("top1").values(), confidence)
         assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
-    code, printed, _ = compare(*(f"{way}_seed{seed}" for seed in (3, 1, 4, 0, 2) for way in ("baseline", "masksub")))
+    code, printed, _ = call(
+        compare_runs, *(f"{way}_seed{seed}" for seed in (3, 1, 4, 0, 2) for way in ("baseline", "masksub"))
+    )
     assert code == 0
     # t(0.975, 4) = 2.776; differences 5.52 4.77 3.27 2.26 3.27: mean 3.818, standard error 0.5827
     assert rows(printed) == {
@@ -105,25 +100,27 @@ def test_means_errors_and_intervals_are_those_of_scipy(finished, compare):
     assert "- **masksub**: `augsub.sub_models=[{weight: 0.5, augmentations: [{name: masking, ratio: 0.5}]}]`" in printed
 
 
-def test_one_seed_has_no_interval_and_other_seeds_are_not_paired(finished, compare):
+def test_one_seed_has_no_interval_and_other_seeds_are_not_paired(finished, call):
     finished("baseline", 90.0, NO_SUB_MODEL)
     finished("masksub", 91.5)
     finished("longer", 92.0, "train.epochs=70", seed=7)
-    table = rows(compare("baseline", "masksub", "longer")[1])
+    table = rows(call(compare_runs, "baseline", "masksub", "longer")[1])
     assert table["masksub"][:3] == ["1", "**91.50**", "+1.50 (one seed: no interval)"]
     assert table["longer"][2] == "no seed in common"
     for seed, (first, second) in enumerate([(90, 93), (91, 92), (89, 94)], start=1):
         finished(f"baseline_{seed}", first, NO_SUB_MODEL, seed=seed)
         finished(f"masksub_{seed}", second, seed=seed)
-    table = rows(compare("baseline*", "masksub_1", "masksub_2", "masksub_3")[1])
+    table = rows(call(compare_runs, "baseline*", "masksub_1", "masksub_2", "masksub_3")[1])
     assert table["masksub"][2] == "+3.00 [-1.97, +7.97] over seeds 1, 2, 3"
 
 
-def test_another_metric_and_curves(finished, compare, tmp_path):
+def test_another_metric_and_curves(finished, call, tmp_path):
     for seed in (0, 1):
         finished(f"a_{seed}", 90.0, NO_SUB_MODEL, seed=seed, ema_top1=80.0 + seed)
         finished(f"b_{seed}", 91.0, seed=seed, ema_top1=85.0 - seed)
-    code, printed, _ = compare("a_*", "b_*", "--metric", "ema_top1", "--picture", tmp_path / "pictures" / "c.png")
+    code, printed, _ = call(
+        compare_runs, "a_*", "b_*", "--metric", "ema_top1", "--picture", tmp_path / "pictures" / "c.png"
+    )
     assert code == 0 and "top-1 of the EMA, %" in printed
     assert rows(printed)["b"][2] == "+4.00 [-8.71, +16.71]"  # 5 and 3; t(0.975, 1) = 12.706
     assert Image.open(tmp_path / "pictures" / "c.png").size[0] > 1000
@@ -131,7 +128,7 @@ def test_another_metric_and_curves(finished, compare, tmp_path):
     assert epochs.tolist() == [1, 2] and losses.tolist() == [[1.0, 0.1], [2.0, 0.1]]
 
 
-def test_what_belongs_together_and_its_names(finished, compare):
+def test_what_belongs_together_and_its_names(finished, call):
     """By the configurations but for seeds, or as the user says; named by the folders."""
     folders = {"vit-0": 60, "vit-1": 60, "masking_0.1_seed10": 61, "masking_0.1_11": 61, "a/seed3": 62}
     for folder, epochs in folders.items():
@@ -145,13 +142,13 @@ def test_what_belongs_together_and_its_names(finished, compare):
     ]
     finished("c", 95.0, NO_SUB_MODEL)
     finished("d", 96.0, NO_SUB_MODEL, "data.workers=1", seed=1)
-    code, printed, _ = compare("plain=c,d", "sub=vit-0", "sub=vit-[1]")
+    code, printed, _ = call(compare_runs, "plain=c,d", "sub=vit-0", "sub=vit-[1]")
     assert code == 0 and list(rows(printed)) == ["plain", "sub"]
     assert rows(printed)["sub"][2] == "-5.50 [-11.85, +0.85]"
     assert "its runs differ in `data.workers`" in printed
 
 
-def test_wrong_folders_are_one_line(finished, compare, tmp_path):
+def test_wrong_folders_are_one_line(finished, call, tmp_path):
     finished("good", 90.0)
     finished("other", 90.0, NO_SUB_MODEL)
     for name in ("again", "continued", "damaged", "config"):
@@ -182,7 +179,7 @@ def test_wrong_folders_are_one_line(finished, compare, tmp_path):
         ("--jobs", "0", "--study", "s.yaml"): "--jobs = 0: allowed is at least 1",
     }
     for arguments, message in cases.items():
-        code, _, error = compare(*arguments)
+        code, _, error = call(compare_runs, *arguments)
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, (arguments, error)
         assert message in error, error
 
