@@ -23,8 +23,6 @@ from transformers import (
 )
 
 import augsub
-from augsub.families import FAMILIES, Family, register_family
-from augsub.families.stem import StemFamily
 
 ROTARY = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 ROTARY |= {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
@@ -40,24 +38,6 @@ def kept_cells(batch: int, cells: int) -> torch.Tensor:
     """Cells of lowest noise per sample, in order, from one draw (batch, cells)."""
     torch.manual_seed(5)
     return torch.rand(batch, cells).argsort(1)[:, : cells // 2].sort(1).values
-
-
-def test_support_is_data_and_leaves_the_model_alone(make_model, family_model):
-    assert augsub.supports(make_model("vit")) == {
-        "drop_path": "drop_path",
-        "dropout": "dropout",
-        "masking": "tokens",
-        "random_crop": "tokens",
-    }
-    assert augsub.supports(make_model("resnet")) == {
-        "drop_path": "drop_path",
-        "masking": "image",
-        "random_crop": "image",
-    }
-    keys, kind = list(family_model.state_dict()), type(family_model)
-    support = augsub.supports(family_model)
-    assert type(family_model) is kind and list(family_model.state_dict()) == keys
-    assert augsub.supports(augsub.patch(family_model)) == support
 
 
 def test_rotary_embeddings_go_with_their_tokens():
@@ -121,25 +101,6 @@ def test_each_stream_of_crossvit_loses_half_of_its_patches():
     for name in ("masking", "random_crop"):
         model(torch.randn(2, 3, 48, 48), augsub=name, augsub_ratio=0.5)
     assert seen == [1 + 18, 1 + 4, 1 + 16, 1 + 4]
-
-
-def test_a_family_of_ones_own(monkeypatch):
-    class MapModel(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Conv2d(3, 8, 8, 8)
-            self.head = nn.Linear(8, 10)
-
-        def forward(self, images):
-            return self.head(self.embed(images).mean((2, 3)))
-
-    name = f"{MapModel.__module__}.{MapModel.__qualname__}"
-    monkeypatch.setitem(FAMILIES, name, Family())  # gone after the test
-    register_family(StemFamily("embed", "NCHW"), name)
-    model = augsub.patch(MapModel())
-    assert augsub.supports(model) == {"masking": "stem", "random_crop": "image"}
-    model(torch.randn(2, 3, 64, 64), augsub="masking", augsub_ratio=0.5).sum().backward()
-    assert model.mask_token.grad is not None
 
 
 SIZE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

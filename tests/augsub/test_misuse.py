@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import peft
 import pytest
 import timm
@@ -221,17 +218,3 @@ def test_a_criterion_that_does_not_fit(criterion, targets, message, make_model, 
     with pytest.raises(ValueError, match=message) as caught:
         masksub(criterion, targets=form)(augsub.patch(make_model("vit")), images, given)
     assert "\n" not in str(caught.value)
-
-
-IMPORTS = """
-import sys, timm
-before = set(sys.modules)
-import augsub
-print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} & set(sys.argv)))
-"""
-
-
-def test_augsub_imports_no_optional_package():
-    optional = ("lightning", "accelerate", "transformers", "omegaconf", "matplotlib", "sklearn", "tensorboard", "onnx")
-    done = subprocess.run([sys.executable, "-c", IMPORTS, *optional], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -66,10 +66,8 @@ def test_every_group_is_computed_as_an_image_of_its_own(name, ratio, kept):
 
 
 def test_the_published_swin_saves_what_it_leaves_out():
-    sub_models = [drop_windows(), augsub.build("masking", ratio=0.5)]
-    cost = analyze(timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224), sub_models)
-    windows, mask_token = (sub.flops / cost.main.flops for sub in cost.subs)
-    assert windows < 0.53 and mask_token > 0.99
+    cost = analyze(timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224), [drop_windows()])
+    assert cost.sub_flops < 0.53 * cost.main.flops
 
 
 def test_gradients_are_the_same_with_gradient_checkpointing_and_in_a_copy():

@@ -1,8 +1,9 @@
-"""Checkpoints of other projects, official key layouts against forwards written from those layouts; what is refused."""
+"""Checkpoints of other projects in their official layouts, weights resized, where weights lie; what is refused."""
 
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import timm
@@ -12,160 +13,73 @@ from torch.nn import functional as F
 
 import augsub
 from models.build import build_on_meta, create_model
-from models.weights import load_weights
+from models.weights import LoadReport, load_weights
 from tests.zoo import load_rows
 
-WIDTH, HEADS, DEPTH, PATCH, CLASSES = 48, 3, 2, 8, 10
-
-
-def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {name: value + 1 if "norm" in name and "weight" in name else value for name, value in weights.items()}
-
-
-def attention(x: Tensor, weights: dict[str, Tensor], qkv: str, out: str) -> Tensor:
-    """Multi-head self-attention of (B, N, D) from one stacked projection."""
-    batch, tokens, width = x.shape
-    projected = F.linear(x, weights[f"{qkv}weight"], weights[f"{qkv}bias"])
-    query, key, value = projected.view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-    scores = query @ key.transpose(-2, -1) / (width // HEADS) ** 0.5
-    mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, tokens, width)
-    return F.linear(mixed, weights[f"{out}.weight"], weights[f"{out}.bias"])
-
-
-def norm(x: Tensor, weights: dict[str, Tensor], name: str, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
-
-
-def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-
-def linears(block: str, layers: dict[str, tuple[int, int]], norms: tuple[str, str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the linear layers and norms of a block."""
-    shapes = {f"{block}.{name}{'_' if name.endswith('in_proj') else '.'}weight": size for name, size in layers.items()}
-    shapes |= {name.removesuffix("weight") + "bias": size[:1] for name, size in shapes.items()}
-    return shapes | {f"{block}.{name}.{kind}": (WIDTH,) for name in norms for kind in ("weight", "bias")}
-
-
-def mae_checkpoint(grid: int, decoder: bool) -> dict[str, dict[str, Tensor]]:
-    """As the authors publish it: the encoder under `model`, in the full version with the decoder."""
-    layers = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
-    layers = {name: (rows * WIDTH, columns * WIDTH) for name, (rows, columns) in layers.items()}
-    shapes = {
-        "cls_token": (1, 1, WIDTH),
-        "pos_embed": (1, 1 + grid**2, WIDTH),
-        "patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
-        "patch_embed.proj.bias": (WIDTH,),
-        "norm.weight": (WIDTH,),
-        "norm.bias": (WIDTH,),
-    }
-    for block in range(DEPTH):
-        shapes |= linears(f"blocks.{block}", layers, ("norm1", "norm2"))
-    if decoder:
-        shapes |= {
-            "mask_token": (1, 1, 32),
-            "decoder_pos_embed": (1, 1 + grid**2, 32),
-            "decoder_embed.weight": (32, WIDTH),
-            "decoder_blocks.0.attn.qkv.weight": (96, 32),
-            "decoder_norm.weight": (32,),
-            "decoder_pred.weight": (192, 32),
-        }
-    return {"model": random_weights(shapes)}
-
-
-def mae_forward(images: Tensor, weights: dict[str, Tensor], head: nn.Linear) -> Tensor:
-    """MAE's fine-tuning model: mean of the patch tokens, a new norm, the head."""
-    x = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=PATCH)
-    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-    x = x + weights["pos_embed"]
-    for block in (f"blocks.{index}" for index in range(DEPTH)):
-        x = x + attention(norm(x, weights, f"{block}.norm1", 1e-6), weights, f"{block}.attn.qkv.", f"{block}.attn.proj")
-        hidden = F.gelu(linear(norm(x, weights, f"{block}.norm2", 1e-6), weights, f"{block}.mlp.fc1"))
-        x = x + linear(hidden, weights, f"{block}.mlp.fc2")
-    return head(F.layer_norm(x[:, 1:].mean(1), (WIDTH,), eps=1e-6))
+CLASSES = 10
+DECODER = {  # of MAE's pretraining
+    "mask_token": torch.ones(1, 1, 32),
+    "decoder_pos_embed": torch.ones(1, 17, 32),
+    "decoder_embed.weight": torch.ones(32, 48),
+    "decoder_blocks.0.attn.qkv.weight": torch.ones(96, 32),
+    "decoder_norm.weight": torch.ones(32),
+}
+CLIP_NAMES = {  # timm's, and those of OpenAI and open_clip
+    "cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1",
+    "norm_pre": "ln_pre", "blocks": "transformer.resblocks", "norm1": "ln_1", "norm2": "ln_2",
+    "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "norm.": "ln_post.",
+}  # fmt: skip
+CLIP_TEXTS = {  # the tower beside that of the images
+    "visual.proj": torch.ones(48, 32),
+    "positional_embedding": torch.ones(77, 32),
+    "transformer.resblocks.0.attn.in_proj_weight": torch.ones(96, 32),
+    "ln_final.weight": torch.ones(32),
+    "logit_scale": torch.ones(()),
+}
 
 
 def tiny(name: str, **kwargs) -> nn.Module:
-    shape = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, **kwargs}
-    torch.manual_seed(0)
-    return augsub.patch(create_model(name, num_classes=CLASSES, image_size=32, **shape)).eval()
+    shape = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": CLASSES, **kwargs}
+    model = augsub.patch(create_model(name, image_size=32, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
 
 
-@pytest.mark.parametrize("decoder", [False, True])
+def assert_loaded(model: nn.Module, expected: dict[str, Tensor], initial: set[str], report: LoadReport) -> None:
+    assert set(report.initial) == initial and report.unexpected == ()
+    for name, tensor in model.state_dict().items():
+        assert name in initial or torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("decoder", [{}, DECODER])
 def test_mae(decoder):
-    checkpoint = mae_checkpoint(grid=4, decoder=decoder)
+    """As the authors publish it: the encoder under `model`, in the full version with the decoder."""
+    encoder = tiny("vit_base_patch16_224", num_classes=0).state_dict()
     model = tiny("vit_base_patch16_224", global_pool="avg")
-    report = load_weights(model, checkpoint, "mae_pretrain_vit_base.pth")
-    assert report.unexpected == ()
-    assert set(report.initial) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    assert len(report.pretraining) == 2 + 6 * decoder  # the encoder's last norm, and the decoder
-    images = torch.randn(2, 3, 32, 32)
-    expected = mae_forward(images, checkpoint["model"], model.head)
-    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    report = load_weights(model, {"model": encoder | decoder}, "mae_pretrain_vit_base.pth")
+    assert set(report.pretraining) == {"norm.weight", "norm.bias", *decoder}
+    assert_loaded(model, encoder, {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}, report)
 
 
-def clip_checkpoint(grid: int) -> dict[str, Tensor]:
-    """OpenAI's and open_clip's layout: an image tower under `visual.`, a text tower beside it; half precision."""
-    shapes = {
-        "visual.class_embedding": (WIDTH,),
-        "visual.positional_embedding": (1 + grid**2, WIDTH),
-        "visual.proj": (WIDTH, 32),
-        "visual.conv1.weight": (WIDTH, 3, PATCH, PATCH),
-        "positional_embedding": (77, 32),
-        "text_projection": (32, 32),
-        "logit_scale": (),
-        "transformer.resblocks.0.attn.in_proj_weight": (96, 32),
-        "token_embedding.weight": (100, 32),
-        "ln_final.weight": (32,),
-    }
-    layers = {"attn.in_proj": (3, 1), "attn.out_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
-    layers = {name: (rows * WIDTH, columns * WIDTH) for name, (rows, columns) in layers.items()}
-    shapes |= linears("visual", {}, ("ln_pre", "ln_post"))
-    for block in range(DEPTH):
-        shapes |= linears(f"visual.transformer.resblocks.{block}", layers, ("ln_1", "ln_2"))
-    return {name: weight.half() for name, weight in random_weights(shapes).items()}
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["published", "saved in training"])
+def test_clip(prefix):
+    """An image tower in half precision, its tables without a batch dimension, beside a text tower."""
+    model, source = (tiny("vit_base_patch16_clip_224", global_pool="avg", fc_norm=False) for _ in range(2))
+    tower = {name: weight.half() for name, weight in source.state_dict().items() if not name.startswith("head")}
+    renamed = {"visual." + rename(name): weight for name, weight in tower.items()}
+    for name in ("visual.class_embedding", "visual.positional_embedding"):
+        renamed[name] = renamed[name].squeeze()
+    content = behind(prefix, renamed | CLIP_TEXTS)
+    report = load_weights(model, {"epoch": 3, "state_dict": content} if prefix else content, "ViT-B-16.pt")
+    assert set(report.pretraining) == CLIP_TEXTS.keys()
+    expected = {name: weight.float() for name, weight in tower.items()}
+    assert_loaded(model, expected, {"head.weight", "head.bias"}, report)
 
 
-def clip_forward(images: Tensor, weights: dict[str, Tensor], head: nn.Linear, quick: bool) -> Tensor:
-    """FT-CLIP's model: a new norm on each patch token, their mean, the head; `ln_post` and `proj` are not used."""
-    weights = {name.removeprefix("visual."): value.float() for name, value in weights.items() if "visual." in name}
-    x = F.conv2d(images, weights["conv1.weight"], stride=PATCH).flatten(2).transpose(1, 2)
-    x = torch.cat([weights["class_embedding"].expand(len(x), 1, -1), x], dim=1) + weights["positional_embedding"]
-    x = norm(x, weights, "ln_pre", 1e-5)
-    for block in (f"transformer.resblocks.{index}" for index in range(DEPTH)):
-        normed = norm(x, weights, f"{block}.ln_1", 1e-5)
-        x = x + attention(normed, weights, f"{block}.attn.in_proj_", f"{block}.attn.out_proj")
-        hidden = linear(norm(x, weights, f"{block}.ln_2", 1e-5), weights, f"{block}.mlp.c_fc")
-        hidden = hidden * (1.702 * hidden).sigmoid() if quick else F.gelu(hidden)
-        x = x + linear(hidden, weights, f"{block}.mlp.c_proj")
-    return head(F.layer_norm(x[:, 1:], (WIDTH,), eps=1e-5).mean(1))
-
-
-@pytest.mark.parametrize(
-    ("name", "quick", "wrap"),
-    [
-        ("vit_base_patch16_clip_quickgelu_224", True, lambda weights: weights),
-        ("vit_base_patch16_clip_224", False, lambda weights: weights),
-        ("vit_base_patch16_clip_224", False, lambda weights: {"epoch": 3, "state_dict": prefixed(weights)}),
-    ],
-    ids=["openai", "open_clip", "open_clip_training"],
-)
-def test_clip(name, quick, wrap):
-    checkpoint = clip_checkpoint(grid=4)
-    model = tiny(name, global_pool="avg", fc_norm=False)
-    report = load_weights(model, wrap(checkpoint), "ViT-B-16.pt")
-    assert report.unexpected == ()
-    assert set(report.initial) == {"head.weight", "head.bias"}
-    assert {"visual.proj", "logit_scale", "ln_final.weight"} <= set(report.pretraining)
-    model.norm.reset_parameters()
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model(images), clip_forward(images, checkpoint, model.head, quick), rtol=1e-3, atol=1e-4)
-
-
-def prefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"module.{name}": weight for name, weight in weights.items()}
+def rename(name: str) -> str:
+    return re.sub("|".join(map(re.escape, CLIP_NAMES)), lambda found: CLIP_NAMES[found[0]], name)
 
 
 def smooth(*size: int) -> Tensor:
