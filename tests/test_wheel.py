@@ -70,11 +70,7 @@ def test_it_works_in_an_environment_of_its_own(wheel, tmp_path):
     (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
     zipfile.ZipFile(wheel).extractall(site)  # what installing a pure wheel does
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])  # without the .pth files in there
-    done = subprocess.run(
-        [tmp_path / "env" / "bin" / "python", "-I", "-c", SMOKE.format(site=str(site))],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    command = [tmp_path / "env" / "bin" / "python", "-I", "-c", SMOKE.format(site=str(site))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(augsub.__version__)

@@ -173,20 +173,6 @@ def test_where_an_augmentation_has_no_site(make_model, images):
             use()
 
 
-@pytest.mark.parametrize(("family", "site"), [("resnet", "image"), ("vit", "tokens"), ("swin", "stem")])
-def test_an_augmentation_that_returns_nothing_is_named(family, site, make_model, images):
-    class Forgetful(augsub.SubModelAugmentation):
-        sites = (site,)
-
-        def image(self, images):
-            pass
-
-        tokens = stem = image
-
-    with pytest.raises(TypeError, match=rf"Forgetful: {site}\(\) must return \w+, not NoneType"):
-        augsub.patch(make_model(family))(images, augsub=Forgetful(0.5))
-
-
 def test_branch_by_branch_lightning_steps_one_optimiser(tmp_path, make_model, images, labels):
     trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match=r"has 2 optimisers, SubModelMixin steps one: call self\.objective"):

@@ -9,6 +9,8 @@ from itertools import cycle
 
 import pytest
 
+from tests.faults.conftest import assert_same_end
+
 # Where the process is when it is killed, how often that place is surely entered, and for how long (seconds)
 PLACES = {
     "Trainer.run_step": (34, 0.02),
@@ -31,7 +33,7 @@ KILLS, TRIES = 20, 60
     ("processes", "setting"),
     [(1, "data.workers=0"), (1, "data.workers=2"), (2, "distributed.strategy=ddp"), (2, "distributed.strategy=fsdp2")],
 )
-def test_a_killed_run(server, digits, finished, tmp_path, assert_same_end, processes, setting):
+def test_a_killed_run(server, digits, finished, tmp_path, processes, setting):
     run, rng, killed = [*digits, setting], random.Random(setting), 0
     whole, name = finished(*run, processes=processes), f"output_dir={tmp_path}/killed"
     for _, place in zip(range(TRIES), cycle(PLACES), strict=False):

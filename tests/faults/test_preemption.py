@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint import load_metadata
-from tests.faults.conftest import free_port, wait_for
+from tests.faults.conftest import assert_same_end, free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 PREEMPTED = 75
@@ -33,7 +33,7 @@ def torchrun(*arguments: object) -> subprocess.Popen:
     promise="the step is finished, the state saved, exit code 75; --resume ends bit-identical",
 )
 @SIGNALS
-def test_a_signal(server, digits, finished, tmp_path, assert_same_end, number):
+def test_a_signal(server, digits, finished, tmp_path, number):
     run, stopped = [*digits, *SAVED_ON_DEMAND, "data.workers=2"], tmp_path / "stopped"
     process = server.start(*run, f"output_dir={stopped}")
     wait_for("iteration 5 ", stopped / "log.txt")
@@ -51,7 +51,7 @@ def test_a_signal(server, digits, finished, tmp_path, assert_same_end, number):
     promise="both finish the same step, save, and exit with 75; --resume ends bit-identical",
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_signal_to_one_process_of_two(server, digits, finished, tmp_path, assert_same_end, strategy):
+def test_a_signal_to_one_process_of_two(server, digits, finished, tmp_path, strategy):
     run, stopped = [*digits, *SAVED_ON_DEMAND, f"distributed.strategy={strategy}"], tmp_path / "stopped"
     processes = server.start_processes(2, *run, f"output_dir={stopped}")
     wait_for("iteration 3 ", stopped / "log.txt")
@@ -83,7 +83,7 @@ def test_a_process_that_hangs(server, digits, tmp_path):
     fault="a rank dies under torchrun --max-restarts with --resume auto",
     promise="torchrun starts all ranks again, they go on from the last checkpoint and end bit-identical",
 )
-def test_torchrun_restarts_a_dead_rank(digits, finished, tmp_path, assert_same_end):
+def test_torchrun_restarts_a_dead_rank(digits, finished, tmp_path):
     run, killed = [*digits, "log.period=1"], tmp_path / "killed"
     options = ("--standalone", "--nproc_per_node=2", "--max-restarts=2", "tools/train_net.py")
     agent = torchrun(*options, *run, f"output_dir={killed}", "--resume", "auto")
@@ -101,7 +101,7 @@ def test_torchrun_restarts_a_dead_rank(digits, finished, tmp_path, assert_same_e
     promise="it is passed on: the step is finished and the state saved; --resume ends bit-identical",
 )
 @SIGNALS
-def test_a_signal_to_torchrun(server, digits, finished, tmp_path, assert_same_end, number):
+def test_a_signal_to_torchrun(server, digits, finished, tmp_path, number):
     run, stopped = [*digits, *SAVED_ON_DEMAND], tmp_path / "stopped"
     options = ("--standalone", "--nproc_per_node=2", "--signals_to_handle=SIGTERM,SIGINT,SIGUSR1")
     agent = torchrun(*options, "tools/train_net.py", *run, f"output_dir={stopped}")
@@ -117,7 +117,7 @@ def test_a_signal_to_torchrun(server, digits, finished, tmp_path, assert_same_en
     fault="two nodes: two torchrun agents that meet over the network",
     promise="they train one run, with the bits of two processes on one node",
 )
-def test_two_agents(digits, finished, tmp_path, assert_same_end):
+def test_two_agents(digits, finished, tmp_path):
     meeting = ("--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_id=run1")
     options = ("--nnodes=2", "--nproc_per_node=1", *meeting, "tools/train_net.py")
     agents = [torchrun(*options, *digits, f"output_dir={tmp_path}/two_nodes") for _ in range(2)]

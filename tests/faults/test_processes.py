@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.checkpoint import load
+from tests.faults.conftest import assert_same_end
 
 ROOT = Path(__file__).parents[2]
 DIGITS = {model: ROOT / "configs" / f"digits_{model}.yaml" for model in ("vit", "swin", "resnet")}
@@ -68,7 +69,7 @@ def test_another_number_of_processes(server, finished, tmp_path):
     promise="the resumed run ends bit-identical to one that was never killed",
 )
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_own_statistics(server, finished, tmp_path, assert_same_end, strategy):
+def test_own_statistics(server, finished, tmp_path, strategy):
     run = ["--config", DIGITS["resnet"], "train.max_iters=24", "train.global_batch=100", "ema.enabled=true",
            "ema.decay=0.9", "evaluation.period=1", "checkpoint.period=4", "log.csv=true",
            f"distributed.strategy={strategy}"]  # fmt: skip
@@ -127,6 +128,7 @@ from torch import nn
 from engine.distributed import Process
 from engine.distributed import shard
 from engine.precision import Precision
+from tests.faults.conftest import assert_same_end
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 
 from engine.checkpoint import load, load_metadata
 from engine.checkpoint_file import split_tensors
+from tests.faults.conftest import assert_same_end
 
 PLUGIN = '''
 import os
@@ -130,7 +131,7 @@ def test_a_changed_command(server, digits, tmp_path):
     promise="the second one ends with one line that names the first, exit code 2; the first one ends undisturbed",
 )
 @pytest.mark.parametrize("arguments", [(), ("--resume",)], ids=["new", "resume"])
-def test_two_runs_in_one_folder(server, digits, finished, tmp_path, assert_same_end, arguments):
+def test_two_runs_in_one_folder(server, digits, finished, tmp_path, arguments):
     first = server.start(*digits, f"output_dir={tmp_path}/run")
     while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
         os.sched_yield()
@@ -142,6 +143,7 @@ def test_two_runs_in_one_folder(server, digits, finished, tmp_path, assert_same_
 
 BACKWARDS = """
 import time
+from tests.faults.conftest import assert_same_end
 
 real, start = time.time, time.time()
 time.time = lambda: 2 * start - real()  # a second back for each second on
@@ -152,7 +154,7 @@ time.time = lambda: 2 * start - real()  # a second back for each second on
     fault="the clock goes backwards, and files have times in the future",
     promise="the run and what a resumed one finds do not change by a bit",
 )
-def test_a_clock_that_goes_backwards(server, digits, finished, tmp_path, assert_same_end):
+def test_a_clock_that_goes_backwards(server, digits, finished, tmp_path):
     (server.folder / "backwards.py").write_text(BACKWARDS)
     run = [*digits, "plugins=[backwards]", "checkpoint.every_minutes=1000", f"output_dir={tmp_path}/run"]
     kill = {"function": "Trainer.run_step", "entry": 20, "delay": 0.0}

@@ -17,6 +17,7 @@ from engine.checkpoint import CheckpointStore, load
 from engine.distributed import Process
 from engine.errors import RunError
 from engine.run_folder import RunFolder
+from tests.faults.conftest import assert_same_end
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 FULL = OSError(28, "No space left on device")
@@ -126,7 +127,7 @@ def small_disk(tmp_path):
 )
 @pytest.mark.parametrize("background", ["true", "false"])
 @pytest.mark.parametrize("room", [0.3, 1.5, 2.01, 2.6, 3.3])  # in checkpoints; a fourth one at once is never needed
-def test_a_full_disk(server, digits, finished, small_disk, assert_same_end, background, room):
+def test_a_full_disk(server, digits, finished, small_disk, background, room):
     run = [*digits, f"checkpoint.background={background}"]
     size = (finished(*run) / "checkpoints" / "last.pt").stat().st_size >> 10
     folder = small_disk(int(room * size)) / "run"

@@ -104,8 +104,8 @@ def test_a_malicious_model_folder(assert_refused, malicious_files, sentinel, tmp
         (folder / "pytorch_model.bin").write_bytes(file.read_bytes())
         assert_refused(*run, "model.pretrained=true")
     for config in (
-        {**own, "architecture": code},
-        {**own, "model_args": {"act_layer": code}},
+        own | {"architecture": code},
+        own | {"model_args": {"act_layer": code}},
         {"architecture": ["x"]},
         [],
     ):

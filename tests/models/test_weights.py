@@ -27,7 +27,8 @@ DECODER = {  # of MAE's pretraining
 CLIP_NAMES = {  # timm's, and those of OpenAI and open_clip
     "cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1",
     "norm_pre": "ln_pre", "blocks": "transformer.resblocks", "norm1": "ln_1", "norm2": "ln_2",
-    "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "norm.": "ln_post.",
+    "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "norm.": "ln_post.",
 }  # fmt: skip
 CLIP_TEXTS = {  # the tower beside that of the images
     "visual.proj": torch.ones(48, 32),

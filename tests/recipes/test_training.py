@@ -114,24 +114,21 @@ def test_train_transform(recipe):
 
 def check_three_augment(choice, jitter, facts) -> None:
     """Exactly one of three ops, each always applied; then colour jitter."""
-    by_name = {policy[0].name: policy[0] for policy in choice.policy}
-    assert sorted(by_name) == ["Desaturate", "GaussianBlurRand", "Solarize"]
-    assert all(len(policy) == 1 for policy in choice.policy)
-    assert all(op.prob == 1 for op in by_name.values())
+    ops = {op.name: op for (op,) in choice.policy}
+    assert sorted(ops) == ["Desaturate", "GaussianBlurRand", "Solarize"] and {op.prob for op in ops.values()} == {1}
     ranges: list[tuple[float, float]] = []
+    image = tv.ToPILImage()(torch.linspace(0, 1, 3 * 16 * 16).view(3, 16, 16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("timm.data.auto_augment.random.uniform", lambda low, high: ranges.append((low, high)) or high)
-        by_name["GaussianBlurRand"](tv.ToPILImage()(torch.zeros(3, 8, 8)))
+        ops["GaussianBlurRand"](image)
     assert ranges == [tuple(facts["gaussian_blur"]["radius_uniform"])]
-    expected = facts["color_jitter"]["factor_range"]
-    assert [list(jitter.brightness), list(jitter.contrast), list(jitter.saturation)] == [pytest.approx(expected)] * 3
+    factors = pytest.approx(facts["color_jitter"]["factor_range"])
+    assert [list(jitter.brightness), list(jitter.contrast), list(jitter.saturation)] == [factors] * 3
     assert jitter.hue is None
-    image = tv.ToPILImage()(torch.linspace(0, 1, 3 * 16 * 16).view(3, 16, 16))
-    grey, solarised = (np.asarray(by_name[name](image)).astype(int) for name in ("Desaturate", "Solarize"))
-    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
-    pixels = np.asarray(image).astype(int)
-    threshold = facts["solarize_threshold"]
-    assert (solarised == np.where(pixels < threshold, pixels, 255 - pixels)).all()
+    drawn = (image, ops["Desaturate"](image), ops["Solarize"](image))
+    pixels, grey, solarised = (np.asarray(one).astype(int) for one in drawn)
+    assert (grey == grey[..., :1]).all()
+    assert (solarised == np.where(pixels < facts["solarize_threshold"], pixels, 255 - pixels)).all()
 
 
 def check_rand_augment(op, facts, config, bicubic_only) -> None:
