@@ -80,25 +80,24 @@ def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
     """
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if isinstance(spec, str):
-        return _instantiate(spec, arguments)
-    if arguments:
+        spec = {"name": spec, **arguments}
+    elif arguments:
         raise ValueError(f"{', '.join(arguments)} can only be given beside an augmentation's name, not beside {spec!r}")
     if isinstance(spec, SubModelAugmentation):
         return spec
-    if isinstance(spec, Mapping):
-        if not isinstance(spec.get("name"), str):
-            raise ValueError(f"augmentation {dict(spec)!r} has no 'name'; known: {', '.join(list_augmentations())}")
-        return _instantiate(spec["name"], {key: value for key, value in spec.items() if key != "name"})
     if isinstance(spec, Sequence):
         return Compose([build(member) for member in spec])
-    raise TypeError(f"an augmentation is a name, a mapping with 'name', a list of those or an instance, not {spec!r}")
-
-
-def _instantiate(name: str, arguments: Mapping[str, Any]) -> SubModelAugmentation:
+    if not isinstance(spec, Mapping):
+        raise TypeError(
+            f"an augmentation is a name, a mapping with 'name', a list of those or an instance, not {spec!r}"
+        )
+    name, given = spec.get("name"), {key: value for key, value in spec.items() if key != "name"}
+    if not isinstance(name, str):
+        raise ValueError(f"augmentation {dict(spec)!r} has no 'name'; known: {', '.join(list_augmentations())}")
     augmentation = AUGSUB_REGISTRY.get(name)
     signature = inspect.signature(augmentation)
     try:
-        signature.bind(**arguments)
+        signature.bind(**given)
     except TypeError as mismatch:
         raise ValueError(f"{name}: {mismatch}; its arguments are {signature}") from mismatch
-    return augmentation(**arguments)
+    return augmentation(**given)

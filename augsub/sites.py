@@ -155,7 +155,7 @@ class StemSite(HookedSite):
 class ModuleSite(Site):
     """Modules whose attributes an augmentation sets during the sub-forward."""
 
-    modules: list[nn.Module]
+    modules: Sequence[nn.Module]
 
     def places(self) -> Sequence[nn.Module]:
         return self.modules

@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -192,13 +193,13 @@ class SubForward:
                 output.register_hook(replay)
 
 
+@dataclass
 class _SiteHook:
     """Forward hook that lets a site change a module's output by the augmentations active there."""
 
-    def __init__(self, name: str, change: Callable[..., Any], sub_forward: SubForward) -> None:
-        self.name = name
-        self.change = change
-        self.sub_forward = sub_forward
+    name: str
+    change: Callable[..., Any]
+    sub_forward: SubForward
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         augmentations = self.sub_forward.active.get(self.name)

@@ -19,8 +19,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import timm
-import torch
 
 import augsub
 from engine.config_file import load_config
@@ -166,26 +164,6 @@ def test_the_readme_quotes_what_the_pages_have():
     figures = re.findall(r"\b1\.\d{3}\b|\d+ images/s|(?<=step )\d+", section)
     performance = (DOCS / "performance.md").read_text()
     assert len(figures) == 14 and [figure for figure in figures if figure not in performance] == []
-
-
-def test_accumulated_gradients_are_those_of_the_whole_batch():
-    """As the README says it, on two micro-batches; a ratio of 0 draws nothing."""
-    (spelling,) = re.findall(r"\*\*Accumulation\*\*.*?backward=(lambda loss: [^`]*)\)`", README.read_text())
-    loop = [line for line in code_blocks(README, "python")[0].splitlines() if line.strip()]
-    assert "objective.backward" in "".join(loop) and len(loop) < 15
-    torch.manual_seed(0)
-    model = augsub.patch(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_classes=5))
-    objective = augsub.SubModelObjective(torch.nn.CrossEntropyLoss(), [augsub.SubModel("masking", ratio=0.0)])
-    images, labels = torch.randn(8, 3, 32, 32), torch.randint(5, (8,))
-    objective.prepare(model)
-    objective.backward(model, images, labels)
-    whole = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    model.zero_grad()
-    backward = eval(spelling, {"n": 2})
-    objective.backward(model, images[:4], labels[:4], backward=backward, sync=False)
-    objective.backward(model, images[4:], labels[4:], backward=backward)
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, whole[name], rtol=1e-4, atol=1e-6)
 
 
 def printed(command: str, monkeypatch, capsys) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import augsub
-from engine.config import Config
 from engine.config_file import load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -105,37 +103,6 @@ def test_the_public_names():
         "supports",
         "unpatch",
     ]
-
-
-CONFIG_KEYS = {
-    "": "output_dir seed plugins hooks model data transform augsub train optimizer schedule loss mixup ema evaluation "
-    "checkpoint distributed log published",
-    "model": "name pretrained checkpoint pos_embed_antialias restart frozen drop_path_rate drop_path_shape drop_rate "
-    "class_token_std head_std head_bias_bound kwargs",
-    "data": "dataset root train_split eval_split image_size repeats workers bad_files allow_mismatch synthetic_samples",
-    "transform": "scale ratio interpolation hflip vflip color_jitter auto_augment random_erase erase_mode erase_count "
-    "erase_area erase_aspect eval_crop eval_crop_mode eval_interpolation mean std",
-    "augsub": "main_weight sub_models",
-    "train": "epochs max_iters global_batch micro_batch accumulation amp loss_scale loss_scale_window clip_norm "
-    "compile channels_last grad_checkpointing profile",
-    "optimizer": "name lr lr_reference_batch layer_decay full_lr weight_decay betas eps kwargs",
-    "schedule": "unit warmup_epochs warmup_lr warmup_prefix warmup_reaches_peak min_lr cooldown_epochs lag "
-    "scale_with_batch",
-    "loss": "name smoothing target_threshold",
-    "mixup": "mixup_alpha cutmix_alpha prob switch_prob mode cutmix_minmax correct_lam integer_pixels off_epoch",
-    "ema": "enabled decay warmup evaluate",
-    "evaluation": "period batch checkpoint metric",
-    "checkpoint": "period every_minutes keep background",
-    "distributed": "strategy reshard_after_forward sync_batchnorm timeout_minutes",
-    "log": "period csv wandb",
-    "published": "gpus baseline masksub",
-}
-
-
-@pytest.mark.parametrize("section", CONFIG_KEYS)
-def test_the_keys_of_a_configuration(section):
-    part = getattr(Config(), section) if section else Config()
-    assert [field.name for field in dataclasses.fields(part)] == CONFIG_KEYS[section].split()
 
 
 def test_every_key_has_a_comment():

@@ -11,7 +11,6 @@ from torch import nn
 
 from augsub.sites import Assignment, ForeignModule, ImageSite, ImageSize, ModuleSite, Site
 
-DEFAULT_STRIDE = 32  # total stride of nearly all hierarchical models
 DROP_PATH_NAME = re.compile(r"(\w+_)?drop_path\d?")
 DROPOUT_NAME = re.compile(r"(proj|out|mlp)_drop|drop\d?")  # not attention weights, positions or embeddings
 NOT_IN_BLOCKS = re.compile(r"head|classifier|pre_logits|rel_pos|meta_mlp")  # nor networks of position biases
@@ -34,18 +33,30 @@ class Family:
 
     def sites(self, model: ForeignModule) -> dict[str, Site]:
         """The sites of a model without missing modules by name; a site without modules is left out."""
+        drop_paths = [
+            module
+            for parent in model.modules()
+            if has_residual(parent)
+            for module in parent.children()
+            if isinstance(module, (DropPath, ResidualDrop))
+        ]
+        dropouts = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Dropout)
+            and DROPOUT_NAME.fullmatch(name.rpartition(".")[2])
+            and not NOT_IN_BLOCKS.search(name)
+        ]
         sites: dict[str, Site] = {"image": ImageSite(self.stride(model), self.takes_other_sizes(model))}
-        for name, modules in (("drop_path", find_drop_paths(model)), ("dropout", find_dropouts(model))):
-            if modules:
-                sites[name] = ModuleSite(modules)
-        return sites
+        sites |= {"drop_path": ModuleSite(drop_paths)} if drop_paths else {}
+        return sites | ({"dropout": ModuleSite(dropouts)} if dropouts else {})
 
     def stride(self, model: ForeignModule) -> int:
         """The model's total stride in pixels."""
         feature_info = getattr(model, "feature_info", None)
         if isinstance(feature_info, list) and feature_info:
             return int(feature_info[-1]["reduction"])
-        return DEFAULT_STRIDE
+        return 32  # of nearly all hierarchical models
 
     def takes_other_sizes(self, model: ForeignModule) -> bool:
         """Whether the sub-model may see images of another size than the main model."""
@@ -61,7 +72,6 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}  # by the names of the model classes that they serve
-EVERY_MODEL = Family()
 
 
 def register_family(family: Family, *model_classes: str) -> None:
@@ -80,7 +90,7 @@ def family_of(model: ForeignModule) -> Family:
         name = f"{model_class.__module__}.{model_class.__qualname__}".removeprefix("timm.models.")
         if name in FAMILIES:
             return FAMILIES[name]
-    return EVERY_MODEL
+    return Family()
 
 
 def drop_path_places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
@@ -102,25 +112,3 @@ def has_residual(block: nn.Module) -> bool:
         return not block.no_skip  # of Xception, whose shortcut is None where it is the input itself
     has_skip = getattr(block, "has_skip", True) and getattr(block, "residual", True)
     return has_skip and getattr(block, "shortcut", block) is not None
-
-
-def find_drop_paths(model: nn.Module) -> list[nn.Module]:
-    """All stochastic-depth modules of blocks that have a residual connection."""
-    return [
-        module
-        for parent in model.modules()
-        if has_residual(parent)
-        for module in parent.children()
-        if isinstance(module, (DropPath, ResidualDrop))
-    ]
-
-
-def find_dropouts(model: nn.Module) -> list[nn.Module]:
-    """All dropouts after attention projections and in MLPs."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Dropout)
-        and DROPOUT_NAME.fullmatch(name.rpartition(".")[2])
-        and not NOT_IN_BLOCKS.search(name)
-    ]

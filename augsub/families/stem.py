@@ -5,6 +5,8 @@ And those without a better place than the input, which take images of their buil
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from augsub.families.base import Family, register_family
@@ -13,6 +15,7 @@ from augsub.sites import ForeignModule, Layout, Site, StemSite
 POSITION_BOUND = frozenset({"BottleneckAttn", "HaloAttn"})  # attention of ByobNet with tables of a fixed size
 
 
+@dataclass(frozen=True)
 class StemFamily(Family):
     """Models with one stem, whose whole output goes through the blocks.
 
@@ -22,10 +25,9 @@ class StemFamily(Family):
         fixed_size: whether the model takes images of its built size only.
     """
 
-    def __init__(self, stem: str, layout: Layout, fixed_size: bool = False) -> None:
-        self.stem = stem
-        self.layout = layout
-        self.fixed_size = fixed_size
+    stem: str
+    layout: Layout
+    fixed_size: bool = False
 
     def sites(self, model: ForeignModule) -> dict[str, Site]:
         return {**super().sites(model), "stem": StemSite(model.get_submodule(self.stem), model, self.layout)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from augsub.augmentation import Tokens
@@ -76,14 +77,14 @@ class NaFlexVitFamily(TokenFamily):
         return True
 
 
+@dataclass(frozen=True)
 class HuggingFaceViTFamily(TokenFamily):
     """ViT, DeiT, DINOv2 of Transformers, below their heads.
 
     The sequence of their `embeddings` begins with `num_prefix_tokens` and registers, if any.
     """
 
-    def __init__(self, num_prefix_tokens: int = 1) -> None:
-        self.num_prefix_tokens = num_prefix_tokens
+    num_prefix_tokens: int = 1
 
     def token_site(self, model: ForeignModule) -> TokenSite:
         registers = getattr(model.config, "num_register_tokens", 0)
