@@ -101,9 +101,14 @@ def load_weights(
     misfits = {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
     fitting = {name: weight for name, weight in weights.items() if name in own and name not in misfits}
     unknown = sorted(weights.keys() - own.keys())
+    before = needed | ({"pos_embed": needed[CLIP_POSITIONS]} if CLIP_POSITIONS in needed else {})
     report = LoadReport(
         loaded=tuple(fitting),
-        resized=_resized(needed, fitting),
+        resized={
+            name: (tuple(before[name].shape), tuple(weight.shape))
+            for name, weight in fitting.items()
+            if name in before and before[name].numel() != weight.numel()
+        },
         initial=tuple(name for name in own if name not in fitting and name != "mask_token"),
         other_classes={name: tuple(weights[name].shape) for name in sorted(misfits & head)},
         pretraining=tuple(sorted(pretraining)),
@@ -160,18 +165,6 @@ def _in_timms_layout(weights: Weights, model: nn.Module, antialias: bool, source
         except Exception as error:  # whatever its code meets in weights of other shapes
             raise ValueError(f"checkpoint {source} is of another model: timm cannot convert it ({error!r})") from error
     return weights
-
-
-def _resized(before: Weights, after: Weights) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Tensors that have another number of values after the conversion, with their shapes."""
-    sources = {name: before.get(name) for name in after} | {
-        "pos_embed": before.get("pos_embed", before.get(CLIP_POSITIONS))
-    }
-    return {
-        name: (tuple(source.shape), tuple(after[name].shape))
-        for name, source in sources.items()
-        if source is not None and name in after and source.numel() != after[name].numel()
-    }
 
 
 def head_tensors(model: nn.Module) -> set[str]:
