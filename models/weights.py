@@ -90,11 +90,7 @@ def load_weights(
     own = model.state_dict()
     found, beside = _find(content, own.keys(), source)
     pretraining = _names_of_pretraining(found, model)
-    needed = {
-        name: weight.float() if weight.is_floating_point() else weight
-        for name, weight in found.items()
-        if name not in pretraining
-    }
+    needed = {name: weight for name, weight in found.items() if name not in pretraining}
     weights = _in_timms_layout(needed, model, antialias, source)
 
     head = head_tensors(model)
@@ -181,7 +177,7 @@ def _some(names: Any) -> str:
 
 
 def _find(content: Any, own: Set[str], source: object) -> tuple[Weights, list[str]]:
-    """A model's weights in a file, and the names of all other tensors in the same mapping.
+    """A model's weights in a file, in float32, and the names of all other tensors in the same mapping.
 
     They are what has most of the model's names behind any beginning; of several the trained ones before their average.
     In a file of another layout, whose names are not the model's, it is the largest state dict.
@@ -214,7 +210,11 @@ def _find(content: Any, own: Set[str], source: object) -> tuple[Weights, list[st
         others = "', '".join(name for place, name in names.items() if place != best)
         LOGGER.info("%s: these are '%s', not '%s'", source, names[best], others)
     weights, beginning = mappings[best[0]], best[1]
-    inside = {name.removeprefix(beginning): weight for name, weight in weights.items() if name.startswith(beginning)}
+    inside = {
+        name.removeprefix(beginning): weight.float() if weight.is_floating_point() else weight
+        for name, weight in weights.items()
+        if name.startswith(beginning)
+    }
     return inside, [name for name in weights if not name.startswith(beginning)]
 
 
