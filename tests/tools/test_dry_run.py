@@ -101,7 +101,7 @@ def test_a_wrong_folder_is_told_and_nothing_is_planned(train_net, tmp_path, monk
         assert "ImageNet" not in error and error.count("\n") == 1
     Path("imagenet").mkdir()  # there, and not what it should be
     code, output, error = train_net(*SWIN)
-    assert (code, output) == (2, "") and error.startswith("error: data.root = imagenet: no folder for the split train")
+    assert (code, output) == (2, "") and error.startswith("error: data.root = imagenet: no folder for the split ")
     assert [path.name for path in tmp_path.iterdir()] == ["imagenet"]
 
 
