@@ -47,18 +47,16 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         model = {"model": evaluated["model"], "img_size": evaluated["image_size"], **_accuracies(figures)}
         model["param_count"] = round(evaluated["parameters"] / 1e6, 2)  # millions, as there
         model |= {"crop_pct": evaluated["crop"], "interpolation": evaluated["interpolation"], **weights}
-        found["results"].append(
-            {**model, "images": figures["images"], **cross_entropy, "ece": round(figures["ece"], 3)}
-        )
+        model |= {"images": figures["images"], **cross_entropy, "ece": round(figures["ece"], 3)}
+        found["results"].append(model)
         counts, hits = result.metrics.confusion.sum(dim=1).tolist(), result.metrics.confusion.diag().tolist()
         for name, count, hit in zip(evaluated["class_names"], counts, hits, strict=True):
             top1 = round(100 * hit / count, 3) if count else None
             found["classes"].append({**weights, "class": name, "images": int(count), "top1": top1})
         for place, part in result.parts.items() if len(result.parts) > 1 else ():
             corruption, severity = place.split("/")
-            found["corruptions"].append(
-                {**weights, "corruption": corruption, "severity": severity, **_accuracies(part)}
-            )
+            row = {**weights, "corruption": corruption, "severity": severity, **_accuracies(part)}
+            found["corruptions"].append(row)
     return found
 
 

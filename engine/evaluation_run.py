@@ -100,14 +100,10 @@ def sub_models(config: Config, name: str | None, ratios: Sequence[float]) -> lis
     if name is not None:
         specs = [[{"name": name, "ratio": 0.5}]]
     if not specs:
-        raise InputError(
-            "--sub-model: the configuration has none, augsub.sub_models = []; choose one with --augsub NAME"
-        )
+        raise InputError("--sub-model: the configuration has none; choose one with --augsub NAME")
     if ratios:
         if any(len(members) != 1 for members in specs):
-            raise InputError(
-                "--ratios: a sub-model of several augmentations has no ratio; choose one with --augsub NAME"
-            )
+            raise InputError("--ratios: a sub-model of several augmentations has none; choose one with --augsub NAME")
         named = [{"name": member} if isinstance(member, str) else member for (member,) in specs]
         specs = [[{**member, "ratio": ratio}] for member in named for ratio in ratios]
     with input_errors("augsub.sub_models" if name is None else f"--augsub {name}"):
@@ -123,10 +119,8 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     last = RunFolder(config.output_dir).last
     file = config.evaluation.checkpoint or (last if last.exists() else config.model.checkpoint)
     if file is None and not config.model.pretrained:
-        raise InputError(
-            f"nothing to evaluate: {last} does not exist; set evaluation.checkpoint, model.pretrained=true "
-            "or output_dir"
-        )
+        ways = "evaluation.checkpoint, model.pretrained=true or output_dir"
+        raise InputError(f"nothing to evaluate: {last} does not exist; set {ways}")
     _, results = evaluate_weights(complete(config), file, process)
     figures = {result.prefix + name: value for result in results for name, value in result.metrics.figures().items()}
     return {name: value for name, value in figures.items() if not name.endswith("ece")}

@@ -91,9 +91,8 @@ def held_out_order(num_images: int, rank: int, world_size: int, batch: int) -> l
 
     Every process thus makes the same number of forwards, and each image is in one share only.
     """
-    share = [
-        SampleKey(index, seed=0) for index in range(rank, math.ceil(num_images / world_size) * world_size, world_size)
-    ]
+    padded = math.ceil(num_images / world_size) * world_size
+    share = [SampleKey(index, seed=0) for index in range(rank, padded, world_size)]
     return [share[start : start + batch] for start in range(0, len(share), batch)]
 
 
@@ -118,8 +117,8 @@ class SeededDataset(Dataset):
 
     def _item(self, key: SampleKey, bad_files: list[UnreadableImage]) -> tuple[Any, int]:
         count = len(self._dataset)
-        for attempt in range(self._attempts if key.index < count else 0):
-            seed_cpu(key.seed)
+        seed_cpu(key.seed)
+        for attempt in range(self._attempts if key.index < count else 0):  # a file that fails draws nothing
             try:
                 image, label = self._dataset[(key.index + attempt) % count]
                 return image, int(label)
