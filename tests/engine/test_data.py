@@ -75,7 +75,7 @@ def test_processes_and_micro_batches_divide_the_same_global_batches(world_size, 
     count = world_size * accumulation
     joined = [chain(*parts[start : start + count]) for start in range(0, len(parts), count)]
     assert [sorted(batch) for batch in joined] == [sorted(batch) for batch in whole]
-    assert parts == micro_batches(accumulation, world_size, images=4, num_samples=22, repeats=repeats)
+    assert parts == micro_batches(1, count, images=4, num_samples=22, repeats=repeats)
 
 
 def test_repeated_images_fill_an_epoch_of_the_same_length_in_different_micro_batches():

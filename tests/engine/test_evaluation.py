@@ -119,7 +119,7 @@ def test_a_sub_model_is_evaluated_with_the_same_draws_each_time(patched_model, n
     batches = batches_of(images, torch.arange(8), 3)
     options = {"cell": 8} if name == "masking" and augsub.supports(patched_model)["masking"] != "tokens" else {}
 
-    def result(seed: int, ratio: float) -> dict[str, float]:
+    def result(seed: int, ratio: float, batches=batches) -> dict[str, float]:
         augmentation = augsub.build({"name": name, "ratio": ratio, **options})
         return evaluate(patched_model, batches, FULL, ALONE, augmentation=augmentation, seed=seed)
 
@@ -127,6 +127,8 @@ def test_a_sub_model_is_evaluated_with_the_same_draws_each_time(patched_model, n
     assert result(0, 0.0) == main
     assert result(0, 0.5) == result(0, 0.5)
     assert len({result(seed, 0.5)["eval_loss"] for seed in (0, 1)} | {main["eval_loss"]}) == 3
+    one, twice = (result(0, 0.5, count * batches[:1])["eval_loss"] for count in (1, 2))
+    assert one != pytest.approx(twice, rel=1e-6)  # each batch has draws of its own
 
 
 SEVERITIES = [f"{corruption}/{severity}" for corruption in ("snow", "fog") for severity in range(1, 6)]
