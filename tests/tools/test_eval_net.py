@@ -201,19 +201,6 @@ def test_exported_weights_and_another_image_size(evaluate, trained, tmp_path):
     assert rows(tmp_path / "larger" / "results.csv")[0]["img_size"] == "12"
 
 
-@pytest.mark.slow
-def test_a_sharded_checkpoint_of_a_run(evaluate, command, torchrun, tmp_path):
-    finished = command(
-        *torchrun, ROOT / "tools" / "train_net.py", "--config", DIGITS, f"output_dir={tmp_path}/run",
-        "train.max_iters=4", "distributed.strategy=fsdp2",
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    for what in ("run", "run/checkpoints/last.pt"):
-        evaluate(tmp_path / what, "--output", tmp_path / "results")
-        assert results(tmp_path / "results")[0]["top1"] == pytest.approx(summary["top1"], abs=0.13)
-
-
 def test_a_pretrained_model_by_its_name(evaluate, call_tool, images, tmp_path):
     source = timm.create_model("test_resnet", num_classes=len(COUNTS))
     timm.models.save_for_hf(source, tmp_path / "hub", model_config={"num_classes": len(COUNTS)})
