@@ -37,7 +37,6 @@ from engine.hooks.training import (
     NaNGuard,
     SameBatchNormStatistics,
     StopMixing,
-    UniteBadFiles,
 )
 from engine.loss import build_criterion, build_mixup
 from engine.optim import build_optimizer, build_schedule
@@ -386,7 +385,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         guard,  # before anything looks at weights that may be ruined
         evaluation,
         *own_hooks,  # before the writing, which writes their results too
-        UniteBadFiles(data.bad_files, data.iterations_per_epoch),  # the evaluation finds some too
+        data.bad_files,  # the evaluation finds some too
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record
         *([pictures] if sharded or process.is_main else []),  # after the writing, which opens the writers
         saving,

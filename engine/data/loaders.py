@@ -24,6 +24,7 @@ from engine.data.stream import IGNORED, SeededDataset, TrainingOrder, held_out_o
 from engine.data.transforms import Delivery, normalisation
 from engine.distributed import Process
 from engine.errors import InputError, RunError, first_line
+from engine.train_loop import HookBase
 
 LOGGER = logging.getLogger("engine")
 STEPS_PER_EPOCH = 16  # that small data should have at least
@@ -109,13 +110,18 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class BadFiles:
+class BadFiles(HookBase):
     """The bad files that a run has met so far, each counted once.
+
+    As a hook it brings together what the processes found, after each epoch and the last step. A checkpoint in between
+    holds what the main process knows; the others' files are found again.
 
     Args:
         allowed: how many there may be, `data.bad_files`.
         logs: whether this process logs them.
     """
+
+    state_name = "bad_files"
 
     def __init__(self, allowed: int, logs: bool = True) -> None:
         self.allowed = allowed
@@ -141,6 +147,10 @@ class BadFiles:
                 )
             if is_new and self._logs:
                 LOGGER.warning("bad file %d of %d allowed (data.bad_files): %s: %s", count, self.allowed, name, reason)
+
+    def after_step(self) -> None:
+        if self.trainer.iteration % self.trainer.data.iterations_per_epoch == 0 or self.trainer.is_last:
+            self.unite(self.trainer.process)
 
     def unite(self, process: Process) -> None:
         """Count what the other processes found too. All processes must call it together."""

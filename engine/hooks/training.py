@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
-from engine.data.loaders import BadFiles
 from engine.distributed import local
 from engine.errors import NonFiniteLossError
 from engine.optim import WarmupCosine
@@ -202,26 +201,3 @@ class NaNGuard(HookBase):
                 f"a parameter is not finite after iteration {self.trainer.iteration}, though the loss was"
                 + self.HOW_TO_GO_ON
             )
-
-
-class UniteBadFiles(HookBase):
-    """Brings together what the processes found, every `period` iterations and after the last step.
-
-    A checkpoint in between holds what the main process knows; the others' files are found again.
-    """
-
-    state_name = "bad_files"
-
-    def __init__(self, bad_files: BadFiles, period: int) -> None:
-        self._bad_files = bad_files
-        self._period = period
-
-    def after_step(self) -> None:
-        if self.trainer.iteration % self._period == 0 or self.trainer.is_last:
-            self._bad_files.unite(self.trainer.process)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._bad_files.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._bad_files.load_state_dict(state)
