@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from augsub.augmentation import SubModelAugmentation
-from augsub.patching import find_patched, prepare_sites
+from augsub.patching import find_patched
 from augsub.registry import AugmentationSpec, build
 from augsub.teaching import Criterion, TargetForm, check_first_batch, main_loss, teaching_for
 
@@ -105,9 +106,15 @@ class SubModelObjective:
         branch uses would otherwise make DDP wait for its gradient.
 
         Raises:
-            ValueError: if the model is not patched, or has no site for an augmentation.
+            ValueError: if no model is patched, or it has no site for an augmentation, or DDP holds it already.
         """
-        prepare_sites(model, [sub_model.augmentation for sub_model in self.sub_models])
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError("DistributedDataParallel holds this model: call objective.prepare before wrapping it")
+        patched = find_patched(model)
+        patched._augsub.check_complete()
+        used_sites = {site for sub_model in self.sub_models for site in patched._augsub.plan(sub_model.augmentation)}
+        if "stem" in patched._augsub.sites:
+            patched.mask_token.requires_grad_("stem" in used_sites)
         return model
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> ObjectiveOutput:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypeIs
 
-from augsub.augmentation import SubModelAugmentation
 from augsub.families import family_of
 from augsub.registry import AugmentationSpec, build
 from augsub.sub_forward import SubForward
@@ -99,9 +97,9 @@ def patch(model: Model) -> Model:
     """Let `model` take `augsub=` and `augsub_ratio=` in its forward, in place.
 
     The main model stays bit-identical and no random number is drawn from the global generator.
-    Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D). Threads may share the model: its
-    forwards wait for each other. With drop_path or dropout in a sub-model, no
-    thread should call the model while another one is in its backward.
+    Models that mask by replacing stem features get a parameter `mask_token` (1, 1, D). Threads may share
+    the model: its forwards wait for each other. With drop_path or dropout in a sub-model, no thread should call the
+    model while another one is in its backward.
 
     Raises:
         TypeError: if `model` is no module.
@@ -119,7 +117,12 @@ def patch(model: Model) -> Model:
     family = family_of(model)
     width = family.mask_token_width(model)
     if width is not None:
-        _add_mask_token(model, width)
+        if hasattr(model, "mask_token"):
+            raise ValueError(f"{type(model).__name__} has a mask_token of its own, which patch would overwrite")
+        like = next(model.parameters())
+        with torch.random.fork_rng(devices=[]):  # the user's random numbers stay what they were without patch
+            token = nn.init.trunc_normal_(torch.empty(1, 1, width), std=MASK_TOKEN_STD)
+        model.mask_token = nn.Parameter(token.to(like.device, like.dtype))
     cast(PatchedModel, model)._augsub = SubForward(model, family)
     model.__class__ = _patched_class(type(model))  # type: ignore[arg-type, assignment]
     return model
@@ -185,21 +188,6 @@ def supports(model: nn.Module) -> dict[str, str]:
     return support
 
 
-def prepare_sites(model: nn.Module, augmentations: Sequence[SubModelAugmentation]) -> None:
-    """Check that `model` has a site for every augmentation; freeze the mask token if none uses it.
-
-    Raises:
-        ValueError: if no model is patched, or it has no site for an augmentation, or DDP holds it already.
-    """
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError("DistributedDataParallel holds this model already: call objective.prepare before wrapping it")
-    patched = find_patched(model)
-    patched._augsub.check_complete()
-    used_sites = {site for augmentation in augmentations for site in patched._augsub.plan(augmentation)}
-    if "stem" in patched._augsub.sites:
-        patched.mask_token.requires_grad_("stem" in used_sites)
-
-
 @functools.cache
 def _name_of_images(original: type[nn.Module]) -> str:
     """What a model's own forward calls its first argument."""
@@ -221,12 +209,3 @@ def _original_class(model: nn.Module) -> type[nn.Module]:
 def _new_patched(original: type[nn.Module]) -> nn.Module:
     patched = _patched_class(original)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
     return patched.__new__(patched)
-
-
-def _add_mask_token(model: nn.Module, width: int) -> None:
-    if hasattr(model, "mask_token"):
-        raise ValueError(f"{type(model).__name__} has a mask_token of its own, which patch would overwrite")
-    like = next(model.parameters())
-    with torch.random.fork_rng(devices=[]):  # the user's random numbers stay what they were without patch
-        token = nn.init.trunc_normal_(torch.empty(1, 1, width), std=MASK_TOKEN_STD)
-    model.mask_token = nn.Parameter(token.to(like.device, like.dtype))

@@ -53,15 +53,15 @@ from models.build import (
     image_settings,
     innermost_blocks,
 )
-from models.initialise import (
+from models.recipe import (
     freeze,
     frozen_batchnorms,
     make_drop_path_uniform,
+    param_groups,
     restart,
     start_class_token,
     start_head,
 )
-from models.param_groups import param_groups
 from models.weights import head_tensors, load_weights
 
 LOGGER = logging.getLogger("engine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from timm.layers import DropPath
 from timm.models.efficientvit_msra import ResidualDrop
@@ -16,11 +17,17 @@ DROPOUT_NAME = re.compile(r"(proj|out|mlp)_drop|drop\d?")  # not attention weigh
 NOT_IN_BLOCKS = re.compile(r"head|classifier|pre_logits|rel_pos|meta_mlp")  # nor networks of position biases
 
 
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What is true of any model: it has an input, and perhaps stochastic-depth and dropout modules.
 
     A subclass adds the sites that its models have inside.
+
+    Args:
+        fixed_size: whether its models take images of their built size only.
     """
+
+    fixed_size: bool = False
 
     def missing_modules(self, model: ForeignModule) -> Iterator[Assignment]:
         """Modules (parent, name, module) that the model would have with other rates; they compute nothing as they are.
@@ -60,7 +67,7 @@ class Family:
 
     def takes_other_sizes(self, model: ForeignModule) -> bool:
         """Whether the sub-model may see images of another size than the main model."""
-        return True
+        return not self.fixed_size
 
     def mask_token_width(self, model: ForeignModule) -> int | None:
         """Width D of the mask token that `patch` must create in `model`, None if the family needs none."""

@@ -27,13 +27,9 @@ class StemFamily(Family):
 
     stem: str
     layout: Layout
-    fixed_size: bool = False
 
     def sites(self, model: ForeignModule) -> dict[str, Site]:
         return {**super().sites(model), "stem": StemSite(model.get_submodule(self.stem), model, self.layout)}
-
-    def takes_other_sizes(self, model: ForeignModule) -> bool:
-        return not self.fixed_size
 
     def mask_token_width(self, model: ForeignModule) -> int | None:
         return output_width(model.get_submodule(self.stem))
@@ -65,13 +61,6 @@ class EfficientNetFamily(StemFamily):
 
     def mask_token_width(self, model: ForeignModule) -> int | None:
         return super().mask_token_width(model) if isinstance(model.bn1, nn.LayerNorm) else None
-
-
-class FixedSizeFamily(Family):
-    """Their attention biases or position embeddings fit one resolution."""
-
-    def takes_other_sizes(self, model: ForeignModule) -> bool:
-        return False
 
 
 class ByobNetFamily(Family):
@@ -127,6 +116,8 @@ register_family(StemFamily("conv_stem", "NCHW"), "mobilenetv5.MobileNetV5", "mob
 register_family(
     StemFamily("stem", "NCHW", fixed_size=True), "maxxvit.MaxxVit", "gcvit.GlobalContextVit", "visformer.Visformer"
 )
-# No stem whose output goes through the blocks as it is
-register_family(FixedSizeFamily(), "efficientformer.EfficientFormer", "efficientformer_v2.EfficientFormerV2", "tnt.TNT")
+# No stem whose output goes through the blocks as it is; attention biases or position embeddings fit one resolution
+register_family(
+    Family(fixed_size=True), "efficientformer.EfficientFormer", "efficientformer_v2.EfficientFormerV2", "tnt.TNT"
+)
 register_family(ByobNetFamily(), "byobnet.ByobNet")

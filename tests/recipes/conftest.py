@@ -18,7 +18,7 @@ from engine.config_file import load_config
 from engine.data.source import IMAGENET
 from engine.defaults import create_configured_model
 from engine.optim import WarmupCosine, build_schedule
-from models.initialise import freeze
+from models.recipe import freeze
 
 FACTS = Path(__file__).with_name("recipes.yaml")
 CONFIGS = Path(__file__).parents[2] / "configs"

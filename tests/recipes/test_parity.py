@@ -13,7 +13,7 @@ import augsub
 from augsub.masking import random_keep
 from engine.data.loaders import accumulation_for
 from engine.data.stream import TrainingOrder
-from models.param_groups import param_groups
+from models.recipe import param_groups
 from tests.recipes.conftest import TRAINING_IMAGES
 
 

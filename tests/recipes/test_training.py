@@ -22,7 +22,7 @@ from engine.defaults import build_objective, build_run_model
 from engine.distributed import Process
 from engine.loss import IntegerMixup, build_criterion, build_mixup
 from engine.optim import build_optimizer
-from models.param_groups import param_groups
+from models.recipe import param_groups
 
 CLASSES = 1000
 CPU = torch.device("cpu")
