@@ -77,13 +77,6 @@ def any_model(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 
 @pytest.fixture(params=ONE_PER_FAMILY)
-def family_model(request: pytest.FixtureRequest) -> torch.nn.Module:
-    """One model of each family, not patched."""
-    torch.manual_seed(0)
-    return MODELS[request.param]()
-
-
-@pytest.fixture(params=ONE_PER_FAMILY)
 def patched_model(request: pytest.FixtureRequest) -> torch.nn.Module:
     """One model of each family, patched."""
     torch.manual_seed(0)

@@ -16,7 +16,6 @@ from tests.faults.conftest import assert_same_end, free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 PREEMPTED = 75
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 SAVED_ON_DEMAND = ("checkpoint.period=1000", "log.period=1")
 
 
@@ -29,38 +28,28 @@ def torchrun(*arguments: object) -> subprocess.Popen:
 
 
 @pytest.mark.faults(
-    fault="SIGTERM or SIGUSR1",
-    promise="the step is finished, the state saved, exit code 75; --resume ends bit-identical",
+    fault="SIGTERM or SIGUSR1 to a single process, SIGTERM to one of two",
+    promise="the step is finished, by both, the state saved, exit code 75; --resume ends bit-identical",
 )
-@SIGNALS
-def test_a_signal(server, digits, finished, tmp_path, number):
-    run, stopped = [*digits, *SAVED_ON_DEMAND, "data.workers=2"], tmp_path / "stopped"
-    process = server.start(*run, f"output_dir={stopped}")
+@pytest.mark.parametrize(
+    ("number", "processes", "strategy"),
+    [(signal.SIGTERM, 1, "ddp"), (signal.SIGUSR1, 1, "ddp"), (signal.SIGTERM, 2, "ddp"), (signal.SIGTERM, 2, "fsdp2")],
+)
+def test_a_signal(server, digits, finished, tmp_path, number, processes, strategy):
+    run = [*digits, *SAVED_ON_DEMAND, "data.workers=2", f"distributed.strategy={strategy}"]
+    stopped = tmp_path / "stopped"
+    started = server.start_processes(processes, *run, f"output_dir={stopped}")
     wait_for("iteration 5 ", stopped / "log.txt")
-    os.killpg(process.pid, number)  # the loading workers get it too
-    ended = server.wait(process)
-    assert ended.code == PREEMPTED and ended.err.count("\n") == 1, ended.err
-    after = re.match(rf"stopped by {number.name} after iteration (\d+); the state is saved; --resume goes", ended.err)
+    os.killpg(started[-1].pid, number)  # its loading workers get it too
+    ended = [server.wait(process) for process in started]
+    assert [end.code for end in ended] == [PREEMPTED] * processes, ended
+    by = number.name if processes == 1 else "another process's signal"
+    after = re.fullmatch(
+        rf"stopped by {by} after iteration (\d+); the state is saved; --resume goes .*\n", ended[0].err
+    )
     assert load_metadata(stopped / "checkpoints" / "last.pt")["iteration"] == int(after[1]) < 34
-    server.succeed(*run, f"output_dir={stopped}", "--resume", "auto")
-    assert_same_end(finished(*run), stopped)
-
-
-@pytest.mark.faults(
-    fault="SIGTERM to one of two processes",
-    promise="both finish the same step, save, and exit with 75; --resume ends bit-identical",
-)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_signal_to_one_process_of_two(server, digits, finished, tmp_path, strategy):
-    run, stopped = [*digits, *SAVED_ON_DEMAND, f"distributed.strategy={strategy}"], tmp_path / "stopped"
-    processes = server.start_processes(2, *run, f"output_dir={stopped}")
-    wait_for("iteration 3 ", stopped / "log.txt")
-    os.kill(processes[1].pid, signal.SIGTERM)
-    ended = [server.wait(process) for process in processes]
-    assert [end.code for end in ended] == [PREEMPTED, PREEMPTED], [end.err for end in ended]
-    assert "stopped by another process's signal" in ended[0].err
-    server.succeed(*run, f"output_dir={stopped}", "--resume", "auto", processes=2)
-    assert_same_end(finished(*run, processes=2), stopped)
+    server.succeed(*run, f"output_dir={stopped}", "--resume", "auto", processes=processes)
+    assert_same_end(finished(*run, processes=processes), stopped)
 
 
 @pytest.mark.faults(
@@ -100,7 +89,7 @@ def test_torchrun_restarts_a_dead_rank(digits, finished, tmp_path):
     fault="SIGTERM or SIGUSR1 to torchrun itself",
     promise="it is passed on: the step is finished and the state saved; --resume ends bit-identical",
 )
-@SIGNALS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_to_torchrun(server, digits, finished, tmp_path, number):
     run, stopped = [*digits, *SAVED_ON_DEMAND], tmp_path / "stopped"
     options = ("--standalone", "--nproc_per_node=2", "--signals_to_handle=SIGTERM,SIGINT,SIGUSR1")
