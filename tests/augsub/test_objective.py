@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import textwrap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,10 +115,11 @@ def test_prepare_freezes_a_mask_token_that_nothing_trains(make_model):
 
 
 DISTRIBUTED = """
-import sys, torch, torch.distributed as dist, timm, augsub
+import itertools, torch, torch.distributed as dist, augsub
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from tests.conftest import MODELS
 
 @augsub.register("checkerboard")
 class Checkerboard(augsub.SubModelAugmentation):
@@ -129,43 +131,31 @@ class Checkerboard(augsub.SubModelAugmentation):
         return features
 
 dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-reductions = []
+rank, reductions = dist.get_rank(), []
 def counting(state, bucket):
     reductions.append(bucket.buffer().numel())
     return allreduce_hook(state, bucket)
 
-MODELS = {
-    "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)),
-    "swin": ("swin_tiny_patch4_window7_224", dict(img_size=32, patch_size=4, window_size=4, embed_dim=16,
-             depths=(2, 2), num_heads=(2, 4), drop_path_rate=0.0)),
-}
-for name, kwargs in MODELS.values():
-    for count in (0, 1, 2):
-        sub_models = count * [augsub.SubModel("checkerboard", ratio=0.5)]
-        for accumulation in (1, 2):
-            torch.manual_seed(0)
-            model = augsub.patch(timm.create_model(name, num_classes=10, **kwargs))
-            single = augsub.patch(timm.create_model(name, num_classes=10, **kwargs))
-            single.load_state_dict(model.state_dict())
-            objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), sub_models)
-            objective.prepare(model); objective.prepare(single)
-            wrapped = DistributedDataParallel(model)
-            wrapped.register_comm_hook(None, counting)
-            images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
-            for step in range(3):  # DDP finds a missing reduction in the step after it
-                wrapped.zero_grad(); single.zero_grad(); reductions.clear()
-                for part in range(accumulation):
-                    size = 8 // world // accumulation
-                    mine = slice((part * world + rank) * size, (part * world + rank + 1) * size)
-                    objective.backward(wrapped, images[mine], labels[mine], sync=part == accumulation - 1,
-                                       backward=lambda loss: (loss / accumulation).backward())
-                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                assert sum(reductions) == trained, (reductions, trained)
-            objective.backward(single, images, labels)
-            for (key, p), q in zip(model.named_parameters(), single.parameters()):
-                if p.requires_grad:
-                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=key)
+for name, count, accumulation in itertools.product(("vit", "swin"), (0, 1, 2), (1, 2)):
+    torch.manual_seed(0)
+    model, single = (augsub.patch(MODELS[name]()) for _ in range(2))
+    single.load_state_dict(model.state_dict())
+    objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), count * [augsub.SubModel("checkerboard", ratio=0.5)])
+    objective.prepare(model), objective.prepare(single)
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, counting)
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    for step in range(3):  # DDP finds a missing reduction in the step after it
+        wrapped.zero_grad(), reductions.clear()
+        for part in range(accumulation):
+            mine = slice(part * 2 + rank, None, 2 * accumulation)
+            objective.backward(wrapped, images[mine], labels[mine], sync=part == accumulation - 1,
+                               backward=lambda loss: (loss / accumulation).backward())
+        assert sum(reductions) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    objective.backward(single, images, labels)
+    for (key, p), q in zip(model.named_parameters(), single.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=key)
 dist.destroy_process_group()
 print("rank", rank, "equal")
 """
@@ -173,9 +163,10 @@ print("rank", rank, "equal")
 
 def test_two_processes_equal_one_with_the_double_batch_and_reduce_once(tmp_path):
     """Without find_unused_parameters, with and without sub-models and accumulation."""
-    script = tmp_path / "distributed.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    result = subprocess.run(launch, capture_output=True, text=True, timeout=180)
+    (tmp_path / "distributed.py").write_text(DISTRIBUTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*launch, tmp_path / "distributed.py"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("equal") == 2
