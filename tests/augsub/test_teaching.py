@@ -119,11 +119,7 @@ def test_both_losses_are_on_one_scale(criterion, probabilities):
         *((criterion, None, r"not known: say so by targets='softmax' .* or targets='") for criterion, _ in ASKED),
         (nn.BCEWithLogitsLoss(), "softmax", "targets = 'softmax': BCEWithLogitsLoss has sigmoid targets"),
         (asymmetric, "sigmoids", "targets = 'sigmoids', allowed is 'softmax' or 'sigmoid'"),
-        (
-            nn.MultiLabelSoftMarginLoss(reduction="sum"),
-            None,
-            "reduction = 'sum' has no counterpart",
-        ),
+        (nn.MultiLabelSoftMarginLoss(reduction="sum"), None, "reduction = 'sum' has no counterpart"),
     ],
 )
 def test_a_form_that_is_unknown_or_contradicts_the_criterion_is_refused(criterion, targets, message):
