@@ -10,15 +10,32 @@ Contenders of one table are measured in turns; ratios are medians over pairs of 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby, product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from tabulate import tabulate
+
+from engine import atomic
 from engine.command_line import as_path, exit_code, tool_parser
+from engine.errors import InputError, input_errors, writing_errors
+from engine.text import to_json
 
-PARTS = ("steps", "memory", "data")
+if TYPE_CHECKING:
+    import torch
+
+PARTS = {"steps": "Training steps", "memory": "Peak memory", "data": "Loading alone"}
+QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
+WHOLE = ("vit_base_patch16_224:224", "swin_tiny_patch4_window7_224:224", "resnet50:224")
+BATCH = {"cpu": 4, "cuda": 128}  # of these
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,12 +56,85 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """The lines of one case after the other."""
+    from tools.benchmarking.loading import measure_loading
+    from tools.benchmarking.memory import measure_memory
+    from tools.benchmarking.steps import configuration, measure_steps
+
+    rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds
+    if rounds < 1:
+        raise InputError(f"--rounds {rounds}: allowed is 1 or more")
+    usual = QUICK if arguments.quick else [f"{model}:{BATCH[arguments.device]}" for model in WHOLE]
+    switches = {"amp": arguments.amp, "compile": arguments.compile, "channels_last": arguments.channels_last}
+    configs = {text: configuration(text, **switches) for text in arguments.models or usual}
+    for part, (text, config) in product(arguments.parts, configs.items()):
+        with input_errors(f"--models {text}"):
+            if part == "steps":
+                yield measure_steps(config, device, rounds, arguments.only)
+            elif part == "memory":
+                yield measure_memory(config, device)
+    if "data" in arguments.parts:
+        yield measure_loading(192 if arguments.quick else 1024, 64, arguments.workers, rounds, device)
+
+
+def table(lines: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
+    """The lines of one case."""
+    rows = []
+    for line in lines:
+        ratio = "" if line["ratio"] is None else f"{line['ratio']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+        limit = "" if line["limit"] is None else f"{line['limit']:.3f}"
+        value, case = f"{line['value']:.4g} {line['unit']}", "" if rows else line["case"]
+        rows.append([case, line["name"], value, ratio, line["against"], limit, line["note"]])
+    headers = ["case", "", "median", "ratio [quartiles]", "to", "limit", ""]
+    return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+
+
+def show(file: Path) -> None:
+    """Print a file that the benchmark wrote, as Markdown."""
+    content = json.loads(file.read_text())
+    facts = content["machine"]
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "timm", "python"))
+    print(f"## {facts['device']}\n\n{facts['cores']} CPU cores, {versions}; `{content['command']}`\n")
+    for part, lines in groupby(content["lines"], key=lambda line: line["part"]):
+        tables = [table(list(of_case), "github") for _, of_case in groupby(lines, key=lambda line: line["case"])]
+        print("\n\n".join([f"### {PARTS[part]}", *tables]) + "\n")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, save; or show what was saved."""
+    for file in arguments.show or ():
+        show(file)
+    if arguments.show:
+        return
+    import timm  # here: --help and --show need none of them
+    import torch
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no such device")
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = processor[1].strip() if processor else platform.processor()
+    machine = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else name,
+        "cores": str(os.cpu_count()),
+        **{"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    lines = []
+    for of_case in measure(arguments, torch.device(arguments.device)):
+        print(f"\n{table(of_case)}", flush=True)
+        lines += of_case
+    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    with writing_errors(arguments.json):
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(arguments.json, to_json({"machine": machine, "command": command, "lines": lines}, indent=1))
+    print(f"\n{arguments.json}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for an error."""
-    parsed = parse_arguments(arguments)
-    from tools.benchmarking.session import run  # here: --help needs no torch
-
-    return exit_code(partial(run, parsed))
+    return exit_code(partial(run, parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tools import benchmark
+from tools.benchmark import table
 from tools.benchmarking.loading import measure_loading
-from tools.benchmarking.measurements import compared, in_turns, table
+from tools.benchmarking.steps import compared, in_turns
 
-CPU = torch.device("cpu")
 TINY = ["--models", "resnet10t:64:2", "--rounds", "2"]
 
 
@@ -32,23 +32,25 @@ def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
 
 
 def test_loading_is_measured_against_timms():
-    reference, ours = measure_loading(images=16, batch=8, workers=1, rounds=2, device=CPU)
-    assert reference.value > 0 and ours.against == reference.name and ours.ratio > 0
+    reference, ours = measure_loading(images=16, batch=8, workers=1, rounds=2, device=torch.device("cpu"))
+    assert reference["value"] > 0 and ours["against"] == reference["name"] and ours["ratio"] > 0
 
 
 def test_every_round_has_every_contender_and_begins_with_another():
     order: list[str] = []
     steps = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    seconds = in_turns(steps, rounds=3, warm_up=1, device=CPU, repeats=2)
+    seconds = in_turns(steps, rounds=3, warm_up=1, repeats=2)
     rounds = [order[start : start + 6 : 2] for start in range(0, len(order), 6)]
     assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_ratios_are_of_pairs():
-    lines = compared("steps", "case", "ms", {"b": [1, 2, 10], "a": [2, 3, 40]}, against={"a": "b"}, limits={"a": 1.9})
-    assert [(line.value, line.ratio, line.low, line.high) for line in lines] == [(2, None, None, None), (3, 2, 1.75, 3)]
-    assert "2.000 [1.750, 3.000]  b     1.900" in table(lines) and table(lines).count("case") == 2  # header, and once
+    loop, trainer = compared("steps", "case", "ms", {"bare loop": [1, 2, 10], "our trainer": [2, 3, 40]}).values()
+    assert (loop["value"], loop["ratio"], loop["low"], loop["high"]) == (2, None, None, None)
+    assert (trainer["value"], trainer["ratio"], trainer["low"], trainer["high"]) == (3, 2, 1.75, 3)
+    printed = table([loop, trainer | {"limit": 1.9}])
+    assert "2.000 [1.750, 3.000]  bare loop  1.900" in printed and printed.count("case") == 2  # header, and once
 
 
 @pytest.mark.parametrize(

@@ -4,53 +4,43 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from dataclasses import replace
+from itertools import repeat
 
 import torch
 
+from engine.config import Config
 from engine.hooks.reporting import peak_resident
 from models.build import build_on_meta
-from tools.benchmarking.measurements import Measurement, Setting, compared
-from tools.benchmarking.steps import MASKED, PLAIN, trainer_on_one_batch
+from tools.benchmarking.steps import MASKED, PLAIN, Line, compared, title, trainer_on_one_batch
 
 STEPS = 3
+LEAST_IMAGES = 16  # so that activations outweigh gradients, as on GPUs
 # glibc gives freed blocks of that size back at once, so that resident memory follows the tensors
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def measure_memory(setting: Setting) -> list[Measurement]:
+def measure_memory(config: Config, device: torch.device) -> list[Line]:
     """Weights, gradients, optimiser states and activations, at most, in a few steps.
 
     The limit: gradients of the main model are there while the sub-model computes, and not in plain training's forward.
     """
-    gradients = 4 * sum(parameter.numel() for parameter in build_on_meta(setting.model, num_classes=10).parameters())
-    peaks = {name: [_in_a_process(name, setting) / 1e6] for name in (PLAIN, MASKED)}
-    limit = 1 + gradients / 1e6 / peaks[PLAIN][0]
-    return compared("memory", str(setting), "MB", peaks, against={MASKED: PLAIN}, limits={MASKED: limit})
-
-
-def _in_a_process(name: str, setting: Setting) -> int:
+    batch = max(config.train.global_batch, LEAST_IMAGES)
+    config = replace(config, train=replace(config.train, global_batch=batch))
+    parameters = sum(weight.numel() for weight in build_on_meta(config.model.name, num_classes=10).parameters())
     os.environ.update(EXACT)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak, name, setting).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        plain, masked = pool.map(peak, (PLAIN, MASKED), repeat(config), repeat(device))
+    lines = compared("memory", title(config), "MB", {PLAIN: [plain / 1e6], MASKED: [masked / 1e6]})
+    lines[MASKED]["limit"] = 1 + 4 * parameters / plain
+    return list(lines.values())
 
 
-def peak(name: str, setting: Setting) -> int:
+def peak(name: str, config: Config, device: torch.device) -> int:
     """Bytes that training needed at most, beyond what the process had before."""
-    before = _resident()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_on_one_batch(name, setting, Path(folder))
-        for _ in range(STEPS):
-            trainer.run_iteration()
-    if setting.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return peak_resident() - before
-
-
-def _resident() -> int:
-    """Bytes of this process in memory now; Linux tells, elsewhere the peak so far stands for it."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_resident()
+    before = peak_resident()
+    trainer = trainer_on_one_batch(name, config, device)
+    for _ in range(STEPS):
+        trainer.run_iteration()
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident() - before

@@ -1,22 +1,26 @@
-"""Training steps: a bare loop, timm's task, our trainer, and our trainer with every kind of sub-model."""
+"""Training steps: a bare loop, timm's task, our trainer, and our trainer with every kind of sub-model.
+
+And what all parts share: how contenders are timed in turns, and the lines of their tables.
+"""
 
 from __future__ import annotations
 
 import gc
-import statistics
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import repeat
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
+from torch.utils.benchmark.utils.timer import timer
 
 import augsub
 from engine.checkpoint import CheckpointStore
-from engine.config import SubModelConfig
+from engine.config import Config, SubModelConfig
 from engine.config_file import CONFIGS, load_config
 from engine.data.datasets import build_source
 from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete
@@ -27,7 +31,6 @@ from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from models.build import build_on_meta, create_model
 from models.complexity import analyze
-from tools.benchmarking.measurements import Measurement, Setting, compared, in_turns
 
 CONFIG = CONFIGS / "_base_" / "benchmark.yaml"
 BARE, TIMM, PLAIN, MASKED = "bare loop", "timm task", "our trainer", "masking 0.5"
@@ -38,102 +41,146 @@ SUB_MODELS = {
     "drop_path 0.2": {"name": "drop_path", "ratio": 0.2},
     "dropout 0.2": {"name": "dropout", "ratio": 0.2},
 }
+TIMMS_LOADER, OUR_LOADER = "timm's create_loader", "our loader"
+AGAINST = dict.fromkeys(SUB_MODELS, PLAIN) | {TIMM: BARE, PLAIN: BARE, OUR_LOADER: TIMMS_LOADER}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
+Line = dict[str, Any]  # of a table, as the JSON file has it
 
 
-def measure_steps(setting: Setting, rounds: int, only: Sequence[str] | None) -> list[Measurement]:
+def in_turns(
+    steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every step in every round; in each round all have their turn, every time another one first.
+
+    Args:
+        warm_up: rounds that are not counted.
+        repeats: times that a step runs in its turn.
+    """
+    names, seconds = list(steps), {name: [] for name in steps}
+    for number in range(warm_up + rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            start = timer()  # when the GPU has nothing to do any more
+            for _ in range(repeats):
+                steps[name]()
+            seconds[name].append((timer() - start) / repeats)
+    return {name: of_rounds[warm_up:] for name, of_rounds in seconds.items()}
+
+
+def compared(part: str, case: str, unit: str, rounds: Mapping[str, Sequence[float]]) -> dict[str, Line]:
+    """By name the lines of what was measured in so many rounds on one `case`, without limits and notes.
+
+    Each has the median, and the quartiles of the ratios to the paired rounds of what it stands `AGAINST`.
+    """
+    lines = {}
+    for name, values in rounds.items():
+        other = AGAINST[name] if AGAINST.get(name) in rounds else ""
+        quartiles = np.quantile(np.divide(values, rounds[other]), (0.25, 0.5, 0.75)).tolist() if other else [None] * 3
+        line = {"part": part, "case": case, "name": name, "value": float(np.median(values)), "unit": unit}
+        ratio = dict(zip(("low", "ratio", "high"), quartiles, strict=True))
+        lines[name] = line | ratio | {"against": other, "limit": None, "note": ""}
+    return lines
+
+
+def configuration(text: str, **train: Any) -> Config:
+    """What NAME:SIZE:BATCH asks for, with values of other keys of `train`."""
+    name, *sizes = text.split(":")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise InputError(f"--models {text}: allowed is NAME:SIZE:BATCH, for example resnet50:224:64")
+    keys = {"model.name": name, "data.image_size": sizes[0], "train.global_batch": sizes[1]}
+    keys |= {f"train.{key}": value for key, value in train.items()}
+    return complete(load_config(CONFIG, [f"{key}={value}" for key, value in keys.items()]))
+
+
+def title(config: Config) -> str:
+    """The case that a configuration is."""
+    train, precision = config.train, "fp32" if config.train.amp == "off" else config.train.amp
+    switches = ["compiled"] * train.compile + ["channels_last"] * train.channels_last
+    size, batch = f"{config.data.image_size} px", f"batch {train.global_batch}"
+    return ", ".join([config.model.name, size, batch, precision, *switches])
+
+
+def measure_steps(config: Config, device: torch.device, rounds: int, only: Sequence[str] | None) -> list[Line]:
     """A step of everything that the model allows, or of `only` some of it, in turns.
 
     Raises:
         InputError: it does not allow them.
     """
-    flops, costs = training_costs(setting)
+    flops, costs = training_costs(config)
     chosen = [name for name in costs if only is None or name in only]
     if not chosen or not set(only or ()) <= {*costs, *SUB_MODELS}:
-        raise InputError(f"--only {', '.join(only)}: {setting.model} allows {', '.join(costs)}")
-    is_gpu = setting.device.type == "cuda"
-    warm_up, repeats = 3 if setting.compiled else 1, 10 if is_gpu else 1
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {name: _step(name, setting, Path(folder) / str(number)) for number, name in enumerate(chosen)}
-        seconds = in_turns(steps, rounds, warm_up, setting.device, repeats)
-        # on a CPU there is nothing to wait for
-        waits = {name: f", {count_waits(step)} waits for the device" for name, step in steps.items() if is_gpu}
+        raise InputError(f"--only {', '.join(only)}: {config.model.name} allows {', '.join(costs)}")
+    is_gpu = device.type == "cuda"
+    steps = {
+        name: _plain_steps(name, config, device).__next__
+        if name in (BARE, TIMM)
+        else trainer_on_one_batch(name, config, device).run_iteration
+        for name in chosen
+    }
+    seconds = in_turns(steps, rounds, warm_up=3 if config.train.compile else 1, repeats=10 if is_gpu else 1)
+    # on a CPU there is nothing to wait for
+    waits = {name: f", {count_waits(step)} waits for the device" for name, step in steps.items() if is_gpu}
     del steps
-    gc.collect()  # so that the next setting finds the memory free
-    board = torch.cuda.get_device_name() if is_gpu and setting.amp != "off" else ""
+    gc.collect()  # so that the next case finds the memory free
+    board = torch.cuda.get_device_name() if is_gpu and config.train.amp != "off" else ""
     peak = next((peak for name, peak in PEAK.items() if name in board), None)
-    notes = {}
-    for name in chosen:
-        speed = setting.batch / statistics.median(seconds[name])  # images/s
+    milliseconds = {name: [1e3 * second for second in of_rounds] for name, of_rounds in seconds.items()}
+    lines = compared("steps", title(config), "ms", milliseconds)
+    for name, line in lines.items():
+        speed = 1e3 * config.train.global_batch / line["value"]  # images/s
         # a multiply-add is two FLOPs, a backward two forwards
         mfu = "" if peak is None else f", MFU {100 * 3 * 2 * flops * costs[name] * speed / peak:.1f} %"
-        notes[name] = f"{speed:.0f} images/s{mfu}{waits.get(name, '')}"
-    against = dict.fromkeys(SUB_MODELS, PLAIN) | {TIMM: BARE, PLAIN: BARE}
-    limits = {name: cost for name, cost in costs.items() if name != BARE}
-    milliseconds = {name: [1e3 * second for second in of_rounds] for name, of_rounds in seconds.items()}
-    return compared("steps", str(setting), "ms", milliseconds, against, limits, notes)
+        line["note"] = f"{speed:.0f} images/s{mfu}{waits.get(name, '')}"
+        line["limit"] = None if name == BARE else costs[name]
+    return list(lines.values())
 
 
-def training_costs(setting: Setting) -> tuple[int, dict[str, float]]:
+def training_costs(config: Config) -> tuple[int, dict[str, float]]:
     """Multiply-adds of the main model for one image; and for all that the model allows a step in parts of plain's."""
-    model = build_on_meta(setting.model, image_size=setting.image_size, num_classes=10)
-    shape = (3, setting.image_size, setting.image_size)
+    size = config.data.image_size
+    model = build_on_meta(config.model.name, image_size=size, num_classes=10)
     costs = dict.fromkeys((BARE, TIMM, PLAIN), 1.0)
     for name, description in SUB_MODELS.items():
         try:
-            costs[name] = analyze(model, shape, [augsub.build(description)]).training_cost
+            costs[name] = analyze(model, (3, size, size), [augsub.build(description)]).training_cost
         except ValueError:  # not with this model
             continue
-    return analyze(model, shape, []).main.flops, costs
+    return analyze(model, (3, size, size)).main.flops, costs
 
 
-def trainer_on_one_batch(name: str, setting: Setting, folder: Path) -> Trainer:
+def trainer_on_one_batch(name: str, config: Config, device: torch.device) -> Trainer:
     """Our trainer on one batch again and again, with the hooks that act at every step."""
-    config = load_config(CONFIG)
-    config.output_dir, config.model.name, config.data.image_size = str(folder), setting.model, setting.image_size
-    train = config.train
-    train.global_batch, train.amp, train.compile = setting.batch, setting.amp, setting.compiled
-    train.channels_last = setting.channels_last
+    config, process = deepcopy(config), Process(rank=0, world_size=1, device=device)
     if name in SUB_MODELS:
         config.augsub.sub_models = [SubModelConfig(augmentations=[SUB_MODELS[name]])]
-    config, process = complete(config), Process(rank=0, world_size=1, device=setting.device)
-    trainer = build_trainer(config, build_source(config), process, CheckpointStore(RunFolder(folder), process))
+    store = CheckpointStore(RunFolder(config.output_dir), process)  # nothing is written there
+    trainer = build_trainer(config, build_source(config), process, store)
     trainer.hooks = [hook for hook in trainer.hooks if isinstance(hook, LearningRateSchedule | NaNGuard)]
     for hook in trainer.hooks:
         hook.before_train()
-    trainer.batches = repeat(batch_of(setting))
+    trainer.batches = repeat(one_batch(config, device))
     return trainer
 
 
-def batch_of(setting: Setting) -> tuple[Tensor, Tensor]:
+def one_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) and labels (B,), always the same."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, generator=generator).to(
-        setting.device
-    )
-    labels = torch.randint(10, (setting.batch,), generator=generator).to(setting.device)
-    return (images.contiguous(memory_format=torch.channels_last) if setting.channels_last else images), labels
+    generator, batch, size = torch.Generator().manual_seed(0), config.train.global_batch, config.data.image_size
+    images, labels = torch.randn(batch, 3, size, size, generator=generator), torch.arange(batch) % 10
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return images.to(device, memory_format=layout), labels.to(device)
 
 
-def _step(name: str, setting: Setting, folder: Path) -> Callable[[], object]:
-    if name not in (BARE, TIMM):
-        return trainer_on_one_batch(name, setting, folder).run_iteration
-    return _plain_steps(name, setting).__next__
-
-
-def _plain_steps(name: str, setting: Setting) -> Iterator[None]:
+def _plain_steps(name: str, config: Config, device: torch.device) -> Iterator[None]:
     """The step that everybody writes, or that of timm's train.py, with the optimiser and precision of our trainer."""
-    config = load_config(CONFIG)
-    config.train.amp = setting.amp
-    precision = build_precision(config, Process(rank=0, world_size=1, device=setting.device))
-    model: nn.Module = create_model(setting.model, image_size=setting.image_size, num_classes=10).to(setting.device)
-    if setting.channels_last:
+    precision = build_precision(config, Process(rank=0, world_size=1, device=device))
+    model: nn.Module = create_model(config.model.name, image_size=config.data.image_size, num_classes=10).to(device)
+    if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer, criterion = build_model_optimizer(config.optimizer, model), nn.CrossEntropyLoss()
-    task = ClassificationTask(model, criterion, device=setting.device, verbose=False) if name == TIMM else None
-    if setting.compiled:
+    task = ClassificationTask(model, criterion, device=device, verbose=False) if name == TIMM else None
+    if config.train.compile:
         model.compile()
-    images, labels = batch_of(setting)
+    images, labels = one_batch(config, device)
     scaler = precision.scaler
     while True:
         with precision.autocast():
@@ -150,8 +197,6 @@ def count_waits(step: Callable[[], object]) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
