@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.checkpoint import load_metadata
 from engine.config import Config
@@ -30,7 +27,7 @@ from engine.run_folder import RunFolder
 from engine.text import readable_size, text_table
 from engine.trainer import Trainer
 from models.complexity import activation_memory, analyze
-from tools.step_costs import Strategy, build_step, memory
+from tools.scaling import Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
 Rows = list[tuple[str, str]]
@@ -46,20 +43,32 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
     store = open_store(config, process, resume)
     newest = store.newest() if resume else None
     missing: list[InputError] = []
-    config, source, changes = resolve(config, process, newest, partial(_data_or_imagenet, missing=missing))
+
+    def data_or_imagenet(config: Config) -> DataSource:
+        """The data; where nobody has said where ImageNet-1k is, something of its size, and what is `missing`."""
+        try:
+            return open_source(config)
+        except InputError as error:
+            data, recipes = config.data, load_config(RECIPES).data
+            if (data.dataset, data.root) != (recipes.dataset, recipes.root) or Path(data.root).exists():
+                raise
+            missing.append(error)
+            return IMAGENET
+
+    config, source, changes = resolve(config, process, newest, data_or_imagenet)
     trainer = build_trainer(config, source, process, store, is_resumed=newest is not None)
     if process.is_main:
-        start = [("starts", "at the beginning")]
+        start = ("starts", "at the beginning")
         if newest is not None:
-            done = f"{newest} after {load_metadata(newest)['iteration']:,} iterations"
-            start = [("goes on from", done), *(("changed", change) for change in changes)]
+            start = ("goes on from", f"{newest} after {load_metadata(newest)['iteration']:,} iterations")
         rows = [
-            *start,
+            start,
+            *(("changed", change) for change in changes),
             *(("data", f"not there, counted as ImageNet-1k: {error}") for error in missing),
-            *_data_rows(config, source, trainer),
-            *_length_rows(config, trainer),
-            *_memory_rows(config, source, trainer),
-            ("learning rate, drawn", str(_draw(config, trainer))),
+            *data_rows(config, trainer),
+            *length_rows(config, trainer),
+            *memory_rows(config, trainer),
+            ("learning rate, drawn", str(draw(config, trainer))),
         ]
         log_warnings(config, trainer)
         print(f"{Path(config.output_dir).name}: {config.model.name}\n{text_table(rows)}")
@@ -70,23 +79,12 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
         )
 
 
-def _data_or_imagenet(config: Config, missing: list[InputError]) -> DataSource:
-    """The data; where nobody has said where ImageNet-1k is, something of its size, and what is `missing`."""
-    try:
-        return open_source(config)
-    except InputError as error:
-        data, recipes = config.data, load_config(RECIPES).data
-        if (data.dataset, data.root) != (recipes.dataset, recipes.root) or Path(data.root).exists():
-            raise
-        missing.append(error)
-        return IMAGENET
-
-
-def _data_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
+def data_rows(config: Config, trainer: Trainer) -> Rows:
     """The data, and what the models compute of an image."""
-    side, augmentations = config.data.image_size, [sub_model.augmentation for sub_model in trainer.objective.sub_models]
+    source, side = trainer.data.source, config.data.image_size
     with torch.device("meta"):
         model = create_configured_model(config, source)
+    augmentations = [sub_model.augmentation for sub_model in trainer.objective.sub_models]
     return [
         ("training images", f"{len(source.train):,} of {source.in_chans} x {side} x {side}"),
         ("held-out images", f"{len(source.held_out):,}"),
@@ -96,40 +94,48 @@ def _data_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     ]
 
 
-def _length_rows(config: Config, trainer: Trainer) -> Rows:
+def length_rows(config: Config, trainer: Trainer) -> Rows:
     """Length and batch; what decays and what does not, which learning rates there are, and what does not learn."""
     data, train, processes = trainer.data, config.train, trainer.process.world_size
-    epochs = trainer.max_iterations / data.iterations_per_epoch
+    epochs, groups = trainer.max_iterations / data.iterations_per_epoch, trainer.optimizer.param_groups
     stopped = f", of {train.epochs} scheduled" if epochs < train.epochs else ""
     batch = f"{train.global_batch} = {data.micro_batch} x {data.accumulation} accumulated x {processes} process"
-    rows = [
+    tensors = {
+        f"weight decay {decay:g}" if decay else "no weight decay": [
+            tensor for group in groups if group["weight_decay"] == decay for tensor in group["params"]
+        ]
+        for decay in sorted({group["weight_decay"] for group in groups}, reverse=True)
+    }
+    tensors["frozen"] = [tensor for tensor in trainer.bare_model.parameters() if not tensor.requires_grad]
+    scales = [group["lr_scale"] for group in groups]
+    rates = f"{min(scales):.3g} to {max(scales):.3g} of the schedule's, by layer"
+    return [
         ("length", f"{epochs:.4g} epochs{stopped}, {trainer.max_iterations:,} iterations"),
         ("iterations per epoch", f"{data.iterations_per_epoch:,}"),
         ("images per iteration", f"{batch}{'es' if processes > 1 else ''}"),
         ("optimiser", f"{config.optimizer.name} on {trainer.process.device.type}, amp {trainer.precision.amp}"),
+        *([("learning rate", rates)] if min(scales) < max(scales) else []),
+        *(
+            (name, f"{len(group)} tensors, {sum(tensor.numel() for tensor in group):,} parameters")
+            for name, group in tensors.items()
+            if group
+        ),
     ]
-    groups = trainer.optimizer.param_groups
-    for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
-        tensors = [tensor for group in groups if group["weight_decay"] == decay for tensor in group["params"]]
-        rows.append((f"weight decay {decay:g}" if decay else "no weight decay", _count(tensors)))
-    scales = [group["lr_scale"] for group in groups]
-    if min(scales) < max(scales):
-        rows.append(("learning rate", f"{min(scales):.3g} to {max(scales):.3g} of the schedule's, by layer"))
-    frozen = [parameter for parameter in trainer.bare_model.parameters() if not parameter.requires_grad]
-    return [*rows, ("frozen", _count(frozen))] if frozen else rows
 
 
-def _count(tensors: Sequence[Tensor]) -> str:
-    return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} parameters"
-
-
-def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
-    """What each process needs: tensors counted, activations measured."""
-    process, distributed = trainer.process, config.distributed
-    strategy = Strategy(is_sharded(distributed, process), once=True, reshard=distributed.reshard_after_forward)
+def memory_rows(config: Config, trainer: Trainer) -> Rows:
+    """What each process needs: tensors counted; activations measured, of the branch that has most of them."""
+    process, source, images = trainer.process, trainer.data.source, trainer.data.micro_batch
+    alone = Process(rank=0, world_size=1, device=process.device)
+    model = build_run_model(config, source, alone, is_resumed=True).to(process.device)
+    trainer.objective.prepare(model)
+    shape, autocast = source.image_shape(config.data.image_size), trainer.precision.autocast
+    augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
+    activations = max(activation_memory(model, shape, images, each, autocast) for each in augmentations)
+    reshard = config.distributed.reshard_after_forward
+    strategy = Strategy(is_sharded(config.distributed, process), once=True, reshard=reshard)
     step = build_step(config, source, process.world_size)
     kept = memory(strategy, step)
-    activations, images = _largest_graph(config, source, trainer), trainer.data.micro_batch
     average = [("  moving average", readable_size(kept["averages"]))] if kept["averages"] else []
     return [
         ("memory per process", f"about {readable_size(sum(kept.values()) + activations)}, of these"),
@@ -141,22 +147,10 @@ def _memory_rows(config: Config, source: DataSource, trainer: Trainer) -> Rows:
     ]
 
 
-def _largest_graph(config: Config, source: DataSource, trainer: Trainer) -> int:
-    """Bytes of the largest branch: main model and sub-models have their graphs one after the other."""
-    alone = Process(rank=0, world_size=1, device=trainer.process.device)
-    model = build_run_model(config, source, alone, is_resumed=True).to(alone.device)
-    trainer.objective.prepare(model)
-    shape, autocast = source.image_shape(config.data.image_size), trainer.precision.autocast
-    augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
-    images = trainer.data.micro_batch
-    return max(activation_memory(model, shape, images, each, autocast) for each in augmentations)
-
-
-def _draw(config: Config, trainer: Trainer) -> Path:
+def draw(config: Config, trainer: Trainer) -> Path:
     """The learning rate; where its picture is."""
-    per_epoch, train = trainer.data.iterations_per_epoch, config.train
+    per_epoch, train, picture = trainer.data.iterations_per_epoch, config.train, RunFolder(config.output_dir).plan
     is_stopped = trainer.max_iterations < train.epochs * per_epoch
-    picture = RunFolder(config.output_dir).plan
     draw_schedule(
         build_schedule(config.schedule, config.optimizer, train.epochs, per_epoch, train.global_batch),
         steps_per_epoch=1 if config.schedule.unit == "epoch" else per_epoch,
