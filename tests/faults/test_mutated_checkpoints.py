@@ -67,24 +67,38 @@ def saved(content: Any) -> bytes:
 
 
 # Content that somebody else wrote, its checksums intact
-WORST = (None, 5, "x", [], {}, float("nan"), True, torch.zeros(7, 3), [torch.zeros(1)], -1, 10**30)
+WORST = (None, 5, "x", [], {}, float("nan"), True, torch.zeros(2), [torch.zeros(1)], -1, 10**30)
 
 
 def nonsense(rng: random.Random, state: dict[str, Any]) -> dict[str, Any]:
-    """A state with something missing, added, or of another type or shape, at any depth."""
-    holder = state
-    while (inner := [value for value in holder.values() if isinstance(value, dict) and value]) and rng.random() < 0.6:
-        holder = rng.choice(inner)
+    """A state with something missing, added, or of another type or shape."""
+    kind = rng.choice(("missing", "wrong", "wrong", "wrong", "deep", "deep", "deep", "extra", "shape", "nan", "other"))
+    holder = state if kind in ("missing", "wrong", "extra") else rng.choice(holders(state))
     key = rng.choice(list(holder))
-    if rng.random() < 0.2:
-        del holder[key]
-    elif rng.random() < 0.1:
+    if kind == "other":
+        state["model"] = {f"layer{index}": torch.zeros(3) for index in range(4)}
+    elif kind == "nan":
+        name = rng.choice(list(state["model"]))
+        state["model"][name] = torch.full_like(state["model"][name], float("nan"))
+    elif kind == "shape":
+        name = rng.choice(list(state["model"]))
+        state["model"][name] = torch.zeros(7, 3)
+    elif kind == "extra":
         holder[rng.choice(("unknown", 5, "model.weight"))] = rng.choice(WORST)
-    elif isinstance(holder[key], torch.Tensor) and rng.random() < 0.5:
-        holder[key] = torch.full_like(holder[key].float(), float("nan"))
+    elif kind == "missing" or rng.random() < 0.2:
+        del holder[key]
     else:
         holder[key] = rng.choice(WORST)
     return state
+
+
+def holders(state: Any) -> list[dict]:
+    """All dictionaries in a state that hold something."""
+    if isinstance(state, list):
+        return [holder for value in state for holder in holders(value)]
+    if not isinstance(state, dict) or not state:
+        return []
+    return [state, *(holder for value in state.values() for holder in holders(value))]
 
 
 def is_same_end(one: Path, other: Path) -> bool:
