@@ -57,20 +57,16 @@ class Exported:
         name: its name in timm.
         arguments: what `timm.create_model` needs beside the name.
         config: that of the run.
-        class_names: by label; empty if the checkpoint does not know them.
         is_average: whether the weights are the averaged ones.
-        iteration: steps of the run when the checkpoint was written.
-        figures: what the run's last evaluation found, of the averaged weights if these are they.
+        state: all that the checkpoint holds.
     """
 
     model: nn.Module
     name: str
     arguments: dict[str, Any]
     config: Config
-    class_names: tuple[str, ...]
     is_average: bool
-    iteration: int
-    figures: dict[str, float]
+    state: dict[str, Any]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -122,17 +118,9 @@ def load_exported(checkpoint: Path, ema: bool | None = None, plugins: Sequence[s
         model.load_state_dict({name: tensor for name, tensor in weights.items() if name != "mask_token"})
     if takes_image_size(model):
         arguments["img_size"] = image_size
-    latest = state["hooks"].get("evaluation", {}).get("latest", {})
-    return Exported(
-        model=model.eval(),
-        name=name if config.model.pretrained else split_model_name_tag(name)[0],  # its tag is that of timm's weights
-        arguments=arguments,
-        config=config,
-        class_names=tuple(state.get("class_names", ())),
-        is_average=ema,
-        iteration=state["iteration"],
-        figures={key.removeprefix("ema_"): value for key, value in latest.items() if key.startswith("ema_") == ema},
-    )
+    if not config.model.pretrained:
+        name = split_model_name_tag(name)[0]  # its tag is that of timm's weights
+    return Exported(model.eval(), name, arguments, config, ema, state)
 
 
 def write_weights(file: Path, exported: Exported) -> str:
@@ -157,7 +145,8 @@ def write_folder(folder: Path, exported: Exported) -> str:
     if folder.exists():
         raise InputError(f"{folder}: is there already; a folder to export to must be new")
     model, temporary = exported.model, atomic.temporary_name(folder)
-    labels = {"label_names": list(exported.class_names)} if exported.class_names else {}
+    class_names = exported.state.get("class_names")
+    labels = {"label_names": list(class_names)} if class_names else {}
     others = ("tag",) if exported.config.model.pretrained else OF_PRETRAINED
     model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in others}
     with writing_errors(folder):
@@ -186,11 +175,15 @@ def _preprocessing(exported: Exported) -> dict[str, Any]:
 
 def card(exported: Exported, title: str) -> str:
     """The model card."""
-    config, figures = exported.config, exported.figures
+    config, state, prefix = exported.config, exported.state, "ema_" if exported.is_average else ""
     config = replace(config, data=replace(config.data, root=None))  # where the images lie is nobody else's affair
     is_local = parse_model_name(exported.name)[0] == "local-dir"  # so it names a folder of this machine
     sections = {section: getattr(config, section) for section in RECIPE}
-    measured = [f"- {name}: {value:.4g}" for name, value in figures.items() if name != "images"]
+    latest = {
+        name.removeprefix(prefix): value
+        for name, value in state["hooks"].get("evaluation", {}).get("latest", {}).items()
+        if name.startswith("ema_") == exported.is_average
+    }
     return Template(CARD.read_text()).substitute(
         title=title,
         name=exported.model.pretrained_cfg["architecture"] if is_local else exported.name,
@@ -198,10 +191,11 @@ def card(exported: Exported, title: str) -> str:
         classes=exported.arguments["num_classes"],
         shape=" x ".join(map(str, exported.image_shape)),
         parameters=f"{sum(parameter.numel() for parameter in exported.model.parameters()) / 1e6:.2f}",
-        iteration=f"{exported.iteration:,}",
+        iteration=f"{state['iteration']:,}",
         epochs=config.train.epochs,
         version=augsub.__version__,
-        figures="\n".join(measured) or "- not evaluated before this checkpoint",
+        figures="\n".join(f"- {name}: {value:.4g}" for name, value in latest.items() if name != "images")
+        or "- not evaluated before this checkpoint",
         recipe=OmegaConf.to_yaml(OmegaConf.create(OmegaConf.structured(sections))).strip(),
     )
 
@@ -241,26 +235,17 @@ def write_onnx(file: Path, exported: Exported) -> str:
     )
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; None: of this process."""
-    parser = tool_parser(__doc__)
-    parser.add_argument("checkpoint", type=as_path, help="last.pt, best.pt or iter_<n>.pt of a run")
-    parser.add_argument(
-        "target", type=as_path, help="what to write: *.safetensors, *.pt, *.pth, *.onnx, or a new folder"
-    )
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="the averaged weights, or not (default: those by which the run chose its best checkpoint)",
-    )
-    parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="that register the run's model")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line for an error."""
-    parsed = parse_arguments(arguments)
-    return exit_code(lambda: print(export(parsed.checkpoint, parsed.target, parsed.ema, parsed.plugins)))
+    parser = tool_parser(__doc__)
+    kinds = "*.safetensors, *.pt, *.pth, *.onnx, or a new folder"
+    choice = "the averaged weights, or not (default: those by which the run chose its best checkpoint)"
+    parser.add_argument("checkpoint", type=as_path, help="last.pt, best.pt or iter_<n>.pt of a run")
+    parser.add_argument("target", type=as_path, help=f"what to write: {kinds}")
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help=choice)
+    parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="that register the run's model")
+    parsed = parser.parse_args(arguments)
+    return exit_code(lambda: print(export(**vars(parsed))))
 
 
 if __name__ == "__main__":
