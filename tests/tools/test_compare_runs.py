@@ -249,7 +249,7 @@ def test_several_configurations_have_their_own_baselines_and_hold_together(study
         forge(run.config.output_dir, to_yaml(run.config), top1[run.base.stem, run.way] + noise, seed)
     run_study(study, jobs=1)
     text = Path("report.md").read_text()
-    assert re.search(r"\| other +\| drop path +\| 2 +\| \*\*79.25 ± 0.25\*\* \| -0.75 \[-3.93, \+2.43\]", text)
+    assert re.search(r"\| other, drop path +\| 2 +\| \*\*79.25 ± 0.25\*\* \| -0.75 \[-3.93, \+2.43\]", text)
     assert "Each of the 2 intervals above is of 95 %" in text and "Intervals of 97.5 % (Bonferroni)" in text
     # t(0.9875, 1) = 25.45: 5.25 +- 6.36 and -0.75 +- 6.36
     assert (

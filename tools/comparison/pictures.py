@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
-from engine.figure import BLUE, OKABE_ITO, VERMILION, save
+from engine.figure import BLUE, OKABE_ITO, save
 from tools.comparison.runs import METRICS, Way, interval
 
 DPI = 130
@@ -21,16 +21,15 @@ MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
 MOST_MARKERS = 20  # on a line
 MOST_LETTERS = 34  # in a line of a panel's title
 BEGINNING = 0.25  # of the training, where accuracies may lie below the picture
-MANY = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
-TWO = cycler(color=[BLUE, VERMILION])
+STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
 
 
 def draw_curves(ways: Sequence[Way], metric: str, path: Path) -> None:
     """All ways in one pair of axes: training loss on the left, accuracy on the right."""
     height = 4.2 + 0.25 * math.ceil(len(ways) / LEGEND_COLUMNS)
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
-    _draw(loss, ways, "main_loss", MANY)
-    _draw(accuracy, ways, metric, MANY)
+    _draw(loss, ways, "main_loss")
+    _draw(accuracy, ways, metric)
     figure.legend(handles=accuracy.lines, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
     save(figure, path, DPI)
 
@@ -45,9 +44,15 @@ def draw_panels(ways: Sequence[Way], quantity: str, path: Path) -> None:
     for axes in grid.flat[len(tried) :]:
         axes.set_axis_off()
     for index, (way, axes) in enumerate(zip(tried, grid.flat, strict=False)):
-        _draw(axes, [way.baseline, way], quantity, TWO)
-        _mark_ends(axes, quantity)
-        axes.set_title(textwrap.fill(way.title, MOST_LETTERS), fontsize="medium")
+        _draw(axes, [way.baseline, way], quantity)
+        highest = max(axes.lines, key=lambda line: line.get_ydata()[-1])
+        for line in axes.lines:  # its last value beside it, the upper one above it
+            end = line.get_xydata()[-1]
+            text = f"{end[1]:.2g}" if quantity == "main_loss" else f"{end[1]:.2f}"
+            offset = (6, 2 if line is highest else -9)
+            axes.annotate(text, end, offset, textcoords="offset points", color=line.get_color())
+        axes.set_xlim(0, 1.25 * max(line.get_xdata()[-1] for line in axes.lines))
+        axes.set_title(textwrap.fill(way.name, MOST_LETTERS), fontsize="medium")
         if index % columns:
             axes.set_ylabel("")
     if quantity != "main_loss":  # the first epochs' accuracies would flatten all others
@@ -55,9 +60,9 @@ def draw_panels(ways: Sequence[Way], quantity: str, path: Path) -> None:
         late = np.concatenate([values[:, epochs >= BEGINNING * epochs[-1]].ravel() for epochs, values in curves])
         margin = 0.06 * np.ptp(late) or 1.0
         grid[0, 0].set_ylim(late.min() - margin, late.max() + margin)
-    names = {way.name for way in tried}
-    labels = [tried[0].baseline.name, names.pop() if len(names) == 1 else "the way in the title"]
-    figure.legend(grid[0, 0].lines, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(
+        grid[0, 0].lines, ["baseline", "the way in the title"], loc="outside lower center", ncols=2, frameon=False
+    )
     save(figure, path, DPI)
 
 
@@ -71,9 +76,9 @@ def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
         axes.scatter(of_seeds, [row + 0.25] * len(of_seeds), s=16, color="black", alpha=0.35, linewidth=0)
         axes.errorbar(mean, row, xerr=half, fmt="o", color=BLUE, capsize=3)
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(tried)), [way.title for way in tried])
+    axes.set_yticks(range(len(tried)), [way.name for way in tried])
     axes.set_ylim(len(tried) - 0.5, -0.5)  # the first one on top
-    axes.set_xlabel(f"held-out {METRICS[metric]}, difference to {tried[0].baseline.name} (points)")
+    axes.set_xlabel(f"held-out {METRICS[metric]}, difference to the baseline (points)")
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
     drawn = [axes.collections[0], axes.containers[0]]
@@ -89,9 +94,9 @@ def curve(way: Way, quantity: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(epochs), np.array([[of_run[epoch] for epoch in epochs] for of_run in of_runs])
 
 
-def _draw(axes: Axes, ways: Sequence[Way], quantity: str, styles: cycler) -> None:
+def _draw(axes: Axes, ways: Sequence[Way], quantity: str) -> None:
     """A line for each way, the mean over seeds, in the range between the extremes."""
-    axes.set_prop_cycle(styles)
+    axes.set_prop_cycle(STYLES)
     for way in ways:
         epochs, values = curve(way, quantity)
         marker = "o" if len(epochs) <= MOST_MARKERS else ""
@@ -106,14 +111,3 @@ def _draw(axes: Axes, ways: Sequence[Way], quantity: str, styles: cycler) -> Non
     else:
         axes.set_ylabel(f"held-out {METRICS[quantity]} (%)")
     axes.grid(alpha=0.3, which="both")
-
-
-def _mark_ends(axes: Axes, quantity: str) -> None:
-    """Write the last value beside each line, the upper one above it."""
-    highest = max(axes.lines, key=lambda line: line.get_ydata()[-1])
-    for line in axes.lines:
-        end = line.get_xydata()[-1]
-        text = f"{end[1]:.2g}" if quantity == "main_loss" else f"{end[1]:.2f}"
-        offset = (6, 2 if line is highest else -9)
-        axes.annotate(text, end, offset, textcoords="offset points", color=line.get_color())
-    axes.set_xlim(0, 1.25 * max(line.get_xdata()[-1] for line in axes.lines))

@@ -55,20 +55,13 @@ class Way:
     Attributes:
         runs: by seed, lowest first.
         baseline: what this way is compared with; None if it is a baseline itself.
-        base: name of the configuration that a study's way starts from, where there are several.
         flops: multiply-adds of all forwards of one run; 0 if nobody counted them.
     """
 
     name: str
     runs: dict[int, Run]
     baseline: Way | None = None
-    base: str = ""
     flops: float = 0.0
-
-    @property
-    def title(self) -> str:
-        """What tells it from all others."""
-        return f"{self.base}, {self.name}" if self.base else self.name
 
     @property
     def first(self) -> Run:
@@ -137,7 +130,7 @@ def read_ways(arguments: Sequence[str]) -> list[Way]:
     return make_ways([(key if key in named else next(found), runs) for key, runs in groups.items()])
 
 
-def make_ways(groups: Iterable[tuple[str, Sequence[Run]]], base: str = "") -> list[Way]:
+def make_ways(groups: Iterable[tuple[str, Sequence[Run]]]) -> list[Way]:
     """Ways of these names and runs, compared with the first one."""
     ways: list[Way] = []
     for name, runs in groups:
@@ -145,7 +138,7 @@ def make_ways(groups: Iterable[tuple[str, Sequence[Run]]], base: str = "") -> li
         for run in runs:
             if run is not (other := by_seed[run.config.seed]):
                 raise InputError(f"{name}: two runs of seed {run.config.seed}, {run.path} and {other.path}")
-        ways.append(Way(name, by_seed, ways[0] if ways else None, base))
+        ways.append(Way(name, by_seed, ways[0] if ways else None))
     return ways
 
 
@@ -198,10 +191,11 @@ def check_comparable(ways: Sequence[Way], metric: str) -> None:
 def summary_table(ways: Sequence[Way], metric: str) -> str:
     """A row per way: mean ± standard error over seeds, and the paired difference to the baseline with its interval."""
     beside = {name: column for name, column in BESIDE.items() if name != metric}
-    header = ["seeds", f"{METRICS[metric].replace(' accuracy', '')}, %", "difference"]
+    header = ["training", "seeds", f"{METRICS[metric].replace(' accuracy', '')}, %", "difference"]
     header += [*(title for title, _ in beside.values()), *(["FLOPs"] if ways[0].flops else [])]
     rows = [
         [
+            way.name,
             len(way.runs),
             f"**{_mean(way, metric, 2)}**",
             difference_text(way, metric) if way.baseline else "baseline",
@@ -210,15 +204,7 @@ def summary_table(ways: Sequence[Way], metric: str) -> str:
         ]
         for way in ways
     ]
-    return table(ways, header, rows)
-
-
-def table(ways: Sequence[Way], header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A row for each way, after its name; with the names of the configurations where there are several."""
-    if not ways[0].base:
-        return markdown_table(["training", *header], [[way.name, *row] for way, row in zip(ways, rows, strict=True)])
-    named = [[way.base, way.name, *row] for way, row in zip(ways, rows, strict=True)]
-    return markdown_table(["configuration", "training", *header], named)
+    return markdown_table(header, rows)
 
 
 def _mean(way: Way, name: str, decimals: int) -> str:
@@ -261,7 +247,7 @@ def conclusions(ways: Sequence[Way], metric: str) -> str:
         mean, half = interval(way.differences(metric).values(), confidence)
         verdict = "better than the baseline" if mean > half else "worse than the baseline"
         verdicts[verdict if abs(mean) > half else "undecided"] += (
-            f"\n  - {way.title}: {difference_text(way, metric, confidence)}"
+            f"\n  - {way.name}: {difference_text(way, metric, confidence)}"
         )
     text = f"There is one comparison, which its interval of {100 * confidence:.4g} % decides."
     if len(tried) > 1:

@@ -28,7 +28,7 @@ from engine.data.datasets import build_source
 from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError, writing_errors
 from engine.run_folder import RunFolder
-from engine.text import expanded
+from engine.text import expanded, markdown_table
 from tools.analyze_model import analyze_configured
 from tools.comparison import runs as compared
 from tools.comparison.pictures import draw_differences, draw_panels
@@ -126,7 +126,14 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
             while waiting or processes:
                 while waiting and len(processes) < jobs:
                     run, said = waiting.pop(0), tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115
-                    processes[_start(run, said)] = run, said
+                    process = subprocess.Popen(
+                        [sys.executable, TRAIN_NET, "--resume", "--config", run.base, *run.overrides],
+                        env={**os.environ, "OMP_NUM_THREADS": "1"},
+                        start_new_session=True,  # Ctrl-C reaches this process alone, which asks them to save and stop
+                        stdout=subprocess.DEVNULL,
+                        stderr=said,
+                    )
+                    processes[process] = run, said
                 time.sleep(POLL)
                 for process in [process for process in processes if process.poll() is not None]:
                     run, said = processes.pop(process)
@@ -142,17 +149,6 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
             process.terminate()
         for process in processes:
             process.wait()
-
-
-def _start(run: PlannedRun, said: IO[str]) -> subprocess.Popen:
-    """Run tools/train_net.py; its errors go to the file `said`."""
-    return subprocess.Popen(
-        [sys.executable, TRAIN_NET, "--resume", "--config", run.base, *run.overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which asks the runs to save and stop
-        stdout=subprocess.DEVNULL,
-        stderr=said,
-    )
 
 
 def _refuse_another(run: PlannedRun) -> None:
@@ -182,17 +178,17 @@ def run_study(path: Path, jobs: int) -> list[Path]:
     study = load_study(path)
     runs = plan(study, path)
     train_missing(runs, jobs)
-    several = len(study.configs) > 1
     baselines: dict[str, Way] = {}  # by name of the configuration
     ways: list[Way] = []
     for base in dict.fromkeys(run.base for run in runs):
         of_base = [run for run in runs if run.base == base]
-        groups = [
-            (way, [finished_run(run.config.output_dir) for run in of_base if run.way == way]) for way in study.ways
-        ]
-        found = make_ways(groups, base.stem if several else "")
+        prefix = f"{base.stem}, " if len(study.configs) > 1 else ""
+        found = make_ways(
+            (prefix + way, [finished_run(run.config.output_dir) for run in of_base if run.way == way])
+            for way in study.ways
+        )
         check_comparable(found, METRIC)
-        flops = {run.way: run.flops for run in of_base}
+        flops = {prefix + run.way: run.flops for run in of_base}
         for way in found:
             way.flops = flops[way.name] * way.first.summary["iterations"] * way.first.config.train.global_batch
         baselines[base.stem] = found[0]
@@ -238,10 +234,9 @@ def fill_page(
         caption=compared.CAPTION,
         conclusions=compared.conclusions(ways, METRIC),
         samples="\n".join(samples),
-        single=compared.table(
-            ways,
-            [f"seed {seed}" for seed in seeds],
-            [[f"{accuracy:.2f}" for accuracy in way.values(METRIC)] for way in ways],
+        single=markdown_table(
+            ["training", *(f"seed {seed}" for seed in seeds)],
+            [[way.name, *(f"{accuracy:.2f}" for accuracy in way.values(METRIC))] for way in ways],
         ),
         changes="\n".join(
             f"- **{way}**: {', '.join(f'`{override}`' for override in overrides) or 'the configuration as it is'}"
