@@ -194,8 +194,8 @@ def run(arguments: argparse.Namespace) -> None:
     count = arguments.processes
     if count < 2:
         raise InputError(f"--processes = {count}, allowed is 2 or more")
-    chosen = (OF_A_MODEL, [f"model.name={arguments.model}"]) if arguments.model else (arguments.config, [])
-    config = complete(load_config(chosen[0], [*chosen[1], *arguments.overrides]))
+    overrides = [f"model.name={arguments.model}"] * bool(arguments.model) + arguments.overrides
+    config = complete(load_config(OF_A_MODEL if arguments.model else arguments.config, overrides))
     step = build_step(config, data_source(config), count)
     if step.uncounted:
         raise InputError(step.uncounted)

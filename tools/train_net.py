@@ -52,8 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="check everything and show the plan: costs, length, memory, schedule"
     )
     action.add_argument("--print-config", action="store_true", help="print the complete configuration")
-    errors = parser.add_argument_group("errors")
-    errors.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     words = list(sys.argv[1:] if arguments is None else arguments)
     for index, (word, after) in enumerate(pairwise([*words, ""])):
         if word == "--resume" and "=" in after:
@@ -73,9 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.distributed import process_group
     from engine.evaluation_run import evaluate_only
     from engine.text import to_json
+    from tools.dry_run import dry_run
 
-    timeout = config.distributed.timeout_minutes
-    with process_group(timeout) as process, worker_deaths(config.data.workers):
+    with process_group(config.distributed.timeout_minutes) as process, worker_deaths(config.data.workers):
         if process.is_main:
             log_to_terminal()
         if arguments.eval_only:
@@ -83,8 +82,6 @@ def run(arguments: argparse.Namespace) -> None:
             if process.is_main:
                 print(to_json(results, indent=2))
         elif arguments.dry_run:
-            from tools.dry_run import dry_run
-
             dry_run(config, process, resume=arguments.resume is not None)
         else:
             train(config, process, resume=arguments.resume is not None)
@@ -93,11 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line after an error; 75 after a preemption, 130 after Ctrl-C, both to be resumed."""
     parsed = parse_arguments(arguments)
-    return exit_code(
-        partial(run, parsed),
-        traceback=parsed.traceback,
-        after_interrupt="--resume continues from the last checkpoint",
-    )
+    after_interrupt = "--resume continues from the last checkpoint"
+    return exit_code(partial(run, parsed), parsed.traceback, after_interrupt)
 
 
 if __name__ == "__main__":
