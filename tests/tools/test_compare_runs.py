@@ -151,12 +151,11 @@ def test_what_belongs_together_and_its_names(finished, call):
 def test_wrong_folders_are_one_line(finished, call, tmp_path):
     finished("good", 90.0)
     finished("other", 90.0, NO_SUB_MODEL)
-    for name in ("again", "continued", "damaged", "config"):
+    for name in ("again", "continued", "damaged"):
         finished(name, 90.0)
     with open("continued/metrics.jsonl", "a") as metrics:
         metrics.write('{"iteration": 60, "epoch": 3.0}\n')
     Path("damaged/summary.json").write_text('{"top1": ')
-    Path("config/config.yaml").write_text("trian: {}")
     Path("empty").mkdir()
     finished("images", 90.0, NO_SUB_MODEL, images=100)
     finished("synthetic", 90.0, "data.dataset=synthetic")
@@ -167,7 +166,6 @@ def test_wrong_folders_are_one_line(finished, call, tmp_path):
         ("good", "empty"): "empty: holds no finished run",
         ("good", "continued"): "continued: holds no finished run; one that was stopped goes on with --resume",
         ("good", "damaged"): "damaged/summary.json: Expecting value",
-        ("good", "config"): "Key 'trian' not in 'Config'",
         ("good", "again"): "two runs of seed 0, good and again",
         ("good", "images"): "images: evaluated on the images 100, good on 797",
         ("good", "synthetic"): "synthetic: evaluated on the dataset synthetic, good on digits",
@@ -197,15 +195,12 @@ def test_a_wrong_study_is_refused_before_anything_runs(study):
     cases = [
         ("seeds:", "seed:", r"Key 'seed' not in 'Study'. Did you mean: 'seeds'\?"),
         ("title: A tiny study", "", "missing mandatory value: title"),
-        ("[5, 3]", "[3, 3]", "runs/study/tiny_plain_seed3 would be the folder of two runs"),
         ("[5, 3]", "[]", "needs one of configs and of seeds, and two ways or more"),
         ("  plain: ", "  # ", "needs one of configs and of seeds, and two ways or more"),
-        ("[5, 3]", "[x]", "Value 'x' of type 'str' could not be converted to Integer"),
         ("[5, 3]", "[-1]", "study.yaml: .*seed = -1: allowed is in"),
         ("tiny.yaml]", "tiny.yml]", "study.yaml: .*config file .*tiny.yml does not exist, did you mean .*tiny.yaml"),
         ("drop path:", '"plain+":', "runs/study/tiny_plain_seed5 would be the folder of two runs"),
         ("ratio: 0.5", "ratio: 1.5", "ways: drop path: augsub.sub_models: .*ratio"),
-        ("augmentations:", "augmentation:", "ways: drop path: override .*Did you mean: 'augmentations'"),
     ]
     for old, new, message in cases:
         assert old in STUDY

@@ -16,22 +16,30 @@ DPI, PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND = 130, 1.5, 0.2, 0.45, 0.4, 0.4, 0
 
 
 @pytest.fixture
-def visualize(monkeypatch, capsys, tmp_path):
-    """Call main() with arguments; returns (exit code, standard error, picture)."""
+def visualize(call, monkeypatch, tmp_path):
+    """Call the tool; returns (exit code, standard error, picture)."""
     monkeypatch.chdir(ROOT)
     picture = tmp_path / "picture.png"
 
     def run(*arguments: object) -> tuple[int, str, Path]:
-        code = visualize_augsub.main([*map(str, ("--output", picture, *arguments))])
-        return code, capsys.readouterr().err, picture
+        code, _, error = call(visualize_augsub, "--output", picture, *arguments)
+        return code, error, picture
 
     return run
 
 
-def assert_panels(picture: Path, rows: int, columns: int) -> None:
-    """The picture has room for so many, the main model's column included."""
-    width, height = LEFT + columns * (PANEL + GAP), TITLE + rows * (PANEL + CAPTION) + LEGEND
-    assert Image.open(picture).size == pytest.approx((width * DPI, height * DPI), abs=1)
+@pytest.fixture
+def drawn(visualize):
+    """The picture of arguments, which has room for so many panels, the main model's column included."""
+
+    def run(*arguments: object, rows: int, columns: int, said: str = "") -> Path:
+        code, error, picture = visualize(*arguments)
+        assert code == 0 and error.rstrip() == said and [*picture.parent.glob("pic*")] == [picture]
+        width, height = LEFT + columns * (PANEL + GAP), TITLE + rows * (PANEL + CAPTION) + LEGEND
+        assert Image.open(picture).size == pytest.approx((width * DPI, height * DPI), abs=1)
+        return picture
+
+    return run
 
 
 def panel(picture: Path, row: int, column: int) -> np.ndarray:
@@ -43,62 +51,49 @@ def panel(picture: Path, row: int, column: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_readme_is_the_one_of_its_command(visualize):
-    code, error, file = visualize()
-    committed = ROOT / "docs" / "what_the_sub_model_sees.png"
-    assert (code, error) == (0, "") and [*file.parent.iterdir()] == [file]
-    assert_panels(committed, rows=3, columns=6)
+def test_the_picture_of_the_readme_is_the_one_of_its_command(drawn):
+    picture, committed = drawn(rows=3, columns=6), ROOT / "docs" / "what_the_sub_model_sees.png"
+    assert Image.open(committed).size == Image.open(picture).size and committed.stat().st_size < 400_000
     for row, column in product(range(3), range(6)):
         if row < 2 or column < 5:
-            assert np.abs(panel(file, row, column) - panel(committed, row, column)).mean() < 8
-    assert committed.stat().st_size < 400_000
+            assert np.abs(panel(picture, row, column) - panel(committed, row, column)).mean() < 8
 
 
-def test_ratios_of_one_model_on_images_of_a_folder(visualize, image_folder):
+def test_ratios_of_one_model_on_images_of_a_folder(drawn, image_folder):
     folder, file = image_folder / "val" / "cat", image_folder / "val" / "dog" / "0.jpg"
     (folder / "2.jpg").unlink()
     arguments = ("--model", "test_resnet", "--augsub", "masking", "--ratio", 0, 0.75, "--images", folder, file)
-    code, error, picture = visualize(*arguments)
-    assert (code, error) == (0, "")
-    assert_panels(picture, rows=3, columns=3)
+    picture = drawn(*arguments, rows=3, columns=3)
     for row in range(3):
         main, whole, masked = (panel(picture, row, column) for column in range(3))
         assert np.abs(main - whole).mean() < 1  # columns are not aligned to whole pixels
         assert (np.abs(masked - 127.5).max(axis=-1) < 8).mean() > 0.7  # zero is grey for this model
 
 
-def test_the_sub_models_of_a_configuration_and_the_seed(visualize):
+def test_the_sub_models_of_a_configuration_and_the_seed(drawn):
     arguments = ("--config", "configs/digits_swin.yaml", "model.kwargs.embed_dim=16", "--seed")
-    code, error, picture = visualize(*arguments, 0)
-    assert (code, error) == (0, "")
-    first = picture.read_bytes()
-    assert_panels(picture, rows=3, columns=2)
-    token = np.abs(panel(picture, 0, 1) - [86, 180, 233]).max(axis=-1) < 8
-    assert token.mean() == pytest.approx(0.5, abs=0.03)
-    visualize(*arguments, 0)
-    assert picture.read_bytes() == first
-    visualize(*arguments, 1)
-    assert picture.read_bytes() != first
+    pictures = []
+    for seed in (0, 0, 1):
+        picture = drawn(*arguments, seed, rows=3, columns=2)
+        token = np.abs(panel(picture, 0, 1) - [86, 180, 233]).max(axis=-1) < 8
+        assert token.mean() == pytest.approx(0.5, abs=0.03)
+        pictures.append(picture.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_paths_and_activations_have_panels_of_their_own(visualize):
+def test_paths_and_activations_have_panels_of_their_own(drawn):
     sub_models = ("--augsub", "masking+drop_path", "dropout", "model.kwargs.depth=2", "--ratio", 0.3)
-    code, error, picture = visualize("--config", "configs/digits_vit.yaml", *sub_models)
-    assert (code, error) == (0, "")
-    assert_panels(picture, rows=3, columns=4)
+    picture = drawn("--config", "configs/digits_vit.yaml", *sub_models, rows=3, columns=4)
     for column in (2, 3):
         kept = np.abs(panel(picture, 0, column) - [0, 114, 178]).max(axis=-1) < 8
         assert 0.5 < kept.mean() < 0.9
 
 
-def test_what_is_missing(visualize):
+def test_what_is_missing(drawn):
     """Data, for which stands the bundled image; and what a model does not offer, left open if nobody asked for it."""
-    code, _, picture = visualize("--config", "resnet50", "model.name=test_resnet", "data.image_size=64")
-    assert code == 0
-    assert_panels(picture, rows=1, columns=2)
-    code, error, picture = visualize("--model", "test_resnet")
-    assert (code, error) == (0, "")
-    assert (panel(picture, 0, 5) == 255).all(axis=-1).mean() > 0.9
+    of_config = ("--config", "resnet50", "model.name=test_resnet", "data.image_size=64")
+    drawn(*of_config, rows=1, columns=2, said="data.root = imagenet: no such folder; taken to have 1000 classes")
+    assert (panel(drawn("--model", "test_resnet", rows=1, columns=6), 0, 5) == 255).all(axis=-1).mean() > 0.9
 
 
 @pytest.mark.parametrize(
