@@ -125,7 +125,8 @@ def read_ways(arguments: Sequence[str]) -> list[Way]:
                 run = finished_run(path)
                 if run is None:
                     raise InputError(f"{path}: holds no finished run; one that was stopped goes on with --resume")
-                groups.setdefault(name if is_named else recipe(run.config), []).append(run)
+                key = name if is_named else yaml.dump(recipe(run.config), Dumper=Dumper)
+                groups.setdefault(key, []).append(run)
     found = iter(_find_names([runs for key, runs in groups.items() if key not in named]))
     return make_ways([(key if key in named else next(found), runs) for key, runs in groups.items()])
 
@@ -158,16 +159,15 @@ def override_text(key: str, value: object) -> str:
     return f"{key}={flow.strip().removesuffix('...').strip()}"  # YAML ends a bare value with a line of dots
 
 
-def recipe(config: Config) -> str:
-    """A configuration but for what the runs of one way may differ in, as text."""
-    content = {key: value for key, value in leaves(config).items() if key not in OWN_KEYS}
-    return yaml.dump(content, Dumper=Dumper, sort_keys=True)
+def recipe(config: Config) -> dict[str, object]:
+    """A configuration but for what the runs of one way may differ in."""
+    return {key: value for key, value in leaves(config).items() if key not in OWN_KEYS}
 
 
 def differing_keys(configs: Sequence[Config]) -> dict[str, list[object]]:
-    """Keys in which configurations differ, with the value of each; seeds and folders left out."""
-    contents = [leaves(config) for config in configs]
-    values = {key: [content[key] for content in contents] for key in contents[0] if key not in OWN_KEYS}
+    """Keys in which recipes differ, with the value of each."""
+    recipes = [recipe(config) for config in configs]
+    values = {key: [content[key] for content in recipes] for key in recipes[0]}
     return {key: of_all for key, of_all in values.items() if any(value != of_all[0] for value in of_all)}
 
 
