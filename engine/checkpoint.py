@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -76,8 +77,40 @@ def verify(path: Path) -> None:
     """
     (sharded_checkpoint if path.is_dir() else checkpoint_file).verify(path)
     iteration = load_metadata(path).get("iteration")
-    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
+    if not isinstance(iteration, int) or isinstance(iteration, bool) or not 0 <= iteration < 2**63:
         raise InputError(f"checkpoint {path} is not one of a run: it does not tell its iteration")
+
+
+def check_structure(own: Any, saved: Any, place: str) -> None:
+    """See that a saved state is built like the one that it is to replace: intact files may hold anybody's content.
+
+    Empty dictionaries and lists and None say nothing about what replaces them; entries may be added.
+
+    Raises:
+        ValueError: something of `saved` is missing, or has another type or size than in `own`.
+    """
+    if own is None:
+        return
+    if _kind(own) != _kind(saved):
+        raise ValueError(f"{place} is of type {type(saved).__name__}, not {type(own).__name__}")
+    if isinstance(own, dict):
+        for key, value in own.items():
+            if key not in saved:
+                raise ValueError(f"{place}.{key} is missing")
+            check_structure(value, saved[key], f"{place}.{key}")
+    elif isinstance(own, list | tuple):
+        for index, (one, other) in enumerate(zip(own, saved, strict=False)):
+            check_structure(one, other, f"{place}.{index}")
+    elif isinstance(own, Tensor) and own.shape != saved.shape:
+        raise ValueError(f"{place} has shape {tuple(saved.shape)}, not {tuple(own.shape)}")
+
+
+def _kind(value: Any) -> type:
+    """The type; numbers are alike, and all kinds of tensors and of dictionaries."""
+    for kind in (Tensor, dict):
+        if isinstance(value, kind):
+            return kind
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
 
 
 class CheckpointStore:

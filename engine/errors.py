@@ -28,16 +28,21 @@ class Preempted(Exception):
 NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # torch says
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the device or of the CPU was wanting."""
+    message = " ".join(str(error).split())
+    return isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY)
+
+
 @contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
     """Report that memory ran out, and what the user can do about it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not any(words in message for words in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
-        raise RunError(f"{remedy}: out of memory: {message or type(error).__name__}") from error
+        raise RunError(f"{remedy}: out of memory: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 @contextmanager

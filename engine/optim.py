@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from augsub.registry import did_you_mean
 from engine.config import OptimizerConfig, ScheduleConfig
-from engine.errors import InputError, input_errors
+from engine.errors import InputError, first_line, input_errors, is_out_of_memory
 
 FUSED = ("adam", "adamw", "sgd")  # of torch's own optimisers; timm's LAMB and others work on many tensors at once
 
@@ -54,9 +54,12 @@ def optimizer_errors() -> Iterator[None]:
     """Report what an optimiser raises at a step: it does not look at its arguments or its state before."""
     try:
         yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
-            f"optimizer: its arguments, or its state in the checkpoint, do not fit: {type(error).__name__}: {error}"
+            "optimizer: its arguments, or its state in the checkpoint, do not fit: "
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from augsub.objective import ObjectiveOutput, SubModelObjective
+from engine.checkpoint import check_structure
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
@@ -129,9 +130,11 @@ class Trainer(TrainerBase):
             self.iteration = state["iteration"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.precision.load_state_dict(state["scaler"])
+            check_structure(self.means.state_dict(), state["means"], "means")
             self.means.load_state_dict(state["means"])
             for hook in self.hooks:
                 if hook.state_name in state["hooks"]:
+                    check_structure(hook.state_dict(), state["hooks"][hook.state_name], hook.state_name)
                     hook.load_state_dict(state["hooks"][hook.state_name])
                 else:
                     hook.start_late()

@@ -76,6 +76,11 @@ class Evaluation(HookBase):
         return {"best": self.best, "latest": self.latest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("best", "latest"):
+            if not all(isinstance(value, int | float) for value in state[name].values()):
+                raise ValueError(f"evaluation.{name} = {state[name]} is more than numbers")
+        if state["best"] and not state["best"].keys() >= {"iteration", "epoch", "value"}:
+            raise ValueError(f"evaluation.best = {state['best']} is not complete")
         self.best, self.latest = state["best"], state["latest"]
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engine import atomic, checkpoint_file
-from engine.checkpoint import CheckpointStore, load, load_metadata, verify
+from engine.checkpoint import CheckpointStore, check_structure, load, load_metadata, verify
 from engine.checkpoint_file import join_tensors, split_tensors
 from engine.distributed import Process
 from engine.errors import InputError, RunError
@@ -243,3 +243,17 @@ def test_a_state_is_taken_apart_and_put_together_again():
     assert plain == {"b": {0: {"d": 3}, "e": {}}, "f": [1, {"g": 2}]}
     again = join_tensors(tensors, plain)
     assert again["b"][0]["c"] is whole["b"][0]["c"] and again["a"] is whole["a"] and again["f"] == whole["f"]
+
+
+def test_what_makes_two_states_unlike():
+    own = {"weights": {"a": torch.ones(2)}, "best": {}, "count": 3, "names": ["a"], "late": None}
+    alike = {"weights": {"a": torch.zeros(2)}, "best": {"x": 1}, "count": 4.0, "names": [], "late": 1, "more": 2}
+    check_structure(own, alike, "state")
+    for key, value, said in (
+        ("weights", {"a": torch.ones(3)}, r"state\.weights\.a has shape \(3,\), not \(2,\)"),
+        ("weights", {}, r"state\.weights\.a is missing"),
+        ("count", "3", r"state\.count is of type str, not int"),
+        ("names", [1], r"state\.names\.0 is of type int, not str"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            check_structure(own, {**alike, key: value}, "state")

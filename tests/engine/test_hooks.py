@@ -131,6 +131,9 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
     resumed = Evaluation(period=2, metric="top1")
     resumed.load_state_dict(evaluation.state_dict())
     assert (resumed.best, resumed.latest) == (evaluation.best, evaluation.latest)
+    for spoilt in ({"best": {"value": 1.0}, "latest": {}}, {"best": {}, "latest": {"top1": None}}):
+        with pytest.raises(ValueError, match=r"is more than numbers|is not complete"):
+            resumed.load_state_dict(spoilt)
 
 
 def test_a_record_has_the_means_since_the_last_one_and_what_hooks_found(tmp_path):
