@@ -266,7 +266,7 @@ def _lstm(args: Sequence[Any], output: Tensor) -> float:
 
 def _norm(weight: int, of_input: int = 5) -> Formula:
     """A norm whose argument of that number is its weight, one multiply-add less without one."""
-    return lambda args, output: args[0].numel() * (of_input - (args[weight] is None))
+    return lambda args, output: args[0].numel() * (of_input - (args[weight : weight + 1] in ((), (None,))))
 
 
 def _elementwise(of_input: int, of_output: int) -> Formula:

@@ -63,6 +63,14 @@ def test_it_counts_what_fvcore_counts(name):
     assert (counted.flops, counted.activations) == (flops, activations)
 
 
+@pytest.mark.parametrize(("affine", "per_value"), [(True, 5), (False, 4)])
+def test_a_norm_costs_what_fvcore_says(affine, per_value):
+    norm = nn.LayerNorm(SMALL, elementwise_affine=affine).eval()
+    assert (
+        count_forward(norm, (1, *SMALL)).flops == per_value * 3 * 32 * 32 == by_fvcore(norm, torch.zeros(1, *SMALL))[0]
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "augmentation", "limit"),
     [
