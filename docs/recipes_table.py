@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.config_file import CONFIGS, load_config
 from engine.data.loaders import accumulation_for
 from engine.text import markdown_table
-from tools.analyze_model import analyze_configured
+from tools.analysis import analyze_configured
 
 HEADER = (
     "config", "model", "pixels", "baseline", "MaskSub", "GPUs", "images per GPU", "accumulation", "global batch",

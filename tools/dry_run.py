@@ -27,7 +27,7 @@ from engine.run_folder import RunFolder
 from engine.text import readable_size, text_table
 from engine.trainer import Trainer
 from models.complexity import activation_memory, analyze
-from tools.scaling import Strategy, build_step, memory
+from tools.step_costs import Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
 Rows = list[tuple[str, str]]

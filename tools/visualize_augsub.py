@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.data.source import IMAGENET
     from engine.defaults import build_sub_models, complete
     from engine.evaluation_run import MODELS_OWN
-    from tools.analyze_model import data_source
+    from tools.analysis import data_source
     from tools.seen_figure import chosen, draw, rows_of
 
     files = chosen(arguments.images)

@@ -16,7 +16,7 @@ import augsub
 from models.build import build_on_meta, checkpoint_gradients, create_model
 from models.complexity import activation_memory, analyze, count_forward, count_with_torch
 from tests.zoo import load_rows
-from tools.analyze_model import PUBLISHED
+from tools.analysis import PUBLISHED
 
 with warnings.catch_warnings():  # fvcore compiles a function with torch.jit.script, which is deprecated
     warnings.simplefilter("ignore", FutureWarning)

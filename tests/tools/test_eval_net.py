@@ -22,7 +22,7 @@ from engine.config_file import load_config
 from engine.distributed import Process
 from engine.evaluation_run import LONGEST, folder_for
 from tools import compare_runs, eval_net
-from tools.export import export
+from tools.exporting import export
 
 ROOT = Path(__file__).parents[2]
 EVAL_NET = ROOT / "tools" / "eval_net.py"

@@ -17,7 +17,8 @@ from engine.config_file import load_config, to_yaml
 from engine.data.imagenet_family import synsets
 from engine.distributed import Process
 from models.build import create_model
-from tools import eval_net, export
+from tools import eval_net
+from tools.exporting import export
 
 CONFIG = Path(__file__).parents[2] / "configs" / "finetune_folder.yaml"
 SETTINGS = (
@@ -100,7 +101,7 @@ def test_a_head_that_is_kept_is_for_the_same_classes(train, copied, tmp_path):
 
 def test_the_classes_of_a_folder_in_the_hubs_layout_are_compared(train, call, copied, tmp_path):
     run, images, elks = copied
-    export.export(run / "checkpoints" / "last.pt", tmp_path / "hub", ema=False)
+    export(run / "checkpoints" / "last.pt", tmp_path / "hub", ema=False)
     hub = f"model.name=local-dir:{tmp_path}/hub"
     message = f"model.name = local-dir:{tmp_path}/hub {OTHER}"
     start = (hub, "model.pretrained=true", "train.max_iters=1")

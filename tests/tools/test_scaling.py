@@ -18,7 +18,7 @@ import augsub
 import tools.scaling
 from engine.distributed import Process, local, replicate, shard
 from models.build import create_model, innermost_blocks
-from tools.scaling import STRATEGIES, Step, Strategy, memory, sent_bytes, traffic
+from tools.step_costs import STRATEGIES, Step, Strategy, memory, sent_bytes, traffic
 
 DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT = STRATEGIES.values()
 

@@ -78,6 +78,13 @@ def test_the_help_of_every_tool_can_be_printed(monkeypatch, name):
     assert "usage: " in printed and printed.endswith("\\u2026 \\xb1 \\udce9\n")
 
 
+def test_nothing_heavy_is_imported_for_help():
+    code = f"import importlib, sys\nfor name in {TOOLS}: importlib.import_module(f'tools.{{name}}')\n"
+    code += "print(*{'torch', 'timm', 'matplotlib', 'scipy'} & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.stdout, ended.stderr) == ("\n", "")
+
+
 def test_pictures_take_any_name(call, folder):
     figure, axes = plt.subplots()
     axes.set_title("a $x$ $_{ \\frac")

@@ -29,7 +29,7 @@ from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError, writing_errors
 from engine.run_folder import RunFolder
 from engine.text import expanded, markdown_table
-from tools.analyze_model import analyze_configured
+from tools.analysis import analyze_configured
 from tools.comparison import runs as compared
 from tools.comparison.pictures import draw_differences, draw_panels
 from tools.comparison.runs import Way, check_comparable, finished_run, make_ways
