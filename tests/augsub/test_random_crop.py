@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 
 import augsub
+from tests.conftest import VIT
 
 
 def corners(batch: int, spans: tuple[int, int]) -> list[tuple[int, int]]:
@@ -23,11 +25,18 @@ def crops(images: torch.Tensor, side: int) -> torch.Tensor:
     return torch.stack([image[:, top : top + side, left : left + side] for image, (top, left) in places])
 
 
-@pytest.mark.parametrize(("ratio", "side"), [(0.5, 3), (0.25, 3), (0.75, 2), (0.9, 1)])
-def test_vit_keeps_a_window_of_its_grid(ratio, side, make_model, images):
-    model = augsub.patch(make_model("vit"))
+@pytest.mark.parametrize(
+    ("grid", "ratio", "side"),
+    [((4, 4), 0.5, 3), ((4, 4), 0.25, 3), ((4, 4), 0.75, 2), ((4, 4), 0.9, 1), ((4, 7), 0.5, 4)],
+)
+def test_vit_keeps_a_window_of_its_grid(grid, ratio, side):
+    height, width = (8 * cells for cells in grid)
+    model, images = (
+        augsub.patch(VisionTransformer(**{**VIT, "img_size": (height, width)})),
+        torch.randn(4, 3, height, width),
+    )
     logits, tokens = cropped(model, images, ratio), model._pos_embed(model.patch_embed(images))
-    window = crops(tokens[:, 1:].mT.unflatten(2, (4, 4)), side).flatten(2).mT
+    window = crops(tokens[:, 1:].mT.unflatten(2, grid), side).flatten(2).mT
     expected = model.forward_head(model.norm(model.blocks(torch.cat([tokens[:, :1], window], dim=1))))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 

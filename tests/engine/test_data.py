@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections import Counter
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
@@ -376,14 +377,13 @@ def test_a_worker_that_crashes_ends_in_one_line_and_closing_ends_the_others():
     config = digits()
     config.data.workers, config.evaluation.batch = 2, 2
     source = DataSource(train=None, held_out=Dying(), num_classes=2, in_chans=3)
-    started = iter(Batches(config, source, ALONE, BadFiles(0)))
-    next(started)  # two workers, which heed no signal
-    workers = multiprocessing.active_children()
-    for worker in workers:
-        worker.terminate()
-        worker.join(timeout=0.2)
-    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
-    started.close()
+    with closing(iter(Batches(config, source, ALONE, BadFiles(0)))) as started:
+        next(started), next(started)  # of either worker; they heed no signal
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.terminate()
+            worker.join(timeout=0.2)
+        assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
     assert not multiprocessing.active_children()
     with pytest.raises(RunError) as error, worker_deaths(2):
         list(Batches(config, source, ALONE, BadFiles(0)))
