@@ -33,7 +33,7 @@ BAD_INPUT = [
     (["train.epohcs=3"], "Did you mean: 'epochs'"),
     (["data.dataset=folder", "data.root=/nowhere"], "data.root = /nowhere: no such folder"),
     (["model.name=vit_tiny_patch16_242"], "did you mean 'vit_tiny_patch16_224'"),
-    (["model.kwargs={dept: 3}"], "unexpected keyword argument 'dept', did you mean 'depth'?"),
+    (["model.kwargs={dept: 3}"], "got an unexpected keyword argument 'dept'"),
     (["model.kwargs={num_classes: 3}"], "model.kwargs.num_classes: comes from"),
     (["model.kwargs={depth: null}"], "model.kwargs.depth = null: must have a value, or go"),
     (["model.kwargs={patch_size:4,depth:4}"], "model.kwargs.patch_size:4 = null: a space is missing after the colon"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import seen_figure, visualize_augsub
+from tools import analysis, seen_figure, visualize_augsub
 
 ROOT = Path(__file__).parents[2]
 DPI, PANEL, GAP, LEFT, TITLE, CAPTION, LEGEND = 130, 1.5, 0.2, 0.45, 0.4, 0.4, 0.3  # inches
@@ -91,6 +91,7 @@ def test_paths_and_activations_have_panels_of_their_own(drawn):
 
 def test_what_is_missing(drawn):
     """Data, for which stands the bundled image; and what a model does not offer, left open if nobody asked for it."""
+    analysis.say_once.cache_clear()  # another test may have heard it
     of_config = ("--config", "resnet50", "model.name=test_resnet", "data.image_size=64")
     drawn(*of_config, rows=1, columns=2, said="data.root = imagenet: no such folder; taken to have 1000 classes")
     assert (panel(drawn("--model", "test_resnet", rows=1, columns=6), 0, 5) == 255).all(axis=-1).mean() > 0.9
