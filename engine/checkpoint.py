@@ -139,6 +139,7 @@ class CheckpointStore:
         Raises:
             RunError: the disk refuses, now or at the save before this one.
         """
+        self.wait()  # for the copy in memory that is being written: there is never a second one
         state = self._whole(state)
         if not self._process.is_main:
             return
@@ -148,7 +149,6 @@ class CheckpointStore:
         if self._thread is None:
             self._write(state, names)
         else:
-            self.wait()
             self._writing = self._thread.submit(self._write, state, names)
 
     def check(self) -> None:

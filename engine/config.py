@@ -90,7 +90,7 @@ Positive = Annotated[float, above(0)]
 Share = Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
 Part = Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
 Probability = Annotated[float, Rule(lambda value: 0 <= value <= 1, "in [0, 1]")]
-Interval = Annotated[List[float], increasing(0, math.inf, "above 0")]
+Interval = Annotated[List[float], increasing(0, 1e38, "above 0")]  # what fits into float32
 SEED = Rule(lambda value: 0 <= value < 2**32, "in [0, 2**32)")
 BETAS = Rule(lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
 MINMAX = Rule(
