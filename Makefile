@@ -6,8 +6,10 @@ INSTALLED := .venv/installed
 DEVELOP := .venv/installed-dev
 # two processes with one thread each; what a file shares is made once
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# of the checks for GPUs: `cpu` runs the same scripts without one
+DEVICE ?= cuda
 
-.PHONY: demo test test-slow test-faults test-recipes study first-run pictures docs zoo performance lint
+.PHONY: demo test test-slow test-faults test-recipes test-gpu gpu study first-run pictures docs zoo performance lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -20,6 +22,12 @@ test-slow: $(DEVELOP)  ## every class of timm, a step of every full-size recipe,
 
 test-faults: $(DEVELOP)  ## real faults in real runs
 	$(PYTEST) -m faults
+
+test-gpu: $(DEVELOP)  ## what only a GPU can show, in minutes; without one a line that says so
+	$(BIN)/python -m pytest -q -m gpu tests/gpu --device $(DEVICE)
+
+gpu: $(DEVELOP)  ## test-gpu, then the benchmark, in at most nine minutes; results in runs/gpu
+	$(BIN)/python tools/gpu.py --device $(DEVICE)
 
 test-recipes: $(DEVELOP)  ## every recipe against its published numbers
 	$(PYTEST) tests/recipes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -232,13 +232,16 @@ def require_wandb(project: str) -> ModuleType:
 
 def open_writers(config: Config, folder: RunFolder, iteration: int, max_iterations: int) -> list[Writer]:
     """The writers of a run after `iteration` steps, in the order in which they get a record."""
+    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+    if not has_tensorboard:
+        LOGGER.warning("WARNING: tensorboard is not installed: no curves for it, those of metrics.jsonl stay")
     return [
         # first: if it does not begin, there is no metrics.jsonl yet, and the same command can be given again
         *([WandbWriter(config, folder)] if config.log.wandb is not None else []),
         LogWriter(iteration, max_iterations),
         JSONLinesWriter(folder.metrics, iteration),
         *([CSVWriter(folder.table, folder.metrics)] if config.log.csv else []),  # made of the file before it
-        TensorBoardWriter(config, folder.path, iteration),
+        *([TensorBoardWriter(config, folder.path, iteration)] if has_tensorboard else []),
     ]
 
 

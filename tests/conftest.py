@@ -69,6 +69,11 @@ MODELS = {
 ONE_PER_FAMILY = ("vit", "swin", "resnet")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where tests/gpu runs."""
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of tests/gpu")
+
+
 @pytest.fixture(params=MODELS)
 def any_model(request: pytest.FixtureRequest) -> torch.nn.Module:
     """Each variant of each family, not patched."""

@@ -121,14 +121,14 @@ def run(arguments: argparse.Namespace) -> None:
         **{"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    lines = []
+    command, lines = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]), []
     for of_case in measure(arguments, torch.device(arguments.device)):
         print(f"\n{table(of_case)}", flush=True)
         lines += of_case
-    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
-    with writing_errors(arguments.json):
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(arguments.json, to_json({"machine": machine, "command": command, "lines": lines}, indent=1))
+        content = to_json({"machine": machine, "command": command, "lines": lines}, indent=1)
+        with writing_errors(arguments.json):  # after every case: whatever ends the rest, these are there
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(arguments.json, content)
     print(f"\n{arguments.json}")
 
 

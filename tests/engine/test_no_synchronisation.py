@@ -74,13 +74,13 @@ def noted_reads(trainer: Trainer) -> Iterator[list[str]]:
         yield found
 
 
-def make_trainer(model: str, device: str, folder, amp: str = "off") -> Trainer:
+def make_trainer(model: str, folder) -> Trainer:
     """MaskSub with all that a step can have: mixing, clipping, stochastic depth, an average of the weights."""
     config = Config(
         output_dir=str(folder),
         model=MODELS[model],
         data=DataConfig(image_size=IMAGE_SIZE, workers=0),
-        train=Train(global_batch=4, amp=amp, clip_norm=1.0),
+        train=Train(global_batch=4, clip_norm=1.0),
         augsub=AugsubConfig(
             sub_models=[
                 SubModelConfig(augmentations=[{"name": "masking", "ratio": 0.5}, {"name": "drop_path", "ratio": 0.2}]),
@@ -90,9 +90,9 @@ def make_trainer(model: str, device: str, folder, amp: str = "off") -> Trainer:
         mixup=MixupConfig(mixup_alpha=0.8, cutmix_alpha=1.0),
         ema=EmaConfig(enabled=True, warmup=True),
     )
-    process = Process(0, 1, torch.device(device))
+    process = Process(0, 1, torch.device("cpu"))
     trainer = build_trainer(config, IMAGENET, process, CheckpointStore(RunFolder(folder), process))
-    trainer.batches = repeat((torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE).to(device), torch.arange(4, device=device)))
+    trainer.batches = repeat((torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE), torch.arange(4)))
     of_a_step = [hook for hook in trainer.hooks if isinstance(hook, (LearningRateSchedule, ExponentialMovingAverage))]
     trainer.hooks = []
     trainer.register_hooks([*of_a_step, NaNGuard(config.log.period)])
@@ -107,7 +107,7 @@ def run_steps(trainer: Trainer, count: int) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_reads_nothing_back(model, tmp_path):
-    trainer = make_trainer(model, "cpu", tmp_path)
+    trainer = make_trainer(model, tmp_path)
     run_steps(trainer, 1)  # the first targets are looked at
     with noted_reads(trainer) as found:
         run_steps(trainer, 3)
@@ -116,16 +116,3 @@ def test_a_step_reads_nothing_back(model, tmp_path):
         with noted_reads(trainer) as found:
             read(trainer.last_loss)
         assert found
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("model", MODELS)
-def test_a_step_on_a_gpu_never_waits(model, tmp_path):
-    """torch itself raises at whatever synchronises."""
-    trainer = make_trainer(model, "cuda", tmp_path, amp="bf16")
-    run_steps(trainer, 2)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run_steps(trainer, 3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import logging
 import math
@@ -15,8 +16,9 @@ from engine import figure
 from engine.config import Config, ModelConfig
 from engine.config_file import leaves, to_yaml
 from engine.errors import RunError
+from engine.run_folder import RunFolder
 from engine.text import to_json
-from engine.writers import CSVWriter, JSONLinesWriter, LogWriter, TensorBoardWriter, read_lines
+from engine.writers import CSVWriter, JSONLinesWriter, LogWriter, TensorBoardWriter, open_writers, read_lines
 
 
 def record(iteration: int, **values: float) -> dict[str, float]:
@@ -94,6 +96,14 @@ def test_tensorboard_has_curves_and_the_configuration(tmp_path):
     assert text.tensor_proto.string_val == [f"```yaml\n{to_yaml(config)}```".encode()]
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert all(key.encode() in start for key, value in leaves(config).items() if value is not None) and b"vit" in start
+
+
+def test_a_run_without_tensorboard_says_so_and_goes_on(tmp_path, monkeypatch, caplog):
+    with_it = [type(writer) for writer in open_writers(Config(), RunFolder(tmp_path), 0, 10)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    without = [type(writer) for writer in open_writers(Config(), RunFolder(tmp_path), 0, 10)]
+    assert with_it == [*without, TensorBoardWriter]
+    assert "tensorboard is not installed" in caplog.text
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path):
