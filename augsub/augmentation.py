@@ -107,6 +107,11 @@ class SubModelAugmentation:
         self.ratio = float(ratio)
 
     @property
+    def skips_paths(self) -> bool:
+        """Whether residual branches that drop are not computed, at the site ``drop_path``."""
+        return False
+
+    @property
     def members(self) -> tuple[SubModelAugmentation, ...]:
         """The augmentations to apply, in order: itself, unless it is composed of others."""
         return (self,)
@@ -160,6 +165,10 @@ class Compose(SubModelAugmentation):
     @property
     def members(self) -> tuple[SubModelAugmentation, ...]:
         return self._members
+
+    @property
+    def skips_paths(self) -> bool:
+        return any(member.skips_paths for member in self._members)
 
     def __repr__(self) -> str:
         return f"Compose({list(self._members)!r})"

@@ -9,6 +9,9 @@ from torch import nn
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.registry import register
+from augsub.residual_branches import rate_name
+
+MODES = ("compute", "skip")
 
 
 @register("drop_path", "droppath")
@@ -16,13 +19,31 @@ class DropPath(SubModelAugmentation):
     """Every residual branch is dropped per sample with probability `ratio`, whatever the main model's rate.
 
     Stochastic depth (arXiv 1603.09382).
+
+    Args:
+        ratio: share of the images whose branch is dropped, in [0, 1).
+        mode: ``compute``: computed for all images and dropped, as timm does; ``skip``: computed for exactly
+            int(B * (1 - ratio)) of B images, at least one, which saves the others' work. The mean is the same.
+
+    Raises:
+        ValueError: for an argument out of range and, in the sub-forward, where the branches of a model cannot be
+            computed apart from its other images.
     """
 
     sites = ("drop_path",)
 
+    def __init__(self, ratio: float, mode: str = "compute") -> None:
+        super().__init__(ratio)
+        if mode not in MODES:
+            raise ValueError(f"drop_path: mode = {mode!r}, allowed are {' and '.join(MODES)}")
+        self.mode = mode
+
+    @property
+    def skips_paths(self) -> bool:
+        return self.mode == "skip"
+
     def module_state(self, module: nn.Module) -> Mapping[str, Any]:
-        # timm's DropPath has `drop_prob`, the residual connections of EfficientViT (MSRA) have `drop`
-        return {"drop_prob" if hasattr(module, "drop_prob") else "drop": self.ratio, "training": True}
+        return {rate_name(module): self.ratio, "training": True}
 
 
 @register("dropout")

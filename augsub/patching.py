@@ -93,7 +93,7 @@ class PatchedModel(_Base):
         return _new_patched, (_original_class(self),), self.__dict__
 
 
-def patch(model: Model) -> Model:
+def patch(model: Model, skip_dropped_paths: bool = False) -> Model:
     """Let `model` take `augsub=` and `augsub_ratio=` in its forward, in place.
 
     The main model stays bit-identical and no random number is drawn from the global generator.
@@ -101,10 +101,16 @@ def patch(model: Model) -> Model:
     the model: its forwards wait for each other. With drop_path or dropout in a sub-model, no thread should call the
     model while another one is in its backward.
 
+    Args:
+        model: of timm, or any other.
+        skip_dropped_paths: in training, the model's own stochastic depth computes no branch that it drops: each
+            residual branch of rate r has exactly int(B * (1 - r)) of B images, at least one, in place of a binomial
+            number (DINOv2, arXiv 2304.07193, section 5). The main model is then that of other random numbers.
+
     Raises:
         TypeError: if `model` is no module.
         ValueError: if the model is patched already, is a wrapper (DDP, compiled) around the model to
-            patch, or has a `mask_token` of its own.
+            patch, or has a `mask_token` of its own; or the branches of its stochastic depth cannot be skipped.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"only a model (torch.nn.Module) can be patched, not {model!r}")
@@ -125,6 +131,12 @@ def patch(model: Model) -> Model:
         model.mask_token = nn.Parameter(token.to(like.device, like.dtype))
     cast(PatchedModel, model)._augsub = SubForward(model, family)
     model.__class__ = _patched_class(type(model))  # type: ignore[arg-type, assignment]
+    if skip_dropped_paths:
+        try:
+            cast(PatchedModel, model)._augsub.skip_dropped_paths()
+        except ValueError:
+            unpatch(model)
+            raise
     return model
 
 

@@ -6,13 +6,14 @@ It holds modules, never parameters, so that it stays true when a model is moved,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
 from augsub.augmentation import Images, StemFeatures, SubModelAugmentation, Tokens
+from augsub.residual_branches import ResidualBranch, rate_name
 
 ImageSize = tuple[int, int]
 Layout = Literal["NLC", "NHWC", "NCHW"]
@@ -41,8 +42,11 @@ class Site:
         """Whether the augmentation can act here in this model."""
         return True
 
-    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
-        """Attributes that modules have during the sub-forward."""
+    def check(self, augmentation: SubModelAugmentation) -> None:
+        """Raise ValueError if the augmentation acts here, but not with its arguments."""
+
+    def state(self, augmentations: Sequence[SubModelAugmentation], batch: int) -> Iterable[Assignment]:
+        """Attributes that modules have during the sub-forward of so many images."""
         return ()
 
 
@@ -160,8 +164,46 @@ class ModuleSite(Site):
     def places(self) -> Sequence[nn.Module]:
         return self.modules
 
-    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterable[Assignment]:
+    def state(self, augmentations: Sequence[SubModelAugmentation], batch: int) -> Iterable[Assignment]:
         for augmentation in augmentations:
             for module in self.modules:
                 for attribute, value in augmentation.module_state(module).items():
                     yield module, attribute, value
+
+
+@dataclass
+class DropPathSite(ModuleSite):
+    """Stochastic-depth modules.
+
+    Attributes:
+        branches: the residual branches that belong to them.
+        uncut: names of those whose branch cannot be computed apart from the model's other images.
+    """
+
+    branches: Sequence[ResidualBranch]
+    uncut: Sequence[str]
+
+    def check(self, augmentation: SubModelAugmentation) -> None:
+        if augmentation.skips_paths:
+            self.check_cut(f"{augmentation}: mode = 'skip'")
+
+    def check_cut(self, wanted: str) -> None:
+        """Raise ValueError if a branch cannot be cut out."""
+        if self.uncut:
+            raise ValueError(
+                f"{wanted}: the branches of {len(self.uncut)} of {len(self.modules)} drop paths cannot be computed "
+                f"apart from the other images, the first is {self.uncut[0]}; what is dropped must be computed here"
+            )
+
+    def state(self, augmentations: Sequence[SubModelAugmentation], batch: int) -> Iterable[Assignment]:
+        for augmentation in augmentations:
+            if augmentation.skips_paths:
+                yield from self.skipping(batch, augmentation.ratio)
+            else:
+                yield from super().state([augmentation], batch)
+
+    def skipping(self, batch: int, rate: float | None = None) -> Iterator[Assignment]:
+        """The state that skips what is dropped at a rate; None: at their own rates, where they are in training."""
+        for branch in self.branches:
+            own = getattr(branch.drop_path, rate_name(branch.drop_path)) if branch.drop_path.training else 0.0
+            yield from branch.skipping(own if rate is None else rate, batch)

@@ -19,7 +19,7 @@ from augsub.augmentation import SubModelAugmentation
 from augsub.families import Family
 from augsub.families.base import drop_path_places
 from augsub.registry import AUGSUB_REGISTRY, list_augmentations
-from augsub.sites import Assignment, AugmentationOrClass, HookedSite, ImageSite
+from augsub.sites import Assignment, AugmentationOrClass, DropPathSite, HookedSite, ImageSite
 
 PATCH_AGAIN = "which does not know it: augsub.unpatch the model and patch it again"
 
@@ -52,6 +52,20 @@ class SubForward:
             for module, change in ((site.module, site.apply), (site.end, site.leave))
             if module is not None
         ]
+        if "drop_path" in self.sites:
+            self._hooks += [hook for branch in self._drop_paths.branches for hook in branch.hook()]
+        self._skips_dropped_paths = False
+
+    @property
+    def _drop_paths(self) -> DropPathSite:
+        return cast(DropPathSite, self.sites["drop_path"])
+
+    def skip_dropped_paths(self) -> None:
+        """Let the model's own stochastic depth skip what it drops; ValueError if that cannot be done."""
+        if "drop_path" not in self.sites:
+            raise ValueError(f"skip_dropped_paths: {self.model_name} has no stochastic depth")
+        self._drop_paths.check_cut("skip_dropped_paths")
+        self._skips_dropped_paths = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -63,9 +77,9 @@ class SubForward:
         """The model's own forward."""
         with self._turn():
             self._release()
-            logits = forward(*args, **kwargs)
-            self._replay_in_backward(logits, [])
-            return logits
+            images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            state = self._own_skipping(len(images)) if images is not None else []
+            return self._forward({}, state, forward, *args, **kwargs)
 
     def run(
         self,
@@ -83,20 +97,35 @@ class SubForward:
             self._release()
             plan = self.plan(augmentation)
             augmented = cast(ImageSite, self.sites["image"]).apply(plan.get("image", ()), images)
-            image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
+            self.image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
             is_resized = augmented.shape[-2:] != images.shape[-2:]
-            state = list(self._family.resized_state(self.model, image_size)) if is_resized else []
-            state += [assignment for name, members in plan.items() for assignment in self.sites[name].state(members)]
-            try:
-                self.active = plan
-                self.image_size = image_size
-                self._hold(state)
-                logits = forward(augmented, *args, **kwargs)
-            finally:
-                self.active = {}
-                self._release()
-            self._replay_in_backward(logits, state)
-            return logits
+            state = list(self._family.resized_state(self.model, self.image_size)) if is_resized else []
+            state += self._own_skipping(len(images)) if "drop_path" not in plan else []
+            for name, members in plan.items():
+                state += self.sites[name].state(members, len(images))
+            return self._forward(plan, state, forward, augmented, *args, **kwargs)
+
+    def _own_skipping(self, batch: int) -> list[Assignment]:
+        """What lets the model's own stochastic depth skip what it drops, if it shall."""
+        return [*self._drop_paths.skipping(batch)] if self._skips_dropped_paths else []
+
+    def _forward(
+        self,
+        plan: dict[str, list[SubModelAugmentation]],
+        state: list[Assignment],
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        try:
+            self.active = plan
+            self._hold(state)
+            logits = forward(*args, **kwargs)
+        finally:
+            self.active = {}
+            self._release()
+        self._replay_in_backward(logits, state)
+        return logits
 
     def _turn(self) -> AbstractContextManager[Any]:
         """One thread at a time is in the model, and may call it again; what was compiled keeps nothing on it."""
@@ -119,6 +148,7 @@ class SubForward:
                     f"{', '.join(self.support())}"
                 )
             self._check_places(site)
+            self.sites[site].check(member)
             plan.setdefault(site, []).append(member)
         return plan
 

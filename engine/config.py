@@ -223,6 +223,8 @@ class TrainConfig(Section):
     compile: Tunable[bool] = False  # torch.compile for the main and the sub-model
     # memory layout of images and of convolutions' weights: faster on GPUs with amp
     channels_last: Tunable[bool] = False
+    # the model's stochastic depth computes no branch that it drops: int(B * (1 - rate)) of B images have one
+    skip_dropped_paths: bool = False
     # recompute activations in backward: less memory, about a third more computation
     grad_checkpointing: Tunable[bool] = False
     # trace.json of a few early steps, and what they spend most time on, as a table in the log

@@ -212,7 +212,8 @@ def build_run_model(config: Config, source: DataSource, process: Process, is_res
     model = create_configured_model(config, source, pretrained)
     if config.distributed.sync_batchnorm:
         model = synchronise_batchnorm(model, process)
-    augsub.patch(model)
+    with input_errors(f"train.skip_dropped_paths with model.name = {settings.name}"):
+        augsub.patch(model, skip_dropped_paths=config.train.skip_dropped_paths)
     with input_errors("model"):
         if not is_resumed:
             start_weights(config, model, source)

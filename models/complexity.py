@@ -14,6 +14,8 @@ from math import prod
 from typing import Any
 
 import torch
+from timm.layers import DropPath
+from timm.models.efficientvit_msra import ResidualDrop
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
@@ -26,6 +28,7 @@ import augsub
 from models.build import check_image_shape, meta_weights
 
 MEGA, GIGA = 1e6, 1e9
+MANY = 1000  # images, of which every share is exact enough
 Formula = Callable[[Sequence[Any], Any], float]  # of an operation's arguments and its output
 
 
@@ -55,12 +58,14 @@ class Complexity:
         main: the main model's forward.
         augmentations: one for each sub-model.
         subs: the forward of each sub-model.
+        skipping: the main model's forward in training, if its own dropped paths are skipped.
     """
 
     params_by_module: dict[str, int]
     main: ForwardCost
     augmentations: tuple[augsub.SubModelAugmentation, ...]
     subs: tuple[ForwardCost, ...]
+    skipping: ForwardCost | None = None
 
     @property
     def params(self) -> int:
@@ -73,9 +78,14 @@ class Complexity:
         return sum(sub.flops for sub in self.subs)
 
     @property
+    def training_flops(self) -> int:
+        """Multiply-adds of all forwards of a training step, main model and sub-models."""
+        return (self.skipping or self.main).flops + self.sub_flops
+
+    @property
     def training_cost(self) -> float:
         """FLOPs of a training step relative to plain training: (main + sum of subs) / main."""
-        return (self.main.flops + self.sub_flops) / self.main.flops
+        return self.training_flops / self.main.flops
 
     @property
     def uncounted(self) -> dict[str, int]:
@@ -97,12 +107,13 @@ class Complexity:
         """Parameters and FLOPs for people, (name, value)."""
         main = self.main.flops
         subs = [
-            (f"sub-model {augmentation}", f"{figure(sub.flops, GIGA)} GFLOPs, {sub.flops / main:.3f} of main")
+            (f"sub-model {augmentation}", _of_main(sub.flops, main))
             for augmentation, sub in zip(self.augmentations, self.subs, strict=True)
         ]
         return [
             ("parameters", f"{figure(self.params, MEGA)} M"),
             ("main model", f"{figure(main, GIGA)} GFLOPs"),
+            *([("skipped paths", _of_main(self.skipping.flops, main))] if self.skipping else []),
             *subs,
             ("training cost", f"{self.training_cost:.3f} of plain training"),
         ]
@@ -113,36 +124,52 @@ def figure(count: int, unit: float) -> str:
     return f"{count / unit:.4g}"
 
 
+def _of_main(flops: int, main: int) -> str:
+    return f"{figure(flops, GIGA)} GFLOPs, {flops / main:.3f} of main"
+
+
 def analyze(
     model: nn.Module,
     image_shape: tuple[int, int, int],
     augmentations: Sequence[augsub.SubModelAugmentation] = (),
+    skip_dropped_paths: bool = False,
 ) -> Complexity:
     """Count one forward of the main model and of each sub-model, all in evaluation mode.
+
+    Skipped paths are a share of a batch's images: where there are some, an image is a part of `MANY`.
 
     Args:
         model: a model that is not patched, on any device; it is put into evaluation mode.
         image_shape: (C, H, W).
         augmentations: one for each sub-model.
+        skip_dropped_paths: as `augsub.patch` takes it; the main model's forward is counted with it too.
 
     Raises:
         ValueError: if an augmentation has no site in the model, or images of that shape do not fit.
     """
     modules = dict(model.eval().named_modules())
     params = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()}
-    augsub.patch(model)
+    augsub.patch(model, skip_dropped_paths=skip_dropped_paths)
     try:
         check_image_shape(model, image_shape, augmentations)
-        main, *subs = (count_forward(model, (1, *image_shape), augmentation) for augmentation in (None, *augmentations))
+        main = count_forward(model, (1, *image_shape))
+        for module in model.modules():
+            if skip_dropped_paths and isinstance(module, DropPath | ResidualDrop):
+                module.train()  # which alone decides whether it skips
+        skipping = count_forward(model, (MANY, *image_shape)) if skip_dropped_paths else None
+        subs = [
+            count_forward(model, (MANY if skipping or augmentation.skips_paths else 1, *image_shape), augmentation)
+            for augmentation in augmentations
+        ]
     finally:
-        augsub.unpatch(model)
-    return Complexity(params, main, tuple(augmentations), tuple(subs))
+        augsub.unpatch(model).eval()
+    return Complexity(params, main, tuple(augmentations), tuple(subs), skipping)
 
 
 def count_forward(
     model: nn.Module, shape: Sequence[int], augmentation: augsub.SubModelAugmentation | None = None
 ) -> ForwardCost:
-    """Count one forward, of the main model or of the sub-model that an augmentation makes.
+    """Count one forward, of the main model or of the sub-model that an augmentation makes, for each of its images.
 
     Args:
         model: any model in evaluation mode, a patched one if there is an augmentation.
@@ -155,8 +182,8 @@ def count_forward(
         functional_call(model, weights, inputs, arguments)
     by_module = dict.fromkeys((name for name, _ in model.named_modules()), 0)
     for place, flops in counter.flops.items():
-        by_module[place.partition(".")[2]] = round(flops)  # the first part is the model's class
-    return ForwardCost(by_module[""], counter.activations, by_module, dict(counter.uncounted))
+        by_module[place.partition(".")[2]] = round(flops / shape[0])  # the first part is the model's class
+    return ForwardCost(by_module[""], round(counter.activations / shape[0]), by_module, dict(counter.uncounted))
 
 
 def count_with_torch(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -175,12 +202,14 @@ def activation_memory(
     images: int,
     augmentation: augsub.SubModelAugmentation | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    skip_dropped_paths: bool = False,
 ) -> int:
     """Bytes that autograd holds at the end of a training forward, beside parameters and buffers.
 
-    Measured with two and with three images (BatchNorm refuses one), where the model is and with the kernels that run
-    there, and scaled: an image always adds as much, what autocast has converted is there once. What backward itself
-    needs for a while is not in it, nor the block that `train.grad_checkpointing` computes again.
+    Measured with two and with three images (BatchNorm refuses one; of skipped paths ten and twenty have exact shares),
+    where the model is and with the kernels that run there, and scaled: an image always adds as much, what autocast has
+    converted is there once. What backward itself needs for a while is not in it, nor the block that
+    `train.grad_checkpointing` computes again.
 
     Args:
         model: a patched model; its BatchNorm statistics and random state go on.
@@ -188,6 +217,7 @@ def activation_memory(
         images: how many at once.
         augmentation: of a sub-model; None for the main model.
         autocast: makes the context of a forward.
+        skip_dropped_paths: as the model was patched.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -207,8 +237,10 @@ def activation_memory(
         del output  # until here nothing of the graph is freed, so that no address was used twice
         return sum(kept.values())
 
-    two, three = kept_bytes(2), kept_bytes(3)
-    return two + (images - 2) * (three - two)
+    skips = skip_dropped_paths or (augmentation is not None and augmentation.skips_paths)
+    few, more = (10, 20) if skips else (2, 3)
+    least, most = kept_bytes(few), kept_bytes(more)
+    return least + (images - few) * (most - least) // (more - few)
 
 
 class _ForwardCounter(TorchDispatchMode):

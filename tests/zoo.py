@@ -15,6 +15,7 @@ import timm
 import augsub
 from engine.text import markdown_table
 from models.build import build_on_meta
+from tests.skipping import can_skip
 
 PAGE = Path(__file__).parents[1] / "docs" / "model_support.md"
 
@@ -29,6 +30,7 @@ class ZooRow:
         smallest: the one of fewest parameters.
         params: its parameters, in millions.
         sites: where each augmentation acts in it, by name; "-" is nowhere.
+        skips: whether its paths can be skipped.
     """
 
     file: str
@@ -37,16 +39,19 @@ class ZooRow:
     smallest: str
     params: float
     sites: dict[str, str]
+    skips: bool
 
 
 def load_rows() -> list[ZooRow]:
     """The rows of the page, in alphabetical order."""
     header, _, *lines = re.findall(r"^\|(.*)\|$", PAGE.read_text(), re.MULTILINE)
-    names = [name.strip() for name in header.split("|")][5:]
+    names = [name.strip() for name in header.split("|")][5:-1]
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     return [
-        ZooRow(file, model_class, int(count), smallest, float(params), dict(zip(names, sites, strict=True)))
-        for file, model_class, count, smallest, params, *sites in rows
+        ZooRow(
+            file, model_class, int(count), smallest, float(params), dict(zip(names, sites, strict=True)), skips == "yes"
+        )
+        for file, model_class, count, smallest, params, *sites, skips in rows
     ]
 
 
@@ -61,12 +66,15 @@ def print_table() -> None:
     rows, augmentations = [], augsub.list_augmentations()
     for (file, model_class), models in sorted(found.items()):
         params, smallest = min(models)
-        sites = augsub.supports(build_on_meta(smallest))
+        model = augsub.patch(build_on_meta(smallest))
+        sites, skips = augsub.supports(model), "yes" if can_skip(model) else "-"
         known = [file, model_class, len(models), smallest, f"{params / 1e6:.2f}"]
-        rows.append([*known, *(sites.get(name, "-") for name in augmentations)])
+        rows.append([*known, *(sites.get(name, "-") for name in augmentations), skips])
     counts = f"{sum(row[2] for row in rows)} models of {len(rows)} classes"
     print(f"timm {timm.__version__}: {counts}, with the smallest model of each.\n")
-    print(markdown_table(["file", "class", "models", "smallest", "parameters, M", *augmentations], rows))
+    print(
+        markdown_table(["file", "class", "models", "smallest", "parameters, M", *augmentations, "skipped paths"], rows)
+    )
 
 
 if __name__ == "__main__":

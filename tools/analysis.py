@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import timm
 import torch
+from omegaconf import OmegaConf
 from tabulate import tabulate
 
 import augsub
@@ -45,7 +46,8 @@ def analyze_configured(config: Config) -> Complexity:
         model = create_configured_model(config, source)
     augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
     with input_errors(f"augsub.sub_models with model.name = {config.model.name}"):
-        return analyze(model, source.image_shape(config.data.image_size), augmentations)
+        skips = config.train.skip_dropped_paths
+        return analyze(model, source.image_shape(config.data.image_size), augmentations, skips)
 
 
 def data_source(config: Config) -> DataSource:
@@ -65,15 +67,16 @@ def say_once(text: str) -> None:
 
 def model_tables(title: str, complexity: Complexity, depth: int) -> str:
     """One model: its figures, its modules down to `depth` levels, and what the FLOPs leave out."""
-    forwards = (complexity.main, *complexity.subs)
+    skipping = [complexity.skipping] if complexity.skipping else []
+    forwards = (complexity.main, *skipping, *complexity.subs)
     activations = ("activations", f"{figure(complexity.main.activations, MEGA)} M")
     rows = [
         [name or "(model)", figure(params, MEGA), *(figure(cost.flops_by_module[name], GIGA) for cost in forwards)]
         for name, params in complexity.params_by_module.items()
         if not name or name.count(".") < depth
     ]
-    subs = [f"{augmentation}, GFLOPs" for augmentation in complexity.augmentations]
-    modules = _table(["module", "parameters, M", "main, GFLOPs", *subs], rows)
+    names = ["main", *["skipped paths" for _ in skipping], *map(str, complexity.augmentations)]
+    modules = _table(["module", "parameters, M", *(f"{name}, GFLOPs" for name in names)], rows)
     uncounted = ", ".join(f"{name} ({calls})" for name, calls in complexity.uncounted.items())
     return (
         f"{title}, one image\n{text_table([*complexity.cost_rows(), activations])}\n\n{modules}\n\n"
@@ -120,8 +123,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    if arguments.overrides and arguments.config is None:
-        raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config")
+    if arguments.overrides and not (arguments.config or arguments.model):
+        raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config or --model")
     if arguments.model is None and (arguments.augsub, arguments.ratio) != (None, None):
         raise InputError("--augsub, --ratio: belong to --model; a configuration has augsub.sub_models")
     if arguments.list_support is not None:
@@ -143,7 +146,9 @@ def run(arguments: argparse.Namespace) -> None:
             with input_errors("--model"):
                 model = build_on_meta(arguments.model)
             with input_errors(f"--augsub {name} --ratio {ratio} for {arguments.model}"):
-                augmentation = augsub.build(name, ratio=ratio)
+                augmentation = augsub.build(
+                    {"name": name, "ratio": ratio, **OmegaConf.from_dotlist(arguments.overrides)}
+                )
                 complexity = analyze(model, model.pretrained_cfg["input_size"], [augmentation])
         figures = complexity.as_dict()
         text = model_tables(arguments.config or arguments.model, complexity, arguments.depth)

@@ -2,6 +2,7 @@
 
     python tools/analyze_model.py --config configs/digits_swin.yaml
     python tools/analyze_model.py --model vit_base_patch16_224 --augsub masking --ratio 0.5
+    python tools/analyze_model.py --model vit_base_patch16_224 --augsub drop_path mode=skip
     python tools/analyze_model.py --all-configs          # one line per config, ten models beside the literature
     python tools/analyze_model.py --list-support 'vit_*'
 
@@ -32,7 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=1, help="levels of the table of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of --config, for example model.name=resnet50"
+        "overrides", nargs="*", metavar="key=value", help="of --config, model.name=resnet50; of --augsub, mode=skip"
     )
     return parser.parse_intermixed_args(arguments)
 

@@ -131,7 +131,8 @@ def memory_rows(config: Config, trainer: Trainer) -> Rows:
     trainer.objective.prepare(model)
     shape, autocast = source.image_shape(config.data.image_size), trainer.precision.autocast
     augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
-    activations = max(activation_memory(model, shape, images, each, autocast) for each in augmentations)
+    skips = config.train.skip_dropped_paths
+    activations = max(activation_memory(model, shape, images, each, autocast, skips) for each in augmentations)
     reshard = config.distributed.reshard_after_forward
     strategy = Strategy(is_sharded(config.distributed, process), once=True, reshard=reshard)
     step = build_step(config, source, process.world_size)

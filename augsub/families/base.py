@@ -10,7 +10,8 @@ from timm.layers import DropPath
 from timm.models.efficientvit_msra import ResidualDrop
 from torch import nn
 
-from augsub.sites import Assignment, ForeignModule, ImageSite, ImageSize, ModuleSite, Site
+from augsub.residual_branches import branches_of
+from augsub.sites import Assignment, DropPathSite, ForeignModule, ImageSite, ImageSize, ModuleSite, Site
 
 DROP_PATH_NAME = re.compile(r"(\w+_)?drop_path\d?")
 DROPOUT_NAME = re.compile(r"(proj|out|mlp)_drop|drop\d?")  # not attention weights, positions or embeddings
@@ -55,7 +56,7 @@ class Family:
             and not NOT_IN_BLOCKS.search(name)
         ]
         sites: dict[str, Site] = {"image": ImageSite(self.stride(model), self.takes_other_sizes(model))}
-        sites |= {"drop_path": ModuleSite(drop_paths)} if drop_paths else {}
+        sites |= {"drop_path": DropPathSite(drop_paths, *branches_of(model, drop_paths))} if drop_paths else {}
         return sites | ({"dropout": ModuleSite(dropouts)} if dropouts else {})
 
     def stride(self, model: ForeignModule) -> int:
@@ -117,5 +118,5 @@ def has_residual(block: nn.Module) -> bool:
     """
     if hasattr(block, "no_skip"):
         return not block.no_skip  # of Xception, whose shortcut is None where it is the input itself
-    has_skip = getattr(block, "has_skip", True) and getattr(block, "residual", True)
-    return has_skip and getattr(block, "shortcut", block) is not None
+    flags = ("has_skip", "residual", "use_shortcut", "add_identity")
+    return all(getattr(block, flag, True) for flag in flags) and getattr(block, "shortcut", block) is not None

@@ -82,7 +82,7 @@ class WindowGroupSite(HookedSite):
             length % side for length, side in zip(resolution, self.side, strict=True)
         )
 
-    def state(self, augmentations: Sequence[SubModelAugmentation]) -> Iterator[Assignment]:
+    def state(self, augmentations: Sequence[SubModelAugmentation], batch: int) -> Iterator[Assignment]:
         """Windows no larger than the map of a group, shifted only where there are several."""
         if not _removes(augmentations):
             return

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import augsub
 from augsub.families import FAMILIES
+from tests.skipping import can_skip, skipped_and_computed
 from tests.zoo import PAGE, load_rows, print_table
 
 NUM_CLASSES = 10
@@ -39,9 +40,15 @@ ONE_PER_MECHANISM = (
     "xcit_nano_12_p8_224", "pvt_v2_b0", "test_convnext", "test_efficientnet_ln", "csatv2",
     # built size only, windows of smaller images, pixels, residual connections with a rate of their own, or without one
     "levit_128s", "swinv2_cr_tiny_ns_224", "test_resnet", "efficientvit_m0", "mobilevitv2_050",
+    # blocks with skipped paths that no smallest model has
+    "vit_base_patch16_rpn_224", "vit_relpos_small_patch16_rpn_224", "tf_efficientnetv2_b1", "cspresnext50",
+    "cs3edgenet_x", "fastvit_mci0", "coatnext_nano_rw_224", "gmixer_12_224", "resmlp_12_224", "regnetv_040",
+    "xception41", "coat_lite_tiny", "maxvit_tiny_pm_256", "test_maxvit", "mobilenet_edgetpu_100", "mnasnet_small",
+    "eva02_enormous_patch14_clip_224", "resnetv2_50", "skresnet50", "mobilenetv4_conv_small_035",
 )  # fmt: skip
 EXTRA = {
     "eva_giant_patch14_224": {"depth": 2},
+    "eva02_enormous_patch14_clip_224": {"depth": 2},
     "naflexvit_base_patch16_map": {"depth": 2},
     "vit_small_patch16_18x2_224": {"depth": 3},
 }
@@ -116,6 +123,11 @@ def check(name: str) -> None:
         assert (sub - main).abs().max() > 1e-4 * main.std(), f"{augmentation} changes nothing"
         learns = {"mask_token"} if (augmentation, site) == ("masking", "stem") else set()
         assert needed | learns <= reached(model, sub), augmentation
+    if can_skip(model):
+        with torch.no_grad():
+            skipped, computed = skipped_and_computed(model.eval(), torch.randn(4, 3, size, size), rate=0.5)
+            main = model(torch.randn(4, 3, size, size))
+        torch.testing.assert_close(skipped, computed, rtol=1e-3, atol=1e-4 * float((computed - main).abs().max()))
     assert augsub.unpatch(model) is model and type(model) is kind and list(model.state_dict()) == keys
 
 
@@ -130,6 +142,7 @@ def test_every_row_has_the_sites_of_the_page_and_keeps_its_shapes(name: str) -> 
         assert support == {augmentation: site for augmentation, site in ROWS[name].sites.items() if site != "-"}
         for augmentation in support:
             assert model(images, augsub=augmentation, augsub_ratio=0.5).shape == shape, augmentation
+        assert can_skip(model) == ROWS[name].skips
     assert augsub.unpatch(model) is model and type(model) is kind and list(model.state_dict()) == keys
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from itertools import repeat
 from typing import Any
@@ -31,6 +32,7 @@ from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from models.build import build_on_meta, create_model
 from models.complexity import analyze
+from models.recipe import make_drop_path_uniform
 
 CONFIG = CONFIGS / "_base_" / "benchmark.yaml"
 BARE, TIMM, PLAIN, MASKED = "bare loop", "timm task", "our trainer", "masking 0.5"
@@ -39,10 +41,13 @@ SUB_MODELS = {
     "masking 0.5, windows left out": {"name": "masking", "ratio": 0.5, "mode": "drop_windows"},
     "random_crop 0.5": {"name": "random_crop", "ratio": 0.5},
     "drop_path 0.2": {"name": "drop_path", "ratio": 0.2},
+    "drop_path 0.5, skipped": {"name": "drop_path", "ratio": 0.5, "mode": "skip"},
     "dropout 0.2": {"name": "dropout", "ratio": 0.2},
 }
+RATE = 0.5
+DEPTH, SKIPPED = "stochastic depth 0.5", "stochastic depth 0.5, skipped"  # of the main model, without sub-models
 TIMMS_LOADER, OUR_LOADER = "timm's create_loader", "our loader"
-AGAINST = dict.fromkeys(SUB_MODELS, PLAIN) | {TIMM: BARE, PLAIN: BARE, OUR_LOADER: TIMMS_LOADER}
+AGAINST = dict.fromkeys((*SUB_MODELS, DEPTH, SKIPPED), PLAIN) | {TIMM: BARE, PLAIN: BARE, OUR_LOADER: TIMMS_LOADER}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
 Line = dict[str, Any]  # of a table, as the JSON file has it
 
@@ -108,7 +113,7 @@ def measure_steps(config: Config, device: torch.device, rounds: int, only: Seque
     """
     flops, costs = training_costs(config)
     chosen = [name for name in costs if only is None or name in only]
-    if not chosen or not set(only or ()) <= {*costs, *SUB_MODELS}:
+    if not chosen or not set(only or ()) <= {*costs, *AGAINST}:
         raise InputError(f"--only {', '.join(only)}: {config.model.name} allows {', '.join(costs)}")
     is_gpu = device.type == "cuda"
     steps = {
@@ -145,7 +150,11 @@ def training_costs(config: Config) -> tuple[int, dict[str, float]]:
             costs[name] = analyze(model, (3, size, size), [augsub.build(description)]).training_cost
         except ValueError:  # not with this model
             continue
-    return analyze(model, (3, size, size)).main.flops, costs
+    flops = analyze(model, (3, size, size)).main.flops
+    make_drop_path_uniform(model, RATE)
+    with suppress(ValueError):
+        costs |= {DEPTH: 1.0, SKIPPED: analyze(model, (3, size, size), skip_dropped_paths=True).training_cost}
+    return flops, costs
 
 
 def trainer_on_one_batch(name: str, config: Config, device: torch.device) -> Trainer:
@@ -153,6 +162,9 @@ def trainer_on_one_batch(name: str, config: Config, device: torch.device) -> Tra
     config, process = deepcopy(config), Process(rank=0, world_size=1, device=device)
     if name in SUB_MODELS:
         config.augsub.sub_models = [SubModelConfig(augmentations=[SUB_MODELS[name]])]
+    if name in (DEPTH, SKIPPED):
+        config.model.drop_path_rate, config.model.drop_path_shape = RATE, "uniform"
+        config.train.skip_dropped_paths = name == SKIPPED
     store = CheckpointStore(RunFolder(config.output_dir), process)  # nothing is written there
     trainer = build_trainer(config, build_source(config), process, store)
     trainer.hooks = [hook for hook in trainer.hooks if isinstance(hook, LearningRateSchedule | NaNGuard)]

@@ -104,7 +104,7 @@ def plan(study: Study, path: Path) -> list[PlannedRun]:
                     raise InputError(f"{folder} would be the folder of two runs")
                 overrides = [*study.ways[way], f"seed={seed}", f"output_dir={folder}"]
                 config = load_config(base, overrides)
-                runs[folder] = PlannedRun(base, way, overrides, config, cost.main.flops + cost.sub_flops)
+                runs[folder] = PlannedRun(base, way, overrides, config, cost.training_flops)
         except InputError as error:
             raise InputError(f"{path}: ways: {way}: {error}") from error
     return sorted(runs.values(), key=lambda run: study.seeds.index(run.config.seed))
