@@ -51,6 +51,8 @@ pictures: $(DEVELOP)  ## what sub-models see, for the documentation
 	$(VIT) --augsub dropout --ratio 0.1 0.2 0.4 --output docs/augmentations/dropout.png
 	$(BIN)/python tools/visualize_augsub.py --model resnet50 --augsub random_crop --ratio 0.25 0.5 0.75 \
 		--output docs/augmentations/random_crop.png
+	$(BIN)/python tools/visualize_augsub.py --model resnet50 --augsub downscale --ratio 0.25 0.5 0.75 \
+		--output docs/augmentations/downscale.png
 
 docs: $(DEVELOP)  ## refresh computed tables, then the documentation as a site in site/; a warning is an error
 	$(BIN)/python docs/refresh.py docs/configuration.md docs/recipes.md docs/reliability.md docs/scaling.md

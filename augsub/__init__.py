@@ -1,23 +1,46 @@
 """augsub: sub-model augmentation for timm models (MaskSub, arXiv 2306.11339)."""
 
-from augsub import drops, masking, random_crop  # noqa: F401  (importing registers them)
+from augsub import downscale, drops, masking, random_crop  # noqa: F401  (importing registers them)
 from augsub.augmentation import Compose, SubModelAugmentation
-from augsub.objective import SubModel, SubModelObjective
+from augsub.lessons import LESSONS, Lesson, Step, lesson_of, register_lesson
+from augsub.mutual import CoSubObjective, RDropObjective
+from augsub.objective import (
+    OBJECTIVES,
+    Objective,
+    ObjectiveOutput,
+    SubModelObjective,
+    objective_of,
+    register_objective,
+)
 from augsub.patching import is_patched, patch, supports, unpatch
 from augsub.registry import AUGSUB_REGISTRY, build, list_augmentations, register
+from augsub.sub_model import Ramp, SubModel
 
 __version__ = "0.1.0"
 __all__ = [
     "AUGSUB_REGISTRY",
+    "LESSONS",
+    "OBJECTIVES",
+    "CoSubObjective",
     "Compose",
+    "Lesson",
+    "Objective",
+    "ObjectiveOutput",
+    "RDropObjective",
+    "Ramp",
+    "Step",
     "SubModel",
     "SubModelAugmentation",
     "SubModelObjective",
     "build",
     "is_patched",
+    "lesson_of",
     "list_augmentations",
+    "objective_of",
     "patch",
     "register",
+    "register_lesson",
+    "register_objective",
     "supports",
     "unpatch",
 ]

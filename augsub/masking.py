@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Masking(SubModelAugmentation):
             with ``drop_tokens`` a cell is one patch, with ``drop_windows`` a group of windows.
         mode: ``drop_tokens``, ``mask_token`` or ``zero_pixels`` to insist on one way; ``drop_windows`` for
             Swin: a quarter of the image is a cell (112 of 224 pixels), and what is hidden is not computed.
+        strategy: which cells are hidden, always as many: ``random``; ``block``, those nearest to a random point, a
+            rectangle of random shape; ``grid``, spread evenly, as a chequerboard at 0.5.
 
     Raises:
         ValueError: for an argument out of range and, in the sub-forward, for a cell larger than
@@ -36,14 +38,19 @@ class Masking(SubModelAugmentation):
 
     sites: Sequence[str] = ("tokens", "stem", "image")
 
-    def __init__(self, ratio: float = 0.5, cell: int | None = None, mode: str | None = None) -> None:
+    def __init__(
+        self, ratio: float = 0.5, cell: int | None = None, mode: str | None = None, strategy: str = "random"
+    ) -> None:
         super().__init__(ratio)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"masking: strategy = {strategy!r}, allowed are {', '.join(STRATEGIES)}")
         if mode is not None and mode not in SITE_OF_MODE:
             raise ValueError(f"masking: mode = {mode!r}, allowed are {', '.join(SITE_OF_MODE)}")
         if cell is not None and (isinstance(cell, bool) or not isinstance(cell, int) or cell < 1):
             raise ValueError(f"masking: cell = {cell!r}, allowed is a whole number of pixels, at least 1")
         self.cell = cell
         self.mode = mode
+        self.strategy = strategy
         if mode is not None:
             self.sites = (SITE_OF_MODE[mode],)
 
@@ -52,8 +59,12 @@ class Masking(SubModelAugmentation):
             raise ValueError(f"masking: cell = {self.cell} px, but here the model says what a cell is: leave it unset")
         if self.ratio == 0:
             return tokens
-        batch = tokens.values.shape[0]
-        return tokens.keep(random_keep(batch, tokens.num_patches, self.ratio, tokens.values.device))
+        batch, device = tokens.values.shape[0], tokens.values.device
+        if self.strategy == "random":
+            return tokens.keep(random_keep(batch, tokens.num_patches, self.ratio, device))
+        if tokens.grid is None:
+            raise ValueError(f"masking: strategy = {self.strategy!r}: the tokens form no grid any more; put it first")
+        return tokens.keep(STRATEGIES[self.strategy](batch, tokens.grid, self.ratio, device))
 
     def windows(self, groups: Tokens) -> Tokens:
         return self.tokens(groups)
@@ -82,7 +93,7 @@ class Masking(SubModelAugmentation):
         if cell > min(image_size):
             raise ValueError(f"masking: cell = {cell} px is larger than the image of {tuple(image_size)} px")
         cells = [-(-side // cell) for side in image_size]
-        keep = random_keep(batch, cells[0] * cells[1], self.ratio, device)
+        keep = STRATEGIES[self.strategy](batch, (cells[0], cells[1]), self.ratio, device)
         visible = torch.zeros(batch, cells[0] * cells[1], dtype=torch.bool, device=device).scatter_(1, keep, 1)
         rows, columns = (
             cell_of_position(positions, side, cell, device)
@@ -102,11 +113,65 @@ def random_keep(batch: int, num_cells: int, ratio: float, device: torch.device) 
     Raises:
         ValueError: if no cell would stay.
     """
+    num_keep = number_kept(num_cells, ratio)
+    noise = torch.rand(batch, num_cells, device=device)
+    return noise.topk(num_keep, dim=1, largest=False).indices
+
+
+def block_keep(batch: int, grid: tuple[int, int], ratio: float, device: torch.device) -> Tensor:
+    """As `random_keep`, the cells farthest from a random point: hidden is a rectangle, cut off at the border.
+
+    One draw, ``torch.rand(B, 3)``: the point's row and column, and the rectangle's shape, rows : columns in [1/2, 2],
+    uniform in its logarithm.
+    """
+    num_keep = number_kept(grid[0] * grid[1], ratio)
+    row, column, shape = torch.rand(batch, 3, 1, device=device).unbind(dim=1)
+    rows, columns = positions_of(grid, device)
+    stretch = 2 ** (shape - 0.5)
+    distance = torch.maximum(
+        (rows + 0.5 - row * grid[0]).abs() / stretch, (columns + 0.5 - column * grid[1]).abs() * stretch
+    )
+    return distance.topk(num_keep, dim=1).indices
+
+
+def grid_keep(batch: int, grid: tuple[int, int], ratio: float, device: torch.device) -> Tensor:
+    """As `random_keep`, cells that are spread evenly: those first in the order of a Bayer matrix at a random place.
+
+    One draw, ``torch.rand(B, L + 2)``: which of equal cells come first, and the matrix's row and column.
+    """
+    num_keep = number_kept(grid[0] * grid[1], ratio)
+    noise, row, column = torch.rand(batch, grid[0] * grid[1] + 2, device=device).split([grid[0] * grid[1], 1, 1], dim=1)
+    side = 2**BAYER_BITS
+    rows, columns = positions_of(grid, device)
+    rows, columns = rows + (side * row).long(), columns + (side * column).long()
+    order = torch.zeros_like(noise)
+    for bit in range(BAYER_BITS):  # the lowest bits of the place are the highest of the order
+        one, other = (rows >> bit) & 1, (columns >> bit) & 1
+        order = 4 * order + 2 * (one ^ other) + one
+    kept: Tensor = (order + noise).topk(num_keep, dim=1, largest=False).indices
+    return kept
+
+
+def number_kept(num_cells: int, ratio: float) -> int:
+    """int(L * (1 - ratio)); ValueError if that is none."""
     num_keep = int(num_cells * (1 - ratio))
     if num_keep < 1:
         raise ValueError(f"masking: ratio = {ratio} leaves none of {num_cells} cells visible")
-    noise = torch.rand(batch, num_cells, device=device)
-    return noise.topk(num_keep, dim=1, largest=False).indices
+    return num_keep
+
+
+def positions_of(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each cell of a grid, (1, L) int64 each."""
+    cells = torch.arange(grid[0] * grid[1], device=device)[None]
+    return cells // grid[1], cells % grid[1]
+
+
+BAYER_BITS = 3  # 8 x 8 cells, of which every quarter, eighth … is spread evenly
+STRATEGIES: dict[str, Callable[[int, tuple[int, int], float, torch.device], Tensor]] = {
+    "random": lambda batch, grid, ratio, device: random_keep(batch, grid[0] * grid[1], ratio, device),
+    "block": block_keep,
+    "grid": grid_keep,
+}
 
 
 def cell_of_position(positions: int, side: int, cell: int, device: torch.device) -> Tensor:

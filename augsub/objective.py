@@ -6,36 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from augsub.augmentation import SubModelAugmentation
+from augsub.lessons import Labels, Step, lesson_of, logits_of, random_state
 from augsub.patching import find_patched
-from augsub.registry import AugmentationSpec, build
-from augsub.teaching import Criterion, TargetForm, check_first_batch, main_loss, teaching_for
-
-
-class SubModel:
-    """One sub-model: the main model's weights under an augmentation.
-
-    Args:
-        augmentation: whatever `augsub.build` takes.
-        ratio: the augmentation's ratio if `augmentation` is a name.
-        weight: weight of its loss, at least 0.
-
-    Raises:
-        ValueError: for a negative weight or an augmentation that cannot be built.
-    """
-
-    def __init__(self, augmentation: AugmentationSpec, ratio: float | None = None, weight: float = 0.5) -> None:
-        self.augmentation: SubModelAugmentation = build(augmentation, ratio=ratio)
-        self.weight = _checked_weight("weight of a sub-model", weight)
-
-    def __repr__(self) -> str:
-        return f"SubModel({self.augmentation!r}, weight={self.weight})"
+from augsub.registry import did_you_mean
+from augsub.sub_model import SubModel, checked_weight
+from augsub.teaching import Criterion, TargetForm, Teaching, check_first_batch, main_loss, teaching_for
 
 
 @dataclass
@@ -53,9 +35,9 @@ class ObjectiveOutput:
 
     Attributes:
         loss: weighted sum of all branches, scalar.
-        main_loss: loss of the main model, scalar, unweighted.
-        sub_losses: loss of each sub-model, scalars, unweighted.
-        logits: logits of the main model, (B, K), detached.
+        main_loss: loss of the main model, scalar, unweighted; of the first sub-model where no main model is computed.
+        sub_losses: loss of each sub-model that is computed, scalars, unweighted.
+        logits: logits of the main model, (B, K), detached; or of the first sub-model, likewise.
     """
 
     loss: Tensor
@@ -64,40 +46,35 @@ class ObjectiveOutput:
     logits: Tensor | None = None
 
 
-class SubModelObjective:
-    """loss = main_weight * main + sum of weight_i * sub_i.
-
-    The main model learns from `criterion` and the labels; sub-model i from the main model's own
-    prediction, detached. Without sub-models it is plain training: the main weight is 1.
+class Objective:
+    """What all objectives have in common: sub-models, and a model that is prepared for them.
 
     Args:
         criterion: loss of (logits, targets), a scalar.
         sub_models: the sub-models, in the order of their forwards.
-        main_weight: weight of the main loss, at least 0.
-        targets: what sub-models learn from: `softmax`, probabilities of which one class is right, or `sigmoid`,
-            of each class by itself. It follows from a cross-entropy or binary cross-entropy of torch or timm; any
-            other criterion needs it.
+
+    Attributes:
+        epoch: epochs done, with their fraction; whoever trains sets it before each step if a ratio or a weight is a
+            :class:`augsub.Ramp`.
 
     Raises:
         TypeError: if `sub_models` is not a sequence of `SubModel`.
-        ValueError: for a weight out of range, or a criterion beside sub-models of which the form of the targets or
-            the scale is not known.
     """
 
-    def __init__(
-        self,
-        criterion: Criterion,
-        sub_models: Sequence[SubModel] = (),
-        main_weight: float = 0.5,
-        targets: TargetForm | None = None,
-    ) -> None:
+    def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel]) -> None:
         if not isinstance(sub_models, Sequence) or not all(isinstance(sub_model, SubModel) for sub_model in sub_models):
             raise TypeError(f"sub_models = {sub_models!r}, needed is a list of augsub.SubModel")
         self.criterion = criterion
-        self.sub_models = tuple(sub_models)
-        self._teaching = teaching_for(criterion, targets) if self.sub_models else None
-        self._has_seen_a_batch = False
-        self.main_weight = _checked_weight("main_weight", main_weight) if self.sub_models else 1.0
+        self.sub_models = tuple(sub_model for sub_model in sub_models if sub_model.is_computed)
+        self.epoch = 0.0
+
+    @property
+    def num_branches(self) -> int:
+        """Forwards of a step."""
+        return len(self.sub_models)
+
+    def teach_by(self, **models: nn.Module | None) -> None:
+        """Other models that teach, by name: ``teacher``, ``ema``. They are put into evaluation mode."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Check once that `model` has a site for every sub-model, and freeze what none of them uses.
@@ -122,7 +99,7 @@ class SubModelObjective:
 
         Args:
             model: a patched model, wrapped or not, that returns logits (B, K) or, as those of
-                Hugging Face, an output with `logits`.
+                Hugging Face, an output with `logits`. Dense predictions are (B, K, L) or (B, K, H, W).
             images: (B, C, H, W).
             targets: whatever the criterion takes: labels (B,) or soft labels (B, K).
 
@@ -131,12 +108,7 @@ class SubModelObjective:
                 no scalar; with the first batch also if (B, K) targets are no distributions under softmax, or
                 an unknown criterion is no mean. That costs a look at values, for which a GPU waits once.
         """
-        branches = self.branches(model, images, targets)
-        # DDP must expect one backward, and copy BatchNorm's buffers before the first forward only:
-        # later, autograd would find them changed. FSDP2 asks in the backward, which is the caller's.
-        with _no_sync(model):
-            all_but_last = [next(branches) for _ in self.sub_models]
-        return _summarise([*all_but_last, next(branches)])
+        raise NotImplementedError
 
     def backward(
         self,
@@ -146,30 +118,124 @@ class SubModelObjective:
         backward: Callable[[Tensor], None] = Tensor.backward,
         sync: bool = True,
     ) -> ObjectiveOutput:
-        """Forward and backward, branch by branch, so that one graph is alive at a time.
+        """Forward and backward; the gradients are those of ``self(model, images, targets).loss.backward()``.
 
-        The gradients are those of ``self(model, images, targets).loss.backward()``. Under
-        DistributedDataParallel and FSDP2 they are reduced once, in the backward of the last branch.
-        Until then every process of FSDP2 holds whole gradients, not its shard of them.
+        Branch by branch, so that one graph is alive at a time, where no branch needs another one's graph. Under
+        DistributedDataParallel and FSDP2 the gradients are reduced once, in the last backward. Until then every process
+        of FSDP2 holds whole gradients, not its shard of them.
 
         Args:
             model: as for `__call__`.
             images: as for `__call__`.
             targets: as for `__call__`.
-            backward: called with each branch's weighted loss, for example to scale it, or to divide it by the
+            backward: called with each weighted loss, for example to scale it, or to divide it by the
                 number of micro-batches of gradient accumulation.
             sync: False on all but the last micro-batch of gradient accumulation: no reduction at all.
                 Under FSDP2 this alone decides, whatever `set_requires_gradient_sync` was called with.
         """
+        raise NotImplementedError
+
+
+OBJECTIVES = Registry("AUGSUB_OBJECTIVES")
+ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
+
+
+def register_objective(name: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
+    """Class decorator: make an objective known under a name, for ``augsub.objective`` of a configuration."""
+
+    def decorate(objective: ObjectiveClass) -> ObjectiveClass:
+        OBJECTIVES._do_register(name, objective)
+        return objective
+
+    return decorate
+
+
+def objective_of(name: str) -> type[Objective]:
+    """The class registered under a name; ValueError with the known names otherwise."""
+    if name not in OBJECTIVES:
+        known = sorted(known for known, _ in OBJECTIVES)
+        raise ValueError(f"{name!r} is none{did_you_mean(name, known)}; known: {', '.join(known)}")
+    objective: type[Objective] = OBJECTIVES.get(name)
+    return objective
+
+
+@register_objective("masksub")
+class SubModelObjective(Objective):
+    """loss = main_weight * main + sum of weight_i * sub_i.
+
+    The main model learns from `criterion` and the labels; sub-model i from the main model's own
+    prediction, detached, or from what its `learn_from` says. Without sub-models it is plain training: the main weight
+    is 1. A main model without weight, from which nobody learns, is not computed.
+
+    Args:
+        criterion: loss of (logits, targets), a scalar.
+        sub_models: the sub-models, in the order of their forwards.
+        main_weight: weight of the main loss, at least 0.
+        targets: what sub-models learn from: `softmax`, probabilities of which one class is right, or `sigmoid`,
+            of each class by itself. It follows from a cross-entropy or binary cross-entropy of torch or timm; any
+            other criterion needs it.
+        teacher: another model with the same classes, for ``learn_from="teacher"``. It is put into evaluation mode.
+        ema: a moving average of the model, for ``learn_from="ema"``; likewise.
+
+    Raises:
+        TypeError: if `sub_models` is not a sequence of `SubModel`.
+        ValueError: for a weight out of range, an unknown lesson, nothing that learns, or a criterion beside sub-models
+            of which the form of the targets or the scale is not known.
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        sub_models: Sequence[SubModel] = (),
+        main_weight: float = 0.5,
+        targets: TargetForm | None = None,
+        teacher: nn.Module | None = None,
+        ema: nn.Module | None = None,
+    ) -> None:
+        super().__init__(criterion, sub_models)
+        self.main_weight = checked_weight("main_weight", main_weight) if sub_models else 1.0
+        if not (self.main_weight or self.sub_models):
+            raise ValueError("nothing learns: main_weight and the weights of all sub-models are 0")
+        self._lessons = [lesson_of(sub_model.learn_from) for sub_model in self.sub_models]
+        self.computes_main = self.main_weight > 0 or any(lesson.needs_main for lesson in self._lessons)
+        self._teaching = teaching_for(criterion, targets) if self.sub_models else None
+        self._has_seen_a_batch = False
+        self._models: dict[str, nn.Module] = {}
+        self.teach_by(teacher=teacher, ema=ema)
+
+    def teach_by(self, **models: nn.Module | None) -> None:
+        self._models |= {name: model.eval() for name, model in models.items() if model is not None}
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> ObjectiveOutput:
+        branches = self.branches(model, images, targets)
+        # DDP must expect one backward, and copy BatchNorm's buffers before the first forward only:
+        # later, autograd would find them changed. FSDP2 asks in the backward, which is the caller's.
+        with no_sync(model):
+            all_but_last = [next(branches) for _ in range(self.num_branches - 1)]
+        return self._summarise([*all_but_last, next(branches)])
+
+    @property
+    def num_branches(self) -> int:
+        """Forwards of a step."""
+        return self.computes_main + len(self.sub_models)
+
+    def backward(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+        sync: bool = True,
+    ) -> ObjectiveOutput:
         finished: list[Branch] = []
         branches = self.branches(model, images, targets)
-        for to_come in reversed(range(1 + len(self.sub_models))):
-            with _gradient_sync(model, enabled=sync and not to_come):
+        for to_come in reversed(range(self.num_branches)):
+            with gradient_sync(model, enabled=sync and not to_come):
                 branch = next(branches)
                 backward(branch.weight * branch.loss)
             finished.append(Branch(branch.logits.detach(), branch.loss.detach(), branch.weight))
             del branch  # its graph
-        return _summarise(finished)
+        return self._summarise(finished)
 
     def branches(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[Branch]:
         """The main model, then each sub-model. A branch's graph may be freed before the next is asked for.
@@ -181,30 +247,58 @@ class SubModelObjective:
         """
         if self.sub_models and isinstance(model, nn.Module):
             find_patched(model)
-        logits = _logits_of(model(images))
-        loss = main_loss(self.criterion, logits, targets)
+        for lesson in self._lessons:
+            if lesson.needs_model not in (None, *self._models):
+                raise ValueError(
+                    f"a sub-model learns from {lesson.needs_model}, and there is no {lesson.needs_model}=…"
+                )
+        main_logits = None
+        if self.computes_main:
+            logits = logits_of(model(images))
+            loss = main_loss(self.criterion, logits, targets)
+            self._check_first_batch(logits, targets, loss)
+            main_logits = logits.detach()
+            yield Branch(logits, loss, self.main_weight)
+            del logits, loss
+        for sub_model, lesson in zip(self.sub_models, self._lessons, strict=True):
+            seen = chosen(images, sub_model)
+            step = Step(
+                criterion=self.criterion,
+                teaching=cast(Teaching, self._teaching),
+                images=images[seen],
+                targets=targets[seen],
+                main_logits=None if main_logits is None else main_logits[seen],
+                augmentation=sub_model.at(self.epoch),
+                models=self._models,
+                random_state=random_state(images.device) if lesson.replays_draws else [],
+            )
+            logits = logits_of(model(step.images, augsub=step.augmentation))
+            loss = lesson.loss(logits, step)
+            if isinstance(lesson, Labels):
+                self._check_first_batch(logits, step.targets, loss)
+            yield Branch(logits, loss, sub_model.weight_at(self.epoch))
+            del logits, loss
+
+    def _check_first_batch(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
         if self._teaching is not None and not self._has_seen_a_batch and not torch.compiler.is_compiling():
             check_first_batch(self._teaching, self.criterion, logits, targets, loss)
             self._has_seen_a_batch = True
-        yield Branch(logits, loss, self.main_weight)
 
-        if self._teaching is None:
-            return
-        target = self._teaching.target(logits)
-        del logits, loss
-        for sub_model in self.sub_models:
-            sub_logits = _logits_of(model(images, augsub=sub_model.augmentation))
-            yield Branch(sub_logits, self._teaching.loss(sub_logits, target), sub_model.weight)
+    def _summarise(self, branches: Sequence[Branch]) -> ObjectiveOutput:
+        loss = torch.stack([branch.weight * branch.loss for branch in branches]).sum()
+        sub_losses = [branch.loss for branch in branches[self.computes_main :]]
+        return ObjectiveOutput(loss, branches[0].loss, sub_losses, branches[0].logits.detach())
 
 
-def _summarise(branches: Sequence[Branch]) -> ObjectiveOutput:
-    main, *subs = branches
-    loss = torch.stack([branch.weight * branch.loss for branch in branches]).sum()
-    return ObjectiveOutput(loss, main.loss, [branch.loss for branch in subs], main.logits.detach())
+def chosen(images: Tensor, sub_model: SubModel) -> slice | Tensor:
+    """Indices of the images that a sub-model sees, drawn anew; of all without a draw."""
+    if sub_model.share == 1:
+        return slice(None)
+    return torch.randperm(len(images), device=images.device)[: sub_model.images_of(len(images))]
 
 
 @contextmanager
-def _gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
+def gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
     """Whether a backward in this context reduces gradients over the processes, if there are any."""
     if enabled:
         yield
@@ -215,27 +309,11 @@ def _gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
         finally:
             model.set_requires_gradient_sync(True)
     else:
-        with _no_sync(model):
+        with no_sync(model):
             yield
 
 
-def _no_sync(model: Any) -> AbstractContextManager[None]:
+def no_sync(model: Any) -> AbstractContextManager[None]:
     """DDP's, where a forward does not prepare a reduction."""
     context: AbstractContextManager[None] = model.no_sync() if hasattr(model, "no_sync") else nullcontext()
     return context
-
-
-def _checked_weight(what: str, weight: float) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise ValueError(f"{what} = {weight!r}, allowed is a finite number, at least 0")
-    return float(weight)
-
-
-def _logits_of(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the objective needs logits (B, K) from the model, not a {type(logits).__name__}; "
-            "a distilled model must return one output: set_distilled_training(False)"
-        )
-    return logits

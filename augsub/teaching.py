@@ -85,17 +85,28 @@ class Teaching:
     is_assumed: bool
 
     def target(self, logits: Tensor) -> Tensor:
-        """Probabilities (B, K), float32, of the teacher's logits (B, K), without a gradient."""
+        """Probabilities, float32, of the teacher's logits (B, K), dense (B, K, …), without a gradient."""
         logits = logits.detach().float()
-        return logits.softmax(dim=-1) if self.form == "softmax" else logits.sigmoid()
+        return logits.softmax(dim=1) if self.form == "softmax" else logits.sigmoid()
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy, a scalar, of a sub-model's logits (B, K) and the teacher's probabilities (B, K)."""
+        """Cross-entropy, a scalar, of a sub-model's logits (B, K) and the teacher's probabilities (B, K); or dense."""
         logits = logits.float()
         if self.form == "softmax":
-            losses = -(target * logits.log_softmax(dim=-1)).sum(dim=-1)
+            losses = -(target * logits.log_softmax(dim=1)).sum(dim=1)
         else:
             losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return REDUCTIONS[self.reduction](losses)
+
+    def divergence(self, logits: Tensor, others: Tensor) -> Tensor:
+        """KL(p || q), a scalar, of the predictions p, q of two logits (B, K), or dense; gradients go through both."""
+        logits, others = logits.float(), others.float()
+        if self.form == "softmax":
+            of_one, of_other = logits.log_softmax(dim=1), others.log_softmax(dim=1)
+            losses = (of_one.exp() * (of_one - of_other)).sum(dim=1)
+        else:  # of each class and of its opposite
+            right, wrong = (F.logsigmoid(sign * logits) - F.logsigmoid(sign * others) for sign in (1, -1))
+            losses = logits.sigmoid() * right + (-logits).sigmoid() * wrong
         return REDUCTIONS[self.reduction](losses)
 
 

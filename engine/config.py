@@ -191,17 +191,34 @@ class TransformConfig(Section):
 
 @dataclass
 class SubModelConfig(Section):
-    """One sub-model: augmentations applied in order, and the weight of its loss."""
+    """One sub-model: augmentations applied in order, and the weight of its loss.
 
-    weight: float = 0.5  # of its loss
+    A ratio or the weight may go in a line over the first epochs: {from: 0.1, to: 0.5, epochs: 20}.
+    """
+
+    weight: Any = 0.5  # of its loss
+    share: Part = 1.0  # of the images of a micro-batch that it sees
+    learn_from: str = "main"  # main | labels | ema | teacher | augmented_teacher | a registered lesson
     augmentations: List[Any] = field(default_factory=list)  # [{name: masking, ratio: 0.5}, …]
+
+
+@dataclass
+class TeacherConfig(Section):
+    """Another model from which sub-models learn. It has the classes of the data and sees the same images."""
+
+    name: Optional[File] = None  # any timm model; null: there is none
+    checkpoint: Tunable[Optional[File]] = None  # file with its weights; null: timm's pretrained ones
+    kwargs: Dict[str, Any] = field(default_factory=dict)  # anything else that timm.create_model takes
 
 
 @dataclass
 class AugsubConfig(Section):
     """loss = main_weight * main + sum of weight * sub. `sub_models: []` is plain training."""
 
-    main_weight: NotNegative = 0.5  # of the loss on the labels
+    objective: str = "masksub"  # masksub | cosub | rdrop (sub-models that teach each other) | a registered objective
+    main_weight: NotNegative = 0.5  # of the loss on the labels; masksub
+    alpha: NotNegative = 1.0  # of the divergences; rdrop
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sub_models: List[SubModelConfig] = field(default_factory=list)  # any number, each one more forward
 
 

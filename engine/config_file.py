@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.config import FILE, FILLED_IN, MAY_CHANGE, Config, check, marked
+from engine.config import FILE, FILLED_IN, MAY_CHANGE, Config, SubModelConfig, check, marked
 from engine.errors import InputError
 from engine.text import expanded, readable_name
 from engine.typed_yaml import inside, read, read_value
@@ -86,8 +86,16 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in content.items():
         if isinstance(value, dict) and key != "kwargs":
             yield from _leaves(value, f"{prefix}{key}.")
+        elif key == "sub_models":
+            yield prefix + key, [_as_written(sub_model) for sub_model in value]
         else:
             yield prefix + key, value
+
+
+def _as_written(sub_model: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that few set, so that a sub-model is that of a run from before there were such keys."""
+    rare = {"share": SubModelConfig.share, "learn_from": SubModelConfig.learn_from}
+    return {key: value for key, value in sub_model.items() if rare.get(key, ...) != value}
 
 
 def changes_on_resume(config: Config, saved: Mapping[str, Any]) -> list[str]:

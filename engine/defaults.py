@@ -39,6 +39,7 @@ from engine.hooks.training import (
     StopMixing,
 )
 from engine.loss import build_criterion, build_mixup
+from engine.objective import build_objective, build_teacher
 from engine.optim import build_optimizer, build_schedule
 from engine.precision import Precision
 from engine.run_folder import RunFolder
@@ -296,6 +297,7 @@ def build_trainer(
     bare_model = build_run_model(config, source, process, is_resumed)
     mixup = build_mixup(config, source.num_classes, data.micro_batch, process.device)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
+    teacher = build_teacher(config, source)
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
     frozen = FrozenStatistics(frozen_batchnorms(bare_model, config.model.frozen))
@@ -305,6 +307,7 @@ def build_trainer(
     if config.train.channels_last and not is_sharded(config.distributed, process):  # FSDP2 shards contiguous tensors
         bare_model.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(bare_model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.enabled else None
+    objective.teach_by(teacher=teacher and teacher.to(process.device), ema=ema and ema.module)
     if config.train.compile:
         bare_model.compile()
     model = parallelise(config, process, bare_model, ema)
@@ -328,14 +331,17 @@ def check_images(
     config: Config,
     source: DataSource,
     model: nn.Module,
-    objective: augsub.SubModelObjective,
+    objective: augsub.Objective,
     frozen: FrozenStatistics,
     micro_batch: int,
 ) -> None:
     """Refuse images that main model or sub-models cannot take, or too few of them at once."""
     shape = source.image_shape(config.data.image_size)
-    augmentations = [sub_model.augmentation for sub_model in objective.sub_models]
+    augmentations = [sub_model.at(epoch) for sub_model in objective.sub_models for epoch in (0, config.train.epochs)]
     frozen.before_step()
+    with input_errors("augsub.sub_models"):
+        for sub_model in objective.sub_models:
+            sub_model.images_of(micro_batch)
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
         check_image_shape(model, shape, augmentations)
     if micro_batch == 1:  # BatchNorm needs two values in each channel
@@ -411,19 +417,6 @@ def parallelise(config: Config, process: Process, bare_model: nn.Module, ema: Mo
     return bare_model
 
 
-def build_objective(config: Config, criterion: nn.Module) -> augsub.SubModelObjective:
-    """The training objective of the configuration."""
-    sub_models = build_sub_models(config)
-    with input_errors("augsub.sub_models"):
-        return augsub.SubModelObjective(criterion, sub_models, config.augsub.main_weight)
-
-
-def build_sub_models(config: Config) -> list[augsub.SubModel]:
-    """The sub-models of the configuration."""
-    with input_errors("augsub.sub_models"):
-        return [augsub.SubModel(sub.augmentations, weight=sub.weight) for sub in config.augsub.sub_models]
-
-
 def build_precision(config: Config, process: Process) -> Precision:
     """The configured precision; fp16 is for GPUs, a CPU emulates it ten times slower than float32."""
     amp = config.train.amp
@@ -441,7 +434,7 @@ def log_plan(config: Config, trainer: Trainer) -> None:
     strategy = f", {config.distributed.strategy}" if processes > 1 else ""
     LOGGER.info("%s: %.1f M parameters, %d x %s%s", config.model.name, parameters / 1e6, processes, device, strategy)
     for sub_model in trainer.objective.sub_models or ["no sub-model: plain training"]:
-        LOGGER.info("%s", sub_model)
+        LOGGER.info("%r" if isinstance(sub_model, augsub.SubModel) else "%s", sub_model)
     LOGGER.info(
         "%d iterations of %d images, %d per epoch",
         trainer.max_iterations,

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from augsub.objective import ObjectiveOutput, SubModelObjective
+from augsub import Objective, ObjectiveOutput
 from engine.checkpoint import check_structure
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
@@ -44,7 +44,7 @@ class Trainer(TrainerBase):
         *,
         model: nn.Module,
         bare_model: nn.Module,
-        objective: SubModelObjective,
+        objective: Objective,
         optimizer: Optimizer,
         data: DataLoaders,
         precision: Precision,
@@ -77,6 +77,7 @@ class Trainer(TrainerBase):
     def run_step(self) -> None:
         self.results = {}
         self.last_loss = torch.zeros((), device=self.process.device)
+        self.objective.epoch = self.epoch
         accumulation = self.data.accumulation
         for micro_batch in range(accumulation):
             self._seed(micro_batch)

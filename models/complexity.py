@@ -28,6 +28,7 @@ import augsub
 from models.build import check_image_shape, meta_weights
 
 MEGA, GIGA = 1e6, 1e9
+POINTS = 20  # in time, of a ratio that changes
 MANY = 1000  # images, of which every share is exact enough
 Formula = Callable[[Sequence[Any], Any], float]  # of an operation's arguments and its output
 
@@ -56,16 +57,21 @@ class Complexity:
     Attributes:
         params_by_module: parameters by name of the module, without what `augsub.patch` adds; "" is the whole model.
         main: the main model's forward.
-        augmentations: one for each sub-model.
-        subs: the forward of each sub-model.
+        names: of each sub-model.
+        subs: the forward of each sub-model, in the mean over training, by the images of the main model.
         skipping: the main model's forward in training, if its own dropped paths are skipped.
+        computes_main: whether a training step computes the main model.
+        taught: multiply-adds of the forwards of other models that teach, which have no backward; at most so many of one
+            that sees what the sub-model sees.
     """
 
     params_by_module: dict[str, int]
     main: ForwardCost
-    augmentations: tuple[augsub.SubModelAugmentation, ...]
+    names: tuple[str, ...]
     subs: tuple[ForwardCost, ...]
     skipping: ForwardCost | None = None
+    computes_main: bool = True
+    taught: int = 0
 
     @property
     def params(self) -> int:
@@ -79,12 +85,13 @@ class Complexity:
 
     @property
     def training_flops(self) -> int:
-        """Multiply-adds of all forwards of a training step, main model and sub-models."""
-        return (self.skipping or self.main).flops + self.sub_flops
+        """Multiply-adds of all forwards of a training step; one without a backward counts as a third."""
+        main = (self.skipping or self.main).flops if self.computes_main else 0
+        return main + self.sub_flops + self.taught // 3
 
     @property
     def training_cost(self) -> float:
-        """FLOPs of a training step relative to plain training: (main + sum of subs) / main."""
+        """FLOPs of a training step relative to plain training: (main + sum of subs) / main for MaskSub."""
         return self.training_flops / self.main.flops
 
     @property
@@ -107,14 +114,14 @@ class Complexity:
         """Parameters and FLOPs for people, (name, value)."""
         main = self.main.flops
         subs = [
-            (f"sub-model {augmentation}", _of_main(sub.flops, main))
-            for augmentation, sub in zip(self.augmentations, self.subs, strict=True)
+            (f"sub-model {name}", _of_main(sub.flops, main)) for name, sub in zip(self.names, self.subs, strict=True)
         ]
         return [
             ("parameters", f"{figure(self.params, MEGA)} M"),
             ("main model", f"{figure(main, GIGA)} GFLOPs"),
             *([("skipped paths", _of_main(self.skipping.flops, main))] if self.skipping else []),
             *subs,
+            *([("teachers", _of_main(self.taught, main) + ", forward alone")] if self.taught else []),
             ("training cost", f"{self.training_cost:.3f} of plain training"),
         ]
 
@@ -156,20 +163,76 @@ def analyze(
         for module in model.modules():
             if skip_dropped_paths and isinstance(module, DropPath | ResidualDrop):
                 module.train()  # which alone decides whether it skips
-        skipping = count_forward(model, (MANY, *image_shape)) if skip_dropped_paths else None
+        counts = [MANY if skip_dropped_paths or each.skips_paths else 1 for each in augmentations]
         subs = [
-            count_forward(model, (MANY if skipping or augmentation.skips_paths else 1, *image_shape), augmentation)
-            for augmentation in augmentations
+            _mean([count_forward(model, (images, *image_shape), augmentation)], 1 / images)
+            for augmentation, images in zip(augmentations, counts, strict=True)
         ]
+        skipping = _mean([count_forward(model, (MANY, *image_shape))], 1 / MANY) if skip_dropped_paths else None
     finally:
         augsub.unpatch(model).eval()
-    return Complexity(params, main, tuple(augmentations), tuple(subs), skipping)
+    return Complexity(params, main, tuple(map(str, augmentations)), tuple(subs), skipping)
+
+
+def analyze_objective(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    objective: augsub.Objective,
+    epochs: float,
+    skip_dropped_paths: bool = False,
+    teacher: nn.Module | None = None,
+) -> Complexity:
+    """Count a training step of an objective: shares of a batch, and means over the epochs where ratios change.
+
+    Args:
+        model: as `analyze` takes it.
+        image_shape: (C, H, W).
+        objective: the objective.
+        epochs: of the training.
+        skip_dropped_paths: as `analyze` takes it.
+        teacher: the model of ``learn_from="teacher"``.
+
+    Raises:
+        ValueError: as `analyze`.
+    """
+    times = [epochs * (place + 0.5) / POINTS for place in range(POINTS)]
+    by_sub_model = [[sub_model.at(time) for time in times] for sub_model in objective.sub_models]
+    distinct = {str(augmentation): augmentation for of_one in by_sub_model for augmentation in of_one}
+    counted = analyze(model, image_shape, list(distinct.values()), skip_dropped_paths)
+    costs = dict(zip(distinct, counted.subs, strict=True))
+    subs = [
+        _mean([costs[str(augmentation)] for augmentation in of_one], sub_model.share)
+        for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True)
+    ]
+    whole = {"ema": counted.main.flops}
+    if teacher is not None:
+        whole["teacher"] = count_forward(teacher.eval(), (1, *image_shape)).flops
+    lessons = [
+        (augsub.lesson_of(sub_model.learn_from).needs_model, sub_model.share) for sub_model in objective.sub_models
+    ]
+    taught = round(sum(whole.get(name, 0) * share for name, share in lessons if name))
+    computes_main = getattr(objective, "computes_main", False)
+    names = tuple(map(str, objective.sub_models))
+    return Complexity(
+        counted.params_by_module, counted.main, names, tuple(subs), counted.skipping, computes_main, taught
+    )
+
+
+def _mean(costs: Sequence[ForwardCost], share: float) -> ForwardCost:
+    """Of forwards that take turns, for a share of the images."""
+    part = share / len(costs)
+    return ForwardCost(
+        round(part * sum(cost.flops for cost in costs)),
+        round(part * sum(cost.activations for cost in costs)),
+        {name: round(part * sum(cost.flops_by_module[name] for cost in costs)) for name in costs[0].flops_by_module},
+        costs[0].uncounted,
+    )
 
 
 def count_forward(
     model: nn.Module, shape: Sequence[int], augmentation: augsub.SubModelAugmentation | None = None
 ) -> ForwardCost:
-    """Count one forward, of the main model or of the sub-model that an augmentation makes, for each of its images.
+    """Count one forward, of the main model or of the sub-model that an augmentation makes.
 
     Args:
         model: any model in evaluation mode, a patched one if there is an augmentation.
@@ -182,8 +245,8 @@ def count_forward(
         functional_call(model, weights, inputs, arguments)
     by_module = dict.fromkeys((name for name, _ in model.named_modules()), 0)
     for place, flops in counter.flops.items():
-        by_module[place.partition(".")[2]] = round(flops / shape[0])  # the first part is the model's class
-    return ForwardCost(by_module[""], round(counter.activations / shape[0]), by_module, dict(counter.uncounted))
+        by_module[place.partition(".")[2]] = round(flops)  # the first part is the model's class
+    return ForwardCost(by_module[""], counter.activations, by_module, dict(counter.uncounted))
 
 
 def count_with_torch(model: nn.Module, image_shape: tuple[int, int, int]) -> int:

@@ -11,16 +11,18 @@ import timm
 import torch
 from omegaconf import OmegaConf
 from tabulate import tabulate
+from torch import nn
 
 import augsub
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
 from engine.data.source import IMAGENET, DataSource
-from engine.defaults import build_sub_models, complete, create_configured_model, open_source
+from engine.defaults import complete, create_configured_model, open_source
 from engine.errors import InputError, input_errors
+from engine.objective import build_objective, build_teacher
 from engine.text import markdown_table, text_table, to_json
 from models.build import build_on_meta
-from models.complexity import GIGA, MEGA, Complexity, analyze, count_with_torch, figure
+from models.complexity import GIGA, MEGA, Complexity, analyze, analyze_objective, count_with_torch, figure
 
 AUGSUB, RATIO = "masking", 0.5  # of --model
 COMPARED = (augsub.build("masking", ratio=0.5), augsub.build("random_crop", ratio=0.5))
@@ -44,10 +46,10 @@ def analyze_configured(config: Config) -> Complexity:
     source = data_source(config)
     with torch.device("meta"):
         model = create_configured_model(config, source)
-    augmentations = [sub_model.augmentation for sub_model in build_sub_models(config)]
+        teacher = build_teacher(config, source, has_weights=False)
+    objective, shape = build_objective(config, nn.CrossEntropyLoss()), source.image_shape(config.data.image_size)
     with input_errors(f"augsub.sub_models with model.name = {config.model.name}"):
-        skips = config.train.skip_dropped_paths
-        return analyze(model, source.image_shape(config.data.image_size), augmentations, skips)
+        return analyze_objective(model, shape, objective, config.train.epochs, config.train.skip_dropped_paths, teacher)
 
 
 def data_source(config: Config) -> DataSource:
@@ -75,7 +77,7 @@ def model_tables(title: str, complexity: Complexity, depth: int) -> str:
         for name, params in complexity.params_by_module.items()
         if not name or name.count(".") < depth
     ]
-    names = ["main", *["skipped paths" for _ in skipping], *map(str, complexity.augmentations)]
+    names = ["main", *["skipped paths" for _ in skipping], *complexity.names]
     modules = _table(["module", "parameters, M", *(f"{name}, GFLOPs" for name in names)], rows)
     uncounted = ", ".join(f"{name} ({calls})" for name, calls in complexity.uncounted.items())
     return (
@@ -89,7 +91,7 @@ def comparison_table(models: Mapping[str, Complexity]) -> str:
     header = ["", "parameters, M", "main, GFLOPs", "sub-models", "subs, GFLOPs", "training cost", "activations, M"]
     rows = []
     for title, complexity in models.items():
-        subs = ", ".join(map(str, complexity.augmentations)) or "none"
+        subs = ", ".join(complexity.names) or "none"
         forwards = figure(complexity.main.flops, GIGA), subs, figure(complexity.sub_flops, GIGA)
         activations = figure(complexity.main.activations, MEGA)
         rows.append([title, figure(complexity.params, MEGA), *forwards, f"{complexity.training_cost:.3f}", activations])
@@ -147,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
                 model = build_on_meta(arguments.model)
             with input_errors(f"--augsub {name} --ratio {ratio} for {arguments.model}"):
                 augmentation = augsub.build(
-                    {"name": name, "ratio": ratio, **OmegaConf.from_dotlist(arguments.overrides)}
+                    {"name": name, "ratio": ratio, **OmegaConf.to_object(OmegaConf.from_dotlist(arguments.overrides))}
                 )
                 complexity = analyze(model, model.pretrained_cfg["input_size"], [augmentation])
         figures = complexity.as_dict()

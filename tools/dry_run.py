@@ -22,11 +22,12 @@ from engine.defaults import (
 from engine.distributed import Process, is_sharded
 from engine.errors import InputError
 from engine.figure import draw_schedule
+from engine.objective import build_teacher
 from engine.optim import build_schedule
 from engine.run_folder import RunFolder
 from engine.text import readable_size, text_table
 from engine.trainer import Trainer
-from models.complexity import activation_memory, analyze
+from models.complexity import activation_memory, analyze_objective
 from tools.step_costs import Strategy, build_step, memory
 
 RECIPES = CONFIGS / "_base_" / "imagenet.yaml"  # whose data.root is where the recipes look if nobody says where
@@ -84,13 +85,15 @@ def data_rows(config: Config, trainer: Trainer) -> Rows:
     source, side = trainer.data.source, config.data.image_size
     with torch.device("meta"):
         model = create_configured_model(config, source)
-    augmentations = [sub_model.augmentation for sub_model in trainer.objective.sub_models]
+        teacher = build_teacher(config, source, has_weights=False)
+    epochs, skips = config.train.epochs, config.train.skip_dropped_paths
+    cost = analyze_objective(model, source.image_shape(side), trainer.objective, epochs, skips, teacher)
     return [
         ("training images", f"{len(source.train):,} of {source.in_chans} x {side} x {side}"),
         ("held-out images", f"{len(source.held_out):,}"),
         ("classes", f"{source.num_classes}"),
         *((f"left out of {split}", files) for split, files in source.left_out.items()),
-        *analyze(model, source.image_shape(side), augmentations).cost_rows(),
+        *cost.cost_rows(),
     ]
 
 

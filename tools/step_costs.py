@@ -14,9 +14,10 @@ from engine.config import Config
 from engine.config_file import CONFIGS, load_config
 from engine.data.loaders import accumulation_for
 from engine.data.source import DataSource
-from engine.defaults import build_model_optimizer, build_objective, build_run_model, complete
+from engine.defaults import build_model_optimizer, build_run_model, complete
 from engine.distributed import Process
 from engine.errors import InputError, first_line, input_errors
+from engine.objective import build_objective
 from engine.text import markdown_table, readable_size, to_json
 from models.build import innermost_blocks
 from tools.analysis import data_source
@@ -89,7 +90,7 @@ def build_step(config: Config, source: DataSource, processes: int) -> Step:
     model.zero_grad()
     values = [] if uncounted else [value for state in optimizer.state.values() for value in state.values()]
     states = [value for value in values if isinstance(value, Tensor)]
-    passes = (1 + len(objective.sub_models)) * accumulation_for(config.train, processes)
+    passes = objective.num_branches * accumulation_for(config.train, processes)
     return Step(model, processes, passes, states, int(config.ema.enabled), uncounted)
 
 

@@ -61,8 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
     # here: these bring torch and timm, for which a typo need not wait
     import augsub
     from engine.data.source import IMAGENET
-    from engine.defaults import build_sub_models, complete
+    from engine.defaults import complete
     from engine.evaluation_run import MODELS_OWN
+    from engine.objective import build_sub_models
     from tools.analysis import data_source
     from tools.seen_figure import chosen, draw, rows_of
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from timm.layers import Format
+
 from augsub.augmentation import Tokens
 from augsub.families.base import Family, register_family
-from augsub.sites import ForeignModule, Site, TokenSite
+from augsub.sites import Assignment, ForeignModule, ImageSize, Site, TokenSite
 
 
 class TokenFamily(Family):
@@ -42,6 +45,17 @@ class VisionTransformerFamily(TokenFamily):
 
     def token_site(self, model: ForeignModule) -> TokenSite:
         return TokenSite(model.patch_drop, model.patch_embed, model.num_prefix_tokens)
+
+    def takes_other_sizes(self, model: ForeignModule) -> bool:
+        return True
+
+    def resized_state(self, model: ForeignModule, image_size: ImageSize) -> Iterator[Assignment]:
+        """What timm's `dynamic_img_size` sets, so that the position embedding is resampled to the smaller grid."""
+        if not model.dynamic_img_size:
+            yield model, "dynamic_img_size", True
+            yield model.patch_embed, "strict_img_size", False
+            yield model.patch_embed, "flatten", False
+            yield model.patch_embed, "output_fmt", Format.NHWC
 
 
 class CaitFamily(TokenFamily):

@@ -29,6 +29,11 @@ VARIANTS = (
     "eva02_tiny_patch14_224", "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224", "eva_giant_patch14_224",
     "vit_pe_core_tiny_patch16_384", "naflexvit_base_patch16_map", "test_efficientnet_ln", "swin_s3_tiny_224",
     "swinv2_cr_tiny_ns_224", "mobilevitv2_050", "botnet26t_256", "maxvit_rmlp_pico_rw_256",
+    # blocks with skipped paths that no smallest model has
+    "vit_base_patch16_rpn_224", "vit_relpos_small_patch16_rpn_224", "tf_efficientnetv2_b1", "cspresnext50",
+    "cs3edgenet_x", "fastvit_mci0", "coatnext_nano_rw_224", "gmixer_12_224", "resmlp_12_224", "regnetv_040",
+    "xception41", "coat_lite_tiny", "maxvit_tiny_pm_256", "test_maxvit", "mobilenet_edgetpu_100", "mnasnet_small",
+    "eva02_enormous_patch14_clip_224", "resnetv2_50", "skresnet50", "mobilenetv4_conv_small_035",
 )  # fmt: skip
 # Norms over the channels of a position: of a zeroed cell they made gradients of 1e5 to 1e24 times the main model's
 EXPLODED_WITH_ZERO_PIXELS = ("convnext_tiny", "convnext_atto", "convnextv2_atto", "caformer_s18", "mambaout_femto")
@@ -40,11 +45,6 @@ ONE_PER_MECHANISM = (
     "xcit_nano_12_p8_224", "pvt_v2_b0", "test_convnext", "test_efficientnet_ln", "csatv2",
     # built size only, windows of smaller images, pixels, residual connections with a rate of their own, or without one
     "levit_128s", "swinv2_cr_tiny_ns_224", "test_resnet", "efficientvit_m0", "mobilevitv2_050",
-    # blocks with skipped paths that no smallest model has
-    "vit_base_patch16_rpn_224", "vit_relpos_small_patch16_rpn_224", "tf_efficientnetv2_b1", "cspresnext50",
-    "cs3edgenet_x", "fastvit_mci0", "coatnext_nano_rw_224", "gmixer_12_224", "resmlp_12_224", "regnetv_040",
-    "xception41", "coat_lite_tiny", "maxvit_tiny_pm_256", "test_maxvit", "mobilenet_edgetpu_100", "mnasnet_small",
-    "eva02_enormous_patch14_clip_224", "resnetv2_50", "skresnet50", "mobilenetv4_conv_small_035",
 )  # fmt: skip
 EXTRA = {
     "eva_giant_patch14_224": {"depth": 2},

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import augsub
-from augsub.masking import cell_of_position, random_keep
+from augsub.masking import STRATEGIES, cell_of_position, random_keep
 
 
 def kept_cells(batch: int, cells: int, ratio: float) -> torch.Tensor:
@@ -102,3 +102,49 @@ def test_a_mode_can_be_insisted_on(make_model, images):
 def test_what_does_not_fit_the_model_is_refused(family, arguments, message, make_model, images):
     with pytest.raises(ValueError, match=message):
         masked(augsub.patch(make_model(family)), images, **arguments)
+
+
+class TestStrategies:
+    GRID = (8, 10)
+
+    def hidden(self, strategy: str, ratio: float) -> torch.Tensor:
+        """Cells of 64 samples, (64, 8, 10)."""
+        torch.manual_seed(0)
+        kept = STRATEGIES[strategy](64, self.GRID, ratio, torch.device("cpu"))
+        assert kept.shape == (64, int(80 * (1 - ratio)))
+        return torch.ones(64, 80).scatter(1, kept, 0).view(64, *self.GRID).bool()
+
+    @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
+    def test_a_block_is_a_rectangle_up_to_one_row_or_column(self, ratio):
+        """Which cells of its last, incomplete side are hidden is open."""
+        hidden, shapes = self.hidden("block", ratio), set()
+        for cells in hidden:
+            rows, columns = cells.any(1).nonzero(), cells.any(0).nonzero()
+            height, width = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
+            assert cells.sum() >= height * width - max(height, width)
+            shapes.add((height, width))
+        assert len(shapes) > 1 and len({tuple(cells.flatten().tolist()) for cells in hidden}) > 20
+
+    def test_a_grid_of_half_is_a_chequerboard(self):
+        hidden = self.hidden("grid", 0.5)
+        assert (hidden[:, 1:] != hidden[:, :-1]).all() and (hidden[..., 1:] != hidden[..., :-1]).all()
+        assert 0 < hidden[:, 0, 0].sum() < 64
+
+    def test_a_grid_of_three_quarters_keeps_one_of_each_four(self):
+        visible = (~self.hidden("grid", 0.75)).float()[:, None]
+        assert (F.avg_pool2d(visible, 2) == 0.25).all()
+
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize(("variant", "cell"), [("vit", None), ("swin", 8), ("resnet", 8)])
+    def test_every_family_hides_as_many(self, make_model, images, strategy, variant, cell):
+        model = augsub.patch(make_model(variant))
+        found = masked(model, images, ratio=0.5, cell=cell, strategy=strategy)
+        random = masked(model, images, ratio=0.5, cell=cell)
+        assert found.shape == random.shape and torch.equal(found, random) == (strategy == "random")
+
+    def test_bad_ones_are_refused(self, make_model, images):
+        with pytest.raises(ValueError, match=r"masking: strategy = 'blok', allowed are random, block, grid"):
+            augsub.build("masking", ratio=0.5, strategy="blok")
+        spec = [{"name": "masking", "ratio": 0.5}, {"name": "masking", "ratio": 0.5, "strategy": "grid"}]
+        with pytest.raises(ValueError, match=r"strategy = 'grid': the tokens form no grid any more; put it first"):
+            augsub.patch(make_model("vit"))(images, augsub=spec)

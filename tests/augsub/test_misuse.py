@@ -165,7 +165,7 @@ def test_where_an_augmentation_has_no_site(make_model, images):
     resnet, dropout = augsub.patch(make_model("resnet")), augsub.build("dropout", ratio=0.5)
     objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel(dropout)])
     for use in (lambda: resnet(images, augsub=dropout), lambda: objective.prepare(resnet)):
-        with pytest.raises(ValueError, match=r"dropout has no site in ResNet.* offers drop_path, masking, random_crop"):
+        with pytest.raises(ValueError, match=r"dropout has no site in ResNet.* offers downscale, drop_path, masking"):
             use()
 
 

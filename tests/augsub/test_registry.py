@@ -7,7 +7,7 @@ import augsub
 
 
 def test_build_takes_a_name_a_mapping_a_list_or_an_instance():
-    assert augsub.list_augmentations() == ["drop_path", "dropout", "masking", "random_crop"]
+    assert augsub.list_augmentations() == ["downscale", "drop_path", "dropout", "masking", "random_crop"]
     masking = augsub.build("masking", ratio=0.25)
     assert (masking.ratio, augsub.build("masking").ratio) == (0.25, 0.5)
     assert augsub.build(masking) is masking
@@ -20,8 +20,12 @@ def test_build_takes_a_name_a_mapping_a_list_or_an_instance():
 @pytest.mark.parametrize(
     ("spec", "arguments", "message"),
     [
-        ("maskin", {}, "unknown augmentation 'maskin', did you mean 'masking'?; known: drop_path, dropout, masking, "),
-        ({"ratio": 0.5}, {}, "has no 'name'; known: drop_path, dropout"),
+        (
+            "maskin",
+            {},
+            "unknown augmentation 'maskin', did you mean 'masking'?; known: downscale, drop_path, dropout, ",
+        ),
+        ({"ratio": 0.5}, {}, "has no 'name'; known: downscale, drop_path, dropout"),
         ({"name": ["masking"]}, {}, "has no 'name'"),
         ({"name": "masking", "rato": 0.5}, {}, "unexpected keyword argument 'rato'"),
         ("drop_path", {}, "missing a required argument: 'ratio'"),

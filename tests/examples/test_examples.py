@@ -21,7 +21,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "f
 
 
 def accuracies(printed: str) -> list[float]:
-    return [float(figure) for figure in re.findall(r": ([\d.]+) % of the held-out digits", printed)]
+    return [float(figure) for figure in re.findall(r": ([\d.]+) % of the held-out (?:digits|pixels)", printed)]
 
 
 @pytest.mark.parametrize("name", EVERY)

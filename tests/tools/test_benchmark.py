@@ -13,15 +13,18 @@ from tools.benchmarking.loading import measure_loading
 from tools.benchmarking.steps import compared, in_turns
 
 TINY = ["--models", "resnet10t:64:2", "--rounds", "2"]
+SOME = ["--only", "bare loop", "our trainer", "masking 0.5", "random_crop 0.5", "stochastic depth 0.5, skipped"]
 
 
 def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     file = tmp_path / "folder" / "results.json"
-    code, printed, _ = call(benchmark, "--parts", "steps", "memory", *TINY, "--json", file)
+    code, printed, _ = call(benchmark, "--parts", "steps", "memory", *TINY, *SOME, "--json", file)
     lines = {(line["part"], line["name"]): line for line in json.loads(file.read_text())["lines"]}
     trainer, masked, cropped = (lines["steps", name] for name in ("our trainer", "masking 0.5", "random_crop 0.5"))
     assert code == 0 and (trainer["against"], trainer["limit"]) == ("bare loop", 1.0)
     assert (masked["against"], masked["limit"]) == ("our trainer", 2.0)  # pixels that are masked are computed
+    skipped = lines["steps", "stochastic depth 0.5, skipped"]
+    assert skipped["against"] == "our trainer" and 0.5 < skipped["limit"] < 0.8
     assert 1.2 < cropped["limit"] < 1.6 and all(line["value"] > 0 for line in lines.values())
     plain, with_masking = lines["memory", "our trainer"], lines["memory", "masking 0.5"]
     assert with_masking["ratio"] == pytest.approx(with_masking["value"] / plain["value"])
@@ -61,7 +64,7 @@ def test_ratios_are_of_pairs():
         (["--device", "cuda"], "--device cuda: torch sees no such device"),
         (["--rounds", "0"], "--rounds 0: allowed is 1 or more"),
         (["--parts", "steps", *TINY, "--only", "masking 0.5, windows left out"], "resnet10t allows bare loop, timm"),
-        (["--parts", "memory", "--models", "vit_tiny_patch16_224:8:2"], "8 x 8 pixels do not fit"),
+        (["--parts", "steps", "--models", "vit_tiny_patch16_224:8:2"], "8 x 8 pixels do not fit"),
     ],
 )
 def test_bad_input_is_one_line(call, tmp_path, arguments, error):

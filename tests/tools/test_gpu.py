@@ -51,7 +51,7 @@ def test_a_part_that_takes_too_long_ends_with_its_processes_and_the_others_go_on
 
 
 def test_no_part_begins_when_the_time_is_over(call, tmp_path, three_parts, monkeypatch):
-    monkeypatch.setattr(gpu, "WHOLE", 0)
+    monkeypatch.setitem(gpu.WHOLE, "cpu", 0)
     assert call(gpu, "--device", "cpu", "--output", tmp_path, "--only", "well")[0] == 2
     (part,) = json.loads((tmp_path / "results.json").read_text())["parts"]
     assert (part["name"], part["ended"]) == ("well", "left out")
