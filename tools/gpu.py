@@ -88,7 +88,7 @@ PARTS = {  # by device, what says most first; a study is one more line here
     ),
     "cpu": (
         Part("checks", 1200, CHECKING),
-        Part("steps", 1200, f"{BENCHMARK} --parts steps memory --rounds 1 --models test_vit:160:2 resnet10t:64:2"),
+        Part("steps", 1200, f"{BENCHMARK} --parts steps memory --rounds 1 --models test_vit:160:2 --only {CHOSEN}"),
         Part("loading", 1200, f"{BENCHMARK} --parts data --quick --rounds 1 --workers 2"),
     ),
 }
