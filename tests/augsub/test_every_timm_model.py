@@ -59,6 +59,7 @@ SIZE = {
     "efficientformer_l1": 224,
     "crossvit_tiny_240": 120,  # its streams see 120 and 112 pixels, patches of 12 and 16
     "gemma4_vit_167m_enc": 144,  # pools 3 x 3 patches of 16
+    "inception_v3": 224,  # a crop of 96 pixels leaves one position to the last norms
 }  # where 128 pixels do not fit
 
 
