@@ -6,7 +6,7 @@ Stochastic depth (arXiv 1603.09382) computes a branch for all images and throws 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +108,8 @@ class ResidualBranch:
         """Values of int(B * (1 - rate)) images, at least one of them, drawn anew; each has as many rows."""
         num_kept = max(1, int(self.batch * (1 - self.rate)))
         self._kept = torch.randperm(self.batch, device=values.device)[:num_kept]
-        if len(values) == self.batch:
-            return values[self._kept]  # which keeps the memory format
-        rows: Tensor = values.unflatten(0, (self.batch, -1))
-        return rows[self._kept].flatten(0, 1)
+        with_images, undo = _by_image(values, self.batch)
+        return undo(with_images.index_select(0, self._kept))
 
     def put_back(self, values: Tensor) -> Tensor:
         """Values of the chosen images, scaled to the mean of a branch that all have, and zeros for the others."""
@@ -120,16 +118,22 @@ class ResidualBranch:
             raise ValueError("the start of a residual branch was replaced after augsub.patch: patch the model again")
         if getattr(self.drop_path, "scale_by_keep", True):
             values = values * (self.batch / len(kept))
-        if len(values) != len(kept):
-            return self._spread(values.unflatten(0, (len(kept), -1)), kept).flatten(0, 1)
-        return self._spread(values, kept)
+        with_images, undo = _by_image(values, len(kept))
+        whole: Tensor = with_images.new_zeros((self.batch, *with_images.shape[1:]))
+        return undo(whole.index_copy_(0, kept, with_images))
 
-    def _spread(self, values: Tensor, kept: Tensor) -> Tensor:
-        whole: Tensor = values.new_zeros((self.batch, *values.shape[1:]))
-        if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
-            whole = whole.contiguous(memory_format=torch.channels_last)
-        whole[kept] = values
-        return whole
+
+def _by_image(values: Tensor, batch: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Values with the images in dimension 0 and in the order in which memory has them, and the way back."""
+    is_map = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    in_order = values.permute(0, 2, 3, 1) if is_map else values
+    has_parts = len(values) != batch
+
+    def undo(changed: Tensor) -> Tensor:
+        rows = changed.flatten(0, 1) if has_parts else changed
+        return rows.permute(0, 3, 1, 2) if is_map else rows
+
+    return in_order.unflatten(0, (batch, -1)) if has_parts else in_order, undo
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import augsub
+from augsub.residual_branches import ResidualBranch
 from tests.conftest import VIT, tiny_resnet, tiny_swin, tiny_vit
 from tests.skipping import skipped_and_computed
 
@@ -48,6 +49,23 @@ def test_sums_and_gradients_are_those_of_computed_and_dropped_paths(any_model, i
     assert found.keys() - {"mask_token"} == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).norm() <= 1e-6 * max(1, expected[name].norm()), name
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_and_their_parts_go_and_come_back_in_their_memory_format(layout, parts):
+    drop = timm.layers.DropPath(0.0)
+    branch = ResidualBranch(drop, (drop,), drop, rate=0.5, batch=4)
+    values = torch.randn(4 * parts, 5, 2, 3).contiguous(memory_format=layout)
+    torch.manual_seed(0)
+    kept = torch.randperm(4)[:2]
+    torch.manual_seed(0)
+    chosen = branch.choose(values)
+    assert torch.equal(chosen, values.unflatten(0, (4, parts))[kept].flatten(0, 1))
+    whole = branch.put_back(chosen)
+    expected = torch.zeros(4, parts, 5, 2, 3).index_copy(0, kept, 2 * values.unflatten(0, (4, parts))[kept])
+    assert torch.equal(whole, expected.flatten(0, 1))
+    assert chosen.is_contiguous(memory_format=layout) and whole.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.0, 6), (0.3, 4), (0.5, 3), (0.9, 1)])
