@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from augsub.objective import ObjectiveOutput, SubModelObjective
+from augsub.objective import Objective, ObjectiveOutput
 
 if TYPE_CHECKING:
     from lightning import LightningModule as _Base
@@ -29,7 +29,7 @@ class SubModelMixin(_Base):
     """
 
     model: nn.Module
-    objective: SubModelObjective
+    objective: Objective
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch: images (B, C, H, W), and labels (B,) or soft labels (B, K)."""

@@ -7,7 +7,7 @@ from typing import Any
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from augsub.objective import SubModelObjective
+from augsub.objective import Objective
 from augsub.patching import is_patched, patch
 
 
@@ -26,7 +26,7 @@ class SubModelTask(ClassificationTask):
         ValueError: if the model is wrapped already, or has no site for a sub-model.
     """
 
-    def __init__(self, model: nn.Module, objective: SubModelObjective, **options: Any) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, **options: Any) -> None:
         if not is_patched(model):
             patch(model)
         objective.prepare(model)

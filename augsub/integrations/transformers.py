@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
-from augsub.objective import SubModelObjective
+from augsub.objective import Objective
 
 
 class SubModelTrainer(Trainer):
@@ -28,10 +28,10 @@ class SubModelTrainer(Trainer):
 
     loss_is_scaled_for_ga = False  # a mean of the micro-batch: Trainer divides it by the accumulation
 
-    def __init__(self, *args: Any, objective: SubModelObjective, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # what earlier versions ask instead
-        self.objective: SubModelObjective = objective
+        self.objective: Objective = objective
         objective.prepare(self.model)  # type: ignore[arg-type]  # it has one by now
 
     def compute_loss(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augsub
+from augsub.integrations.timm import SubModelTask
 from tests.conftest import tiny_vit
 
 CRITERIA = {"softmax": nn.CrossEntropyLoss(), "sigmoid": BinaryCrossEntropy(smoothing=0.0)}
@@ -109,3 +110,16 @@ def test_three_sub_models_teach_each_other_alike(model, images, labels, name):
 def test_bad_arguments_are_named(make, error):
     with pytest.raises(ValueError, match=error):
         make()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_other_trainers_take_these_objectives_too(model, images, labels, name):
+    make, _ = OBJECTIVES[name]
+    objective = make(CRITERIA["softmax"], PATHS)
+    torch.manual_seed(3)
+    expected = objective(model, images, labels)
+    task = SubModelTask(model, objective, device=torch.device("cpu"), verbose=False)
+    torch.manual_seed(3)
+    found = task(images, labels)
+    assert torch.equal(found["loss"], expected.loss) and torch.equal(found["main_loss"], expected.main_loss)
+    assert torch.equal(found["output"], expected.logits) and len(found["sub_losses"]) == 2
