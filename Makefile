@@ -32,8 +32,8 @@ gpu: $(DEVELOP)  ## test-gpu, then the benchmark, in at most nine minutes; resul
 test-recipes: $(DEVELOP)  ## every recipe against its published numbers
 	$(PYTEST) tests/recipes
 
-study: $(DEVELOP)  ## write docs/study_*.md: an hour and a quarter on two cores
-	for study in families digits cheap_swin cheap_resnet; do \
+study: demo $(DEVELOP)  ## write docs/study_*.md: an hour and a half on two cores
+	for study in families digits cheap_swin cheap_resnet methods; do \
 		$(BIN)/python tools/compare_runs.py --study configs/studies/$$study.yaml || exit; done
 
 first-run: $(DEVELOP)  ## repeat docs/first_run.md: what its commands print, and their pictures

@@ -76,8 +76,9 @@ class SubModel:
         if not _is_number(share) or not 0 < share <= 1:
             raise ValueError(f"share of a sub-model = {share!r}, allowed is a number in (0, 1]")
         self.share, self.learn_from = float(share), learn_from
-        self._at_end, self._at_start = build(_at(self._spec, END)), build(_at(self._spec, START))
         self._is_constant = _at(self._spec, START) == _at(self._spec, END)
+        self._at_end = build(_at(self._spec, END))
+        self._at_start = self.at(START)
 
     @property
     def augmentation(self) -> SubModelAugmentation:

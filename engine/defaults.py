@@ -337,7 +337,8 @@ def check_images(
 ) -> None:
     """Refuse images that main model or sub-models cannot take, or too few of them at once."""
     shape = source.image_shape(config.data.image_size)
-    augmentations = [sub_model.at(epoch) for sub_model in objective.sub_models for epoch in (0, config.train.epochs)]
+    times = (0, config.train.epochs)  # where a ratio changes, else both are one augmentation
+    augmentations = [*dict.fromkeys(sub_model.at(epoch) for sub_model in objective.sub_models for epoch in times)]
     frozen.before_step()
     with input_errors("augsub.sub_models"):
         for sub_model in objective.sub_models:
