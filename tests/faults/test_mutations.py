@@ -181,7 +181,8 @@ def problem_of(ended, mutant: Mutant, folder: Path) -> str | None:
     if ended.code == 2:
         if not REFUSED.fullmatch(ended.err):
             return "not one line"
-        if mutant.places and not any(place in ended.err for place in mutant.places):
+        diverged = "are NaN or infinite" in ended.err  # as with a learning rate of 1e9, which is a number like others
+        if mutant.places and not diverged and not any(place in ended.err for place in mutant.places):
             return f"names none of {mutant.places}"
         return "a half-written result" if [*folder.rglob("*.pt"), *folder.rglob("summary.json")] else None
     summary = json.loads((folder / "summary.json").read_text())
