@@ -54,12 +54,15 @@ class Objective:
         sub_models: the sub-models, in the order of their forwards.
 
     Attributes:
+        computes_main: whether a step has a clean branch, the main model's.
         epoch: epochs done, with their fraction; whoever trains sets it before each step if a ratio or a weight is a
             :class:`augsub.Ramp`.
 
     Raises:
         TypeError: if `sub_models` is not a sequence of `SubModel`.
     """
+
+    computes_main = False
 
     def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel]) -> None:
         if not isinstance(sub_models, Sequence) or not all(isinstance(sub_model, SubModel) for sub_model in sub_models):

@@ -55,7 +55,7 @@ class SubModel:
         learn_from: a registered lesson: ``main``, ``labels``, ``ema``, ``teacher``, ``augmented_teacher`` or one's own.
 
     Raises:
-        ValueError: for an argument out of range, an unknown lesson, or an augmentation that cannot be built.
+        ValueError: for an argument out of range, or an augmentation that cannot be built.
     """
 
     def __init__(

@@ -434,8 +434,8 @@ def log_plan(config: Config, trainer: Trainer) -> None:
     processes, device = trainer.process.world_size, trainer.process.device.type
     strategy = f", {config.distributed.strategy}" if processes > 1 else ""
     LOGGER.info("%s: %.1f M parameters, %d x %s%s", config.model.name, parameters / 1e6, processes, device, strategy)
-    for sub_model in trainer.objective.sub_models or ["no sub-model: plain training"]:
-        LOGGER.info("%r" if isinstance(sub_model, augsub.SubModel) else "%s", sub_model)
+    for line in [*map(repr, trainer.objective.sub_models)] or ["no sub-model: plain training"]:
+        LOGGER.info("%s", line)
     LOGGER.info(
         "%d iterations of %d images, %d per epoch",
         trainer.max_iterations,

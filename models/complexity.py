@@ -197,11 +197,11 @@ def analyze_objective(
     """
     times = [epochs * (place + 0.5) / POINTS for place in range(POINTS)]
     by_sub_model = [[sub_model.at(time) for time in times] for sub_model in objective.sub_models]
-    distinct = {str(augmentation): augmentation for of_one in by_sub_model for augmentation in of_one}
+    distinct = {repr(augmentation): augmentation for of_one in by_sub_model for augmentation in of_one}
     counted = analyze(model, image_shape, list(distinct.values()), skip_dropped_paths)
     costs = dict(zip(distinct, counted.subs, strict=True))
     subs = [
-        _mean([costs[str(augmentation)] for augmentation in of_one], sub_model.share)
+        _mean([costs[repr(augmentation)] for augmentation in of_one], sub_model.share)
         for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True)
     ]
     whole = {"ema": counted.main.flops}
@@ -211,10 +211,9 @@ def analyze_objective(
         (augsub.lesson_of(sub_model.learn_from).needs_model, sub_model.share) for sub_model in objective.sub_models
     ]
     taught = round(sum(whole.get(name, 0) * share for name, share in lessons if name))
-    computes_main = getattr(objective, "computes_main", False)
     names = tuple(map(str, objective.sub_models))
     return Complexity(
-        counted.params_by_module, counted.main, names, tuple(subs), counted.skipping, computes_main, taught
+        counted.params_by_module, counted.main, names, tuple(subs), counted.skipping, objective.computes_main, taught
     )
 
 

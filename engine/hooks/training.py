@@ -131,7 +131,7 @@ class GradientNorm(HookBase):
         if not self._is_due:
             return
         norms = torch.stack(self._norms).tolist()
-        if getattr(self.trainer.objective, "computes_main", False):
+        if self.trainer.objective.computes_main:
             self._compare(norms[: 1 + len(self.trainer.objective.sub_models)])
         if self.trainer.iteration % self.period == 0 and math.isfinite(norms[-1]):  # fp16 overflows now and then
             self.trainer.results["grad_norm"] = norms[-1] / self._scale
