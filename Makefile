@@ -47,6 +47,8 @@ VIT := $(BIN)/python tools/visualize_augsub.py --model vit_small_patch16_224
 pictures: $(DEVELOP)  ## what sub-models see, for the documentation
 	$(BIN)/python tools/visualize_augsub.py --output docs/what_the_sub_model_sees.png
 	$(VIT) --augsub masking --ratio 0.25 0.5 0.75 --output docs/augmentations/masking.png
+	$(VIT) --augsub masking '{name: masking, strategy: block}' '{name: masking, strategy: grid}' \
+		--output docs/augmentations/masking_strategies.png
 	$(VIT) --augsub drop_path --ratio 0.1 0.2 0.4 --output docs/augmentations/drop_path.png
 	$(VIT) --augsub dropout --ratio 0.1 0.2 0.4 --output docs/augmentations/dropout.png
 	$(BIN)/python tools/visualize_augsub.py --model resnet50 --augsub random_crop --ratio 0.25 0.5 0.75 \

@@ -2,14 +2,13 @@
 
 from augsub import downscale, drops, masking, random_crop  # noqa: F401  (importing registers them)
 from augsub.augmentation import Compose, SubModelAugmentation
-from augsub.lessons import LESSONS, Lesson, Step, lesson_of, register_lesson
+from augsub.lessons import LESSONS, Lesson, Step, register_lesson
 from augsub.mutual import CoSubObjective, RDropObjective
 from augsub.objective import (
     OBJECTIVES,
     Objective,
     ObjectiveOutput,
     SubModelObjective,
-    objective_of,
     register_objective,
 )
 from augsub.patching import is_patched, patch, supports, unpatch
@@ -34,9 +33,7 @@ __all__ = [
     "SubModelObjective",
     "build",
     "is_patched",
-    "lesson_of",
     "list_augmentations",
-    "objective_of",
     "patch",
     "register",
     "register_lesson",

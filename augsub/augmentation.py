@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -137,8 +138,18 @@ class SubModelAugmentation:
         return {}
 
     def __str__(self) -> str:
-        """In a few characters: "masking 0.5 + dropout 0.1"."""
-        return " + ".join(f"{member.name or type(member).__name__} {member.ratio:g}" for member in self.members)
+        """In a few characters, with what is not as usual: "masking 0.5 strategy=block + dropout 0.1"."""
+        return " + ".join(
+            " ".join([f"{member.name or type(member).__name__} {member.ratio:g}", *member._unusual()])
+            for member in self.members
+        )
+
+    def _unusual(self) -> Iterator[str]:
+        """Arguments beside the ratio, kept under their names, that are not the defaults."""
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = vars(self).get(name, parameter.default)
+            if name != "ratio" and value != parameter.default:
+                yield f"{name}={value}"
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if key != "sites")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from augsub.augmentation import SubModelAugmentation
-from augsub.registry import did_you_mean
+from augsub.named_registry import NamedRegistry
 from augsub.teaching import Criterion, Teaching, main_loss
-
-LESSONS = Registry("AUGSUB_LESSONS")
-LessonClass = TypeVar("LessonClass", bound="type[Lesson]")
 
 
 @dataclass
@@ -66,23 +62,8 @@ class Lesson:
         raise NotImplementedError
 
 
-def register_lesson(name: str) -> Callable[[LessonClass], LessonClass]:
-    """Class decorator: let sub-models learn by ``learn_from=name``."""
-
-    def decorate(lesson: LessonClass) -> LessonClass:
-        LESSONS._do_register(name, lesson)
-        return lesson
-
-    return decorate
-
-
-def lesson_of(name: str) -> Lesson:
-    """The lesson registered under a name; ValueError with the known names otherwise."""
-    if name not in LESSONS:
-        known = [known for known, _ in LESSONS]
-        raise ValueError(f"learn_from = {name!r}{did_you_mean(str(name), known)}; known: {', '.join(sorted(known))}")
-    lesson: Lesson = LESSONS.get(name)()
-    return lesson
+LESSONS = NamedRegistry("AUGSUB_LESSONS", "lesson", Lesson)
+register_lesson = LESSONS.register_as  # class decorator: let sub-models learn by ``learn_from=name``
 
 
 @register_lesson("main")

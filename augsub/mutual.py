@@ -30,6 +30,8 @@ class MutualObjective(Objective):
             which the form of the targets or the scale is not known.
     """
 
+    branch_by_branch = False
+
     def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel], targets: TargetForm | None = None) -> None:
         super().__init__(criterion, sub_models)
         if len(self.sub_models) < 2:

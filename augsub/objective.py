@@ -6,16 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from augsub.lessons import Labels, Step, lesson_of, logits_of, random_state
+from augsub.lessons import LESSONS, Labels, Step, logits_of, random_state
+from augsub.named_registry import NamedRegistry
 from augsub.patching import find_patched
-from augsub.registry import did_you_mean
 from augsub.sub_model import SubModel, checked_weight
 from augsub.teaching import Criterion, TargetForm, Teaching, check_first_batch, main_loss, teaching_for
 
@@ -55,6 +54,7 @@ class Objective:
 
     Attributes:
         computes_main: whether a step has a clean branch, the main model's.
+        branch_by_branch: whether `backward` frees the graph of a branch before it computes the next one.
         epoch: epochs done, with their fraction; whoever trains sets it before each step if a ratio or a weight is a
             :class:`augsub.Ramp`.
 
@@ -63,6 +63,7 @@ class Objective:
     """
 
     computes_main = False
+    branch_by_branch = True
 
     def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel]) -> None:
         if not isinstance(sub_models, Sequence) or not all(isinstance(sub_model, SubModel) for sub_model in sub_models):
@@ -139,27 +140,8 @@ class Objective:
         raise NotImplementedError
 
 
-OBJECTIVES = Registry("AUGSUB_OBJECTIVES")
-ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
-
-
-def register_objective(name: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
-    """Class decorator: make an objective known under a name, for ``augsub.objective`` of a configuration."""
-
-    def decorate(objective: ObjectiveClass) -> ObjectiveClass:
-        OBJECTIVES._do_register(name, objective)
-        return objective
-
-    return decorate
-
-
-def objective_of(name: str) -> type[Objective]:
-    """The class registered under a name; ValueError with the known names otherwise."""
-    if name not in OBJECTIVES:
-        known = sorted(known for known, _ in OBJECTIVES)
-        raise ValueError(f"{name!r} is none{did_you_mean(name, known)}; known: {', '.join(known)}")
-    objective: type[Objective] = OBJECTIVES.get(name)
-    return objective
+OBJECTIVES = NamedRegistry("AUGSUB_OBJECTIVES", "objective", Objective)
+register_objective = OBJECTIVES.register_as  # class decorator: a name for ``augsub.objective`` of a configuration
 
 
 @register_objective("masksub")
@@ -199,7 +181,7 @@ class SubModelObjective(Objective):
         self.main_weight = checked_weight("main_weight", main_weight) if sub_models else 1.0
         if not (self.main_weight or self.sub_models):
             raise ValueError("nothing learns: main_weight and the weights of all sub-models are 0")
-        self._lessons = [lesson_of(sub_model.learn_from) for sub_model in self.sub_models]
+        self._lessons = [LESSONS.get(sub_model.learn_from)() for sub_model in self.sub_models]
         self.computes_main = self.main_weight > 0 or any(lesson.needs_main for lesson in self._lessons)
         self._teaching = teaching_for(criterion, targets) if self.sub_models else None
         self._has_seen_a_batch = False

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from fvcore.common.registry import Registry
-
 from augsub.augmentation import Compose, SubModelAugmentation
+from augsub.named_registry import NamedRegistry
 
 AugmentationClass = TypeVar("AugmentationClass", bound=type[SubModelAugmentation])
 AugmentationSpec = str | Mapping[str, Any] | SubModelAugmentation | Sequence[Any]  # a sequence of these
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name nearest to a wrong one, as the end of a message; empty if none is near."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {match[0]!r}?" if match else ""
-
-
-class AugmentationRegistry(Registry):  # type: ignore[misc]  # fvcore is untyped
-    """fvcore's registry, by the augmentations' own names and aliases."""
-
-    def get(self, name: str) -> type[SubModelAugmentation]:
-        """The class registered under `name`; ValueError with the known names otherwise."""
-        if name not in self:
-            nearest = did_you_mean(name, dict(self))
-            raise ValueError(f"unknown augmentation {name!r}{nearest}; known: {', '.join(list_augmentations())}")
-        augmentation: type[SubModelAugmentation] = super().get(name)
-        return augmentation
-
-
-AUGSUB_REGISTRY = AugmentationRegistry("AUGSUB")
+AUGSUB_REGISTRY = NamedRegistry("AUGSUB", "augmentation", SubModelAugmentation)
 
 
 def register(name: str, *aliases: str) -> Callable[[AugmentationClass], AugmentationClass]:
@@ -45,16 +25,11 @@ def register(name: str, *aliases: str) -> Callable[[AugmentationClass], Augmenta
     """
 
     def decorate(augmentation: AugmentationClass) -> AugmentationClass:
-        if not (isinstance(augmentation, type) and issubclass(augmentation, SubModelAugmentation)):
-            raise TypeError(f"{augmentation!r} cannot be registered: it is no subclass of SubModelAugmentation")
-        if not augmentation.sites or isinstance(augmentation.sites, str):
+        sites = getattr(augmentation, "sites", ("of something else",))  # which the registry refuses
+        if not sites or isinstance(sites, str):
             raise TypeError(f"{augmentation.__name__} must name its sites in a tuple, for example sites = ('tokens',)")
-        for taken in (name, *aliases):
-            if taken in AUGSUB_REGISTRY:
-                raise ValueError(f"an augmentation named {taken!r} is registered already")
+        AUGSUB_REGISTRY.register_as(name, *aliases)(augmentation)
         augmentation.name = name
-        for own in (name, *aliases):
-            AUGSUB_REGISTRY._do_register(own, augmentation)
         return augmentation
 
     return decorate
@@ -62,7 +37,7 @@ def register(name: str, *aliases: str) -> Callable[[AugmentationClass], Augmenta
 
 def list_augmentations() -> list[str]:
     """Names of all registered augmentations, sorted, without aliases."""
-    return sorted(name for name, augmentation in AUGSUB_REGISTRY if name == augmentation.name)
+    return AUGSUB_REGISTRY.names()
 
 
 def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
@@ -94,7 +69,7 @@ def build(spec: AugmentationSpec, **arguments: Any) -> SubModelAugmentation:
     name, given = spec.get("name"), {key: value for key, value in spec.items() if key != "name"}
     if not isinstance(name, str):
         raise ValueError(f"augmentation {dict(spec)!r} has no 'name'; known: {', '.join(list_augmentations())}")
-    augmentation = AUGSUB_REGISTRY.get(name)
+    augmentation: type[SubModelAugmentation] = AUGSUB_REGISTRY.get(name)
     signature = inspect.signature(augmentation)
     try:
         signature.bind(**given)

@@ -297,7 +297,6 @@ def build_trainer(
     bare_model = build_run_model(config, source, process, is_resumed)
     mixup = build_mixup(config, source.num_classes, data.micro_batch, process.device)
     objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
-    teacher = build_teacher(config, source)
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
     frozen = FrozenStatistics(frozen_batchnorms(bare_model, config.model.frozen))
@@ -307,7 +306,10 @@ def build_trainer(
     if config.train.channels_last and not is_sharded(config.distributed, process):  # FSDP2 shards contiguous tensors
         bare_model.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(bare_model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.enabled else None
-    objective.teach_by(teacher=teacher and teacher.to(process.device), ema=ema and ema.module)
+    teacher = build_teacher(config, source)
+    objective.teach_by(
+        teacher=None if teacher is None else teacher.to(process.device), ema=None if ema is None else ema.module
+    )
     if config.train.compile:
         bare_model.compile()
     model = parallelise(config, process, bare_model, ema)

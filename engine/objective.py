@@ -21,11 +21,12 @@ def build_objective(config: Config, criterion: nn.Module) -> augsub.Objective:
     section = config.augsub
     sub_models = build_sub_models(config)
     with input_errors("augsub.objective"):
-        kind = augsub.objective_of(section.objective)
+        kind = augsub.OBJECTIVES.get(section.objective)
+    teachers = {"ema": ("ema.enabled", config.ema.enabled), "teacher": ("augsub.teacher.name", section.teacher.name)}
     for number, sub_model in enumerate(sub_models):
-        needed = {"ema": ("ema.enabled", config.ema.enabled), "teacher": ("augsub.teacher.name", section.teacher.name)}
-        with input_errors(f"augsub.sub_models[{number}]"):
-            key, is_there = needed.get(augsub.lesson_of(sub_model.learn_from).needs_model, ("", True))
+        with input_errors(f"augsub.sub_models[{number}].learn_from"):
+            needed = augsub.LESSONS.get(sub_model.learn_from).needs_model
+        key, is_there = teachers.get(needed, ("", True))
         if not is_there:
             raise InputError(f"augsub.sub_models[{number}].learn_from = {sub_model.learn_from}: needs {key}")
     options = {"main_weight": section.main_weight, "alpha": section.alpha}

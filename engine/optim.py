@@ -12,7 +12,7 @@ from typing import Any
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch.optim import Optimizer
 
-from augsub.registry import did_you_mean
+from augsub.named_registry import did_you_mean
 from engine.config import OptimizerConfig, ScheduleConfig
 from engine.errors import InputError, first_line, input_errors, is_out_of_memory
 

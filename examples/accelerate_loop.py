@@ -16,7 +16,7 @@ import augsub
 
 def train(
     model: nn.Module,
-    objective: augsub.SubModelObjective,
+    objective: augsub.Objective,
     dataset: Dataset,
     epochs: int,
     shuffle: bool = True,

@@ -24,7 +24,7 @@ class Classifier(SubModelMixin, LightningModule):
         manual: call backward branch by branch: one graph at a time in memory.
     """
 
-    def __init__(self, model: nn.Module, objective: augsub.SubModelObjective, manual: bool = False) -> None:
+    def __init__(self, model: nn.Module, objective: augsub.Objective, manual: bool = False) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
@@ -37,7 +37,7 @@ class Classifier(SubModelMixin, LightningModule):
 
 def train(
     model: nn.Module,
-    objective: augsub.SubModelObjective,
+    objective: augsub.Objective,
     dataset: Dataset,
     epochs: int,
     shuffle: bool = True,

@@ -43,7 +43,7 @@ def small_network() -> nn.Module:
     )  # fmt: skip
 
 
-def train(model: nn.Module, objective: augsub.SubModelObjective, dataset: TensorDataset) -> None:
+def train(model: nn.Module, objective: augsub.Objective, dataset: TensorDataset) -> None:
     """Train a patched model."""
     optimizer = torch.optim.AdamW(objective.prepare(model).parameters(), lr=2e-3)
     for _ in range(EPOCHS):

@@ -23,7 +23,7 @@ from augsub.integrations.timm import SubModelTask
 
 def train(
     model: nn.Module,
-    objective: augsub.SubModelObjective,
+    objective: augsub.Objective,
     dataset: Dataset,
     epochs: int,
     shuffle: bool = True,

@@ -47,7 +47,7 @@ def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 def train(
     model: nn.Module,
-    objective: augsub.SubModelObjective,
+    objective: augsub.Objective,
     dataset: Dataset,
     epochs: int,
     shuffle: bool = True,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import augsub
-from augsub.registry import did_you_mean
+from augsub.named_registry import did_you_mean
 from models import first_line
 
 LOGGER = logging.getLogger("models")

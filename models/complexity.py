@@ -190,7 +190,7 @@ def analyze_objective(
         objective: the objective.
         epochs: of the training.
         skip_dropped_paths: as `analyze` takes it.
-        teacher: the model of ``learn_from="teacher"``.
+        teacher: the model of ``learn_from="teacher"``; patched, if it sees what a sub-model sees.
 
     Raises:
         ValueError: as `analyze`.
@@ -204,16 +204,24 @@ def analyze_objective(
         _mean([costs[repr(augmentation)] for augmentation in of_one], sub_model.share)
         for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True)
     ]
-    whole = {"ema": counted.main.flops}
-    if teacher is not None:
-        whole["teacher"] = count_forward(teacher.eval(), (1, *image_shape)).flops
-    lessons = [
-        (augsub.lesson_of(sub_model.learn_from).needs_model, sub_model.share) for sub_model in objective.sub_models
-    ]
-    taught = round(sum(whole.get(name, 0) * share for name, share in lessons if name))
+    taught = 0.0
+    for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True):
+        lesson = augsub.LESSONS.get(sub_model.learn_from)
+        if lesson.needs_model == "ema":
+            taught += counted.main.flops * sub_model.share
+        elif lesson.needs_model == "teacher" and teacher is not None:
+            seen = of_one if lesson.replays_draws else [None]
+            forwards = [count_forward(teacher.eval(), (MANY, *image_shape), augmentation) for augmentation in seen]
+            taught += _mean(forwards, sub_model.share / MANY).flops
     names = tuple(map(str, objective.sub_models))
     return Complexity(
-        counted.params_by_module, counted.main, names, tuple(subs), counted.skipping, objective.computes_main, taught
+        counted.params_by_module,
+        counted.main,
+        names,
+        tuple(subs),
+        counted.skipping,
+        objective.computes_main,
+        round(taught),
     )
 
 

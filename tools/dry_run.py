@@ -127,15 +127,19 @@ def length_rows(config: Config, trainer: Trainer) -> Rows:
 
 
 def memory_rows(config: Config, trainer: Trainer) -> Rows:
-    """What each process needs: tensors counted; activations measured, of the branch that has most of them."""
+    """What each process needs: tensors counted; activations measured, of all branches whose graphs live at once."""
     process, source, images = trainer.process, trainer.data.source, trainer.data.micro_batch
     alone = Process(rank=0, world_size=1, device=process.device)
     model = build_run_model(config, source, alone, is_resumed=True).to(process.device)
-    trainer.objective.prepare(model)
+    objective = trainer.objective
+    objective.prepare(model)
     shape, autocast = source.image_shape(config.data.image_size), trainer.precision.autocast
-    augmentations = [None, *(sub_model.augmentation for sub_model in trainer.objective.sub_models)]
     skips = config.train.skip_dropped_paths
-    activations = max(activation_memory(model, shape, images, each, autocast, skips) for each in augmentations)
+    branches = [(None, images)] * objective.computes_main
+    branches += [(sub_model.augmentation, sub_model.images_of(images)) for sub_model in objective.sub_models]
+    activations = (max if objective.branch_by_branch else sum)(
+        activation_memory(model, shape, seen, augmentation, autocast, skips) for augmentation, seen in branches
+    )
     reshard = config.distributed.reshard_after_forward
     strategy = Strategy(is_sharded(config.distributed, process), once=True, reshard=reshard)
     step = build_step(config, source, process.world_size)

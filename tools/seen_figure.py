@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -166,7 +167,7 @@ def draw(
             for draw_panel in draw_panels:
                 legend |= draw_panel(next(free), row, recording)
     titles = [
-        str(sub_model).replace(" + ", "\n+ ")
+        re.sub(r" (?=\+ |\w+=)", "\n", str(sub_model))
         for sub_model, of_it in zip(sub_models, panels, strict=True)
         for _ in of_it
     ]

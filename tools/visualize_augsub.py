@@ -2,6 +2,7 @@
 
     python tools/visualize_augsub.py                                          # three families, every augmentation
     python tools/visualize_augsub.py --model vit_small_patch16_224 --augsub masking --ratio 0.25 0.5 0.75
+    python tools/visualize_augsub.py --model vit_small_patch16_224 --augsub masking '{name: masking, strategy: grid}'
     python tools/visualize_augsub.py --model convnext_tiny --augsub random_crop+masking drop_path --images my_folder
     python tools/visualize_augsub.py --config configs/digits_swin.yaml model.drop_path_rate=0.1
 
@@ -17,11 +18,13 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from engine.command_line import as_path, exit_code, tool_parser
-from engine.config_file import load_config, parse_config
+from engine.config_file import load_config, parse_config, reported
 from engine.errors import InputError, input_errors
 from engine.text import expanded
+from engine.typed_yaml import read_value
 
 FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")
 AUGMENTATIONS = ("masking", "random_crop", "random_crop+masking", "drop_path", "dropout")
@@ -36,7 +39,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--model", type=expanded, metavar="NAME", help="any timm model (default: one each of three families)"
     )
-    parser.add_argument("--augsub", nargs="+", metavar="NAME", help="sub-models; + composes several into one")
+    parser.add_argument(
+        "--augsub", nargs="+", metavar="NAME", help="sub-models; + composes names, {} is as in a configuration"
+    )
     parser.add_argument("--ratio", nargs="+", type=float, metavar="R", help="one or more for each (default 0.5)")
     parser.add_argument(
         "--images", nargs="+", type=as_path, default=[], metavar="PATH", help="files or folders (default: a flower)"
@@ -47,6 +52,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if OVERRIDE.fullmatch(word)]  # --augsub and --images would swallow them
     return parser.parse_args([*(word for word in words if word not in overrides), "--", *overrides])
+
+
+def described(words: str) -> list[dict[str, Any]]:
+    """What to compose: names with + between them, or one augmentation as a configuration has it."""
+    if not words.startswith("{"):
+        return [{"name": name} for name in words.split("+")]
+    with reported(f"--augsub {words}"):
+        return [read_value(words, dict[str, Any])]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -70,8 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     files = chosen(arguments.images)
     with input_errors("--augsub"):
         sub_models = [
-            augsub.build([{"name": member, "ratio": ratio} for member in name.split("+")])
-            for name, ratio in product(arguments.augsub or AUGMENTATIONS, arguments.ratio or [0.5])
+            augsub.build([{"ratio": ratio, **member} for member in described(words)])
+            for words, ratio in product(arguments.augsub or AUGMENTATIONS, arguments.ratio or [0.5])
         ]
     if config is not None:
         config = complete(config)

@@ -237,7 +237,7 @@ def test_dense_predictions_are_taught_position_by_position(images, sequence, for
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: masksub(learn_from="teachr"), "learn_from = 'teachr', did you mean 'teacher'.; known: "),
+        (lambda: masksub(learn_from="teachr"), r"unknown lesson 'teachr', did you mean 'teacher'\?; known: "),
         (lambda: masksub(share=0), r"share of a sub-model = 0, allowed is a number in \(0, 1\]"),
         (lambda: masksub(share=1.5), r"share of a sub-model = 1\.5"),
         (lambda: masksub(ratio={"from": 0.1, "to": 1.0, "epochs": 5}), r"masking: ratio = 1\.0, allowed"),

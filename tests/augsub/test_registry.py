@@ -14,6 +14,11 @@ def test_build_takes_a_name_a_mapping_a_list_or_an_instance():
     assert type(augsub.build("droppath", ratio=0.1)) is type(augsub.build("drop_path", ratio=0.1))
     composed = augsub.build([{"name": "masking", "ratio": 0.5}, augsub.build("drop_path", ratio=0.2)])
     assert str(composed) == "masking 0.5 + drop_path 0.2"
+    unusual = [
+        {"name": "masking", "strategy": "block", "cell": 16},
+        {"name": "drop_path", "ratio": 0.1, "mode": "skip"},
+    ]
+    assert str(augsub.build(unusual)) == "masking 0.5 cell=16 strategy=block + drop_path 0.1 mode=skip"
     assert str(augsub.Compose([composed, masking])) == "masking 0.5 + drop_path 0.2 + masking 0.25"
 
 
@@ -66,11 +71,17 @@ def test_a_new_augmentation_is_one_class(make_model, images):
 
 
 def test_registration_mistakes_are_refused():
+    for register, base in ((augsub.register_lesson, "Lesson"), (augsub.register_objective, "Objective")):
+        with pytest.raises(TypeError, match=f"no subclass of {base}"):
+            register("mine")(dict)
+    with pytest.raises(ValueError, match="lesson 'main' is registered already"):
+        augsub.register_lesson("main")(type("Mine", (augsub.Lesson,), {}))
+
     def mine(**attributes):
         return type("Mine", (augsub.SubModelAugmentation,), attributes)
 
     for name in ("masking", "droppath"):
-        with pytest.raises(ValueError, match=f"'{name}' is registered already"):
+        with pytest.raises(ValueError, match=f"augmentation '{name}' is registered already"):
             augsub.register(name)(mine(sites=("tokens",)))
     for attributes in ({}, {"sites": "tokens"}):
         with pytest.raises(TypeError, match="Mine must name its sites in a tuple"):

@@ -35,40 +35,74 @@ STEPS = 10
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_vit.yaml"
 
 
-class SeededObjective(augsub.SubModelObjective):
-    """Seeds every step as our own trainer does: the other loops draw from the global generator."""
+def seeded(objective: augsub.Objective) -> augsub.Objective:
+    """Seed every step as our own trainer does: the other loops draw from the global generator."""
 
-    step = 0
+    class Seeded(type(objective)):
+        step, is_computing = 0, False
 
-    def branches(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator:
-        seed_all(derive_seed(0, 0, self.step))
-        self.step += 1
-        return super().branches(model, images, targets)
+        def __call__(self, *arguments, **named):
+            return self.from_its_seed(super().__call__, *arguments, **named)
+
+        def backward(self, *arguments, **named):
+            return self.from_its_seed(super().backward, *arguments, **named)
+
+        def from_its_seed(self, compute: Callable, *arguments, **named):
+            if self.is_computing:  # a mutual objective's backward calls it
+                return compute(*arguments, **named)
+            seed_all(derive_seed(0, 0, self.step))
+            self.step, self.is_computing = self.step + 1, True
+            out = compute(*arguments, **named)
+            self.is_computing = False
+            return out
+
+    objective.__class__ = Seeded
+    return objective
 
 
-def objective(of: type = SeededObjective) -> augsub.SubModelObjective:
-    drops = augsub.build([{"name": "masking", "ratio": 0.25}, {"name": "drop_path", "ratio": 0.2}])
-    sub_models = [augsub.SubModel("masking", ratio=0.5, weight=0.3), augsub.SubModel(drops, weight=0.2)]
-    return of(nn.CrossEntropyLoss(label_smoothing=0.1), sub_models)
+def masksub(*sub_models: augsub.SubModel, **arguments) -> augsub.SubModelObjective:
+    return augsub.SubModelObjective(nn.CrossEntropyLoss(label_smoothing=0.1), sub_models, **arguments)
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory) -> tuple[dict[str, Tensor], TensorDataset, dict[str, Tensor]]:
-    """Our own trainer without its hooks: first weights, the batches in their order, last weights."""
+def a_teacher() -> nn.Module:
+    torch.manual_seed(1)
+    return patched_vit()
+
+
+PATHS = augsub.build("drop_path", ratio=0.3, mode="skip")
+OBJECTIVES = {
+    "MaskSub": lambda: masksub(
+        augsub.SubModel("masking", ratio=0.5, weight=0.3),
+        augsub.SubModel([{"name": "masking", "ratio": 0.25}, {"name": "drop_path", "ratio": 0.2}], weight=0.2),
+    ),
+    "shares": lambda: masksub(
+        augsub.SubModel("masking", ratio=0.5, share=0.5, learn_from="labels"), augsub.SubModel(PATHS, share=0.3)
+    ),
+    "teacher": lambda: masksub(
+        augsub.SubModel("masking", ratio=0.5, learn_from="augmented_teacher"), main_weight=0, teacher=a_teacher()
+    ),
+    "CoSub": lambda: augsub.CoSubObjective(nn.CrossEntropyLoss(), [augsub.SubModel(PATHS)] * 2),
+    "R-Drop": lambda: augsub.RDropObjective(nn.CrossEntropyLoss(), [augsub.SubModel("dropout", ratio=0.1)] * 2),
+}
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def ours(request, tmp_path_factory) -> tuple[str, dict[str, Tensor], TensorDataset, dict[str, Tensor]]:
+    """Our own trainer without its hooks: the objective, first weights, the batches in their order, last weights."""
     config = load_config(CONFIG, [f"output_dir={tmp_path_factory.mktemp('run')}", f"train.max_iters={STEPS}"])
     config = complete(config)
     process = Process(rank=0, world_size=1, device=torch.device("cpu"))
     store = CheckpointStore(RunFolder(config.output_dir), process)
     trainer = build_trainer(config, build_source(config), process, store)
     trainer.hooks = []
-    trainer.objective = objective(of=augsub.SubModelObjective)
+    trainer.objective = OBJECTIVES[request.param]()
     trainer.optimizer = adamw(trainer.bare_model)
     first = copy.deepcopy(trainer.bare_model.state_dict())
     batches = trainer.data.train_from(0)
     images, labels = zip(*(next(batches) for _ in range(STEPS)), strict=True)
     batches.close()
     trainer.train()
-    return first, TensorDataset(torch.cat(images), torch.cat(labels)), trainer.bare_model.state_dict()
+    return request.param, first, TensorDataset(torch.cat(images), torch.cat(labels)), trainer.bare_model.state_dict()
 
 
 def patched_vit() -> nn.Module:
@@ -93,23 +127,24 @@ LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[tuple[str, str]]]:
-    rows: list[tuple[str, str]] = []
+def table() -> Iterator[list[tuple[str, str, str]]]:
+    rows: list[tuple[str, str, str]] = []
     yield rows
-    print(f"\n\n{tabulate(rows, ['loop', f'largest difference of a weight after {STEPS} steps'], tablefmt='github')}")
+    header = ["objective", "loop", f"largest difference of a weight after {STEPS} steps"]
+    print(f"\n\n{tabulate(rows, header, tablefmt='github')}")
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_weights_are_those_of_our_own_trainer(name, ours, table):
-    first, dataset, last = ours
+    objective, first, dataset, last = ours
     create, train = LOOPS[name]
     model = create()
     vit = getattr(model, "timm_model", model)
     vit.load_state_dict(first)
-    train(model, objective(), dataset, epochs=1, shuffle=False)
+    train(model, seeded(OBJECTIVES[objective]()), dataset, epochs=1, shuffle=False)
     differences = {key: (tensor - last[key]).abs().max().item() for key, tensor in vit.state_dict().items()}
     moved = max((tensor - first[key]).abs().max().item() for key, tensor in last.items())
-    table.append((name, f"{max(differences.values()):.1e}"))
+    table.append((objective, name, f"{max(differences.values()):.1e}"))
     assert moved > 5e-3  # ten steps of Adam at 1e-3
     # Backward in one piece adds gradients in another order, and Adam divides by the root of tiny ones
     assert max(differences.values()) < 1e-5, differences

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import augsub
 from models.build import build_on_meta, checkpoint_gradients, create_model
-from models.complexity import activation_memory, analyze, count_forward, count_with_torch
+from models.complexity import activation_memory, analyze, analyze_objective, count_forward, count_with_torch
 from tests.zoo import load_rows
 from tools.analysis import PUBLISHED
 
@@ -99,6 +99,28 @@ def test_training_cost_counts_every_sub_model(make_model):
         "training_cost": both.training_cost,
         "activations": both.main.activations,
     }
+
+
+def test_costs_follow_all_arguments_shares_and_teachers(make_model):
+    def cost(*sub_models: augsub.SubModel):
+        objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), sub_models, main_weight=0)
+        teacher = augsub.patch(make_model("vit"))
+        return analyze_objective(make_model("vit"), SMALL, objective, epochs=4, teacher=teacher)
+
+    kinds = {"ratio": 0.0}, {"ratio": 0.5}, {"ratio": 0.5, "share": 0.5}, {"ratio": augsub.Ramp(0.0, 0.5, 4)}
+    whole, half, shared, ramped = cost(*(augsub.SubModel("masking", **kind) for kind in kinds)).subs
+    assert shared.flops == pytest.approx(half.flops / 2, rel=1e-5)
+    assert ramped.flops == pytest.approx((whole.flops + half.flops) / 2, rel=0.05)
+    of_teacher = {
+        name: cost(augsub.SubModel("masking", share=0.5, learn_from=name)).taught / whole.flops
+        for name in ("labels", "ema", "teacher", "augmented_teacher")
+    }
+    masked = half.flops / whole.flops / 2
+    expected = {"labels": 0, "ema": 0.5, "teacher": 0.5, "augmented_teacher": masked}
+    assert of_teacher == pytest.approx(expected, rel=1e-4)
+    paths = {"name": "drop_path", "ratio": 0.5}
+    computed, skipped = cost(augsub.SubModel(paths), augsub.SubModel({**paths, "mode": "skip"})).subs
+    assert skipped.flops < 0.6 * computed.flops
 
 
 def test_a_model_stays_plain_and_its_mask_token_is_no_parameter(make_model):

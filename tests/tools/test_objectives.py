@@ -80,11 +80,11 @@ def test_two_processes_train_like_one_with_two_micro_batches(command, torchrun, 
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
-        (["augsub.objective=cosubb"], "augsub.objective: 'cosubb' is none, did you mean 'cosub'?; known: cosub, "),
+        (["augsub.objective=cosubb"], "objective: unknown objective 'cosubb', did you mean 'cosub'?; known: cosub, "),
         (["augsub.objective=cosub"], "augsub.objective = cosub: CoSubObjective needs two sub-models or more, not 1"),
         (["augsub.sub_models.0.learn_from=ema"], "augsub.sub_models[0].learn_from = ema: needs ema.enabled"),
         (["augsub.sub_models.0.learn_from=teacher"], "learn_from = teacher: needs augsub.teacher.name"),
-        (["augsub.sub_models.0.learn_from=mian"], "augsub.sub_models[0]: learn_from = 'mian', did you mean 'main'?"),
+        (["augsub.sub_models.0.learn_from=mian"], "[0].learn_from: unknown lesson 'mian', did you mean 'main'?"),
         (["augsub.sub_models.0.share=0"], "share of a sub-model = 0.0, allowed is a number in (0, 1]"),
         (["augsub.sub_models.0.share=0.01"], "share of a sub-model = 0.01 leaves none of 80 images"),
         (["augsub.sub_models.0.weight={from: 0, to: 1}"], "is no ramp: allowed is {from: 0.1, to: 0.5, epochs: 20}"),

@@ -81,6 +81,16 @@ def test_the_sub_models_of_a_configuration_and_the_seed(drawn):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_an_augmentation_as_a_configuration_has_it(drawn):
+    arguments = ("--config", "configs/digits_vit.yaml", "model.kwargs.depth=1", "--augsub", "masking")
+    picture = drawn(*arguments, "{name: masking, strategy: grid}", rows=3, columns=3)
+    at_random, grid = (panel(picture, 0, column).mean(axis=-1) for column in (1, 2))
+    shifted = len(grid) // 2  # two patches of four: where a chequerboard is again what it was
+    assert (np.abs(grid[shifted:] - grid[:-shifted]) > 20).mean() < (
+        np.abs(at_random[shifted:] - at_random[:-shifted]) > 20
+    ).mean()
+
+
 def test_paths_and_activations_have_panels_of_their_own(drawn):
     sub_models = ("--augsub", "masking+drop_path", "dropout", "model.kwargs.depth=2", "--ratio", 0.3)
     picture = drawn("--config", "configs/digits_vit.yaml", *sub_models, rows=3, columns=4)
@@ -100,6 +110,7 @@ def test_what_is_missing(drawn):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--augsub", "{name: masking"], "--augsub {name: masking: line 2: did not find expected ',' or '}'"),
         (["--augsub", "maskin"], "unknown augmentation 'maskin', did you mean 'masking'?"),
         (["--model", "test_vit", "--augsub", "masking", "--ratio", "0.999"], "leaves none of 100 cells"),
         (["--model", "test_resnet", "--augsub", "dropout"], "dropout has no site in ResNet"),
