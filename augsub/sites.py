@@ -185,7 +185,7 @@ class DropPathSite(ModuleSite):
 
     def check(self, augmentation: SubModelAugmentation) -> None:
         if augmentation.skips_paths:
-            self.check_cut(f"{augmentation}: mode = 'skip'")
+            self.check_cut(str(augmentation))
 
     def check_cut(self, wanted: str) -> None:
         """Raise ValueError if a branch cannot be cut out."""

@@ -147,8 +147,13 @@ class DataConfig(Section):
     root: Tunable[Optional[File]] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
     train_split: str = "train"  # folder or split name of the training images
     eval_split: str = "validation"  # of a folder any of val, valid, validation, eval, evaluation, test
+    # of each class's training images, held out in place of eval_split: always the same ones, whatever the seed
+    validation_share: Share = 0.0
+    images_per_class: Optional[Count] = None  # train on so many at most, always the same ones; null: on all
     image_size: Optional[Count] = 224  # pixels, square; null: the model's own
     repeats: Count = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
+    # ram: all images are decoded once, before training, and kept
+    cache: Tunable[Annotated[Optional[str], one_of("ram")]] = None
     workers: Tunable[NotNegativeInt] = 4  # loader processes per training process; 0 loads in the training process
     bad_files: Tunable[NotNegativeInt] = 0  # unreadable image files that a run may skip; one more stops it
     allow_mismatch: Tunable[bool] = False  # go on although classes or images are not those that the weights come from

@@ -3,14 +3,16 @@
     python tools/compare_runs.py runs/baseline_seed* runs/masking_seed* --picture curves.png
     python tools/compare_runs.py baseline=runs/a,runs/b masking='runs/mask_*' --metric ema_top1
     python tools/compare_runs.py --study configs/studies/digits.yaml
+    python tools/compare_runs.py --study configs/studies/cifar10_small.yaml --minutes 60 data.dataset=folder
 
 Runs whose configurations differ in nothing but the seed make one way of training; the first way is the baseline.
-A study repeats no finished run and continues an interrupted one.
+A study keeps a line for each finished run beside its page: it repeats none of them, and goes on when it is interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,10 +28,16 @@ DEFAULT_JOBS = 2
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("runs", nargs="*", metavar="FOLDER", help="run folders, or NAME=FOLDER,FOLDER for one way")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="FOLDER",
+        help="run folders, or NAME=FOLDER,FOLDER for one way; with --study key=value for all of its runs",
+    )
     parser.add_argument("--metric", choices=METRICS, default="top1", help="accuracy to compare (default top1)")
     parser.add_argument("--picture", metavar="FILE", type=as_path, help="draw losses and accuracies over epochs")
     parser.add_argument("--study", metavar="FILE", type=as_path, help="train and report what this file says")
+    parser.add_argument("--minutes", type=float, metavar="M", help="of a study; what still runs then goes on next time")
     parser.add_argument("--jobs", type=int, metavar="N", help=f"runs of a study at a time (default {DEFAULT_JOBS})")
     return parser.parse_intermixed_args(arguments)
 
@@ -37,8 +45,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Print a table of runs that exist, and draw their curves; or train and report a study."""
     if arguments.study is None:
-        if arguments.jobs is not None:
-            raise InputError("--jobs: belongs to --study")
+        if (arguments.jobs, arguments.minutes) != (None, None):
+            raise InputError("--jobs, --minutes: belong to --study")
         ways = read_ways(arguments.runs)
         check_comparable(ways, arguments.metric)
         print(summary_table(ways, arguments.metric), CAPTION, configuration_lines(ways), sep="\n\n")
@@ -49,14 +57,18 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from tools.comparison.study import run_study  # here: it brings torch
 
-    if arguments.runs or arguments.picture or arguments.metric != "top1":
-        raise InputError("--study: goes with --jobs alone; its file says what is trained and written")
+    if arguments.picture or arguments.metric != "top1":
+        raise InputError("--picture, --metric: not with --study, whose file says what is trained and written")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise InputError(f"--jobs = {arguments.jobs}: allowed is at least 1")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise InputError(f"--minutes = {arguments.minutes}: allowed is above 0")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the runs save their state first
-    print(*run_study(arguments.study, arguments.jobs or DEFAULT_JOBS), sep="\n")
+    seconds = math.inf if arguments.minutes is None else 60 * arguments.minutes
+    written, left = run_study(arguments.study, arguments.jobs or DEFAULT_JOBS, arguments.runs, seconds)
+    print(*written, *([f"{len(left)} runs are left: the same command goes on"] if left else []), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_dataset
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.config import Config, DataConfig
 from engine.data.source import DataSource, build_digits, build_synthetic
 from engine.data.transforms import build_transform
-from engine.errors import InputError, first_line
-from engine.text import readable_name
+from engine.errors import InputError, first_line, input_errors
+from engine.text import readable_name, readable_size
 
 # The names under which the folder of a split is looked for: timm's, and test
 SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
@@ -36,7 +40,8 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
         return build_digits(data.image_size)
     if data.dataset == "synthetic":
         return build_synthetic(data.image_size, data.synthetic_samples)
-    held_out, train = _open(data, data.eval_split), _open(data, data.train_split) if with_training else None
+    train = _open(data, data.train_split) if with_training or data.validation_share else None
+    held_out = train if data.validation_share else _open(data, data.eval_split)
     classes = held_out.class_to_idx
     if train is not None and (differing := train.class_to_idx.items() ^ classes.items()):
         names = sorted({str(name) for name, _ in differing})
@@ -47,14 +52,38 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
             f"data.root = {data.root}: the only class is {', '.join(class_names.values())}, at least two are needed"
         )
     num_classes = max(class_names) + 1
-    transforms = [build_transform(config.transform, data.image_size, is_training) for is_training in (True, False)]
+    chosen = {"training": None, "held-out": None} if train is None else _chosen(data, train)
+    sets = {
+        split: Images(items, build_transform(config.transform, data.image_size, is_training), split, chosen[split])
+        for split, items, is_training in (("training", train, True), ("held-out", held_out, False))
+        if items is not None and (with_training or not is_training)
+    }
     return DataSource(
-        train=None if train is None else Images(train, transforms[0], "training"),
-        held_out=Images(held_out, transforms[1], "held-out"),
+        train=sets.get("training"),
+        held_out=sets["held-out"],
         num_classes=num_classes,
         in_chans=3,
         class_names=[class_names.get(number, str(number)) for number in range(num_classes)],
     )
+
+
+def _chosen(data: DataConfig, train: Any) -> dict[str, list[int] | None]:
+    """Numbers of the training and the held-out images, in their order; None: all."""
+    if not data.validation_share and data.images_per_class is None:
+        return {"training": None, "held-out": None}
+    labels = labels_of(train)
+    if len(labels) != len(train):
+        key = "validation_share" if data.validation_share else "images_per_class"
+        raise InputError(f"data.{key}: needs a data set that lists its labels, {data.dataset} does not")
+    chosen: dict[str, list[int]] = {"training": [], "held-out": []}
+    for label in np.unique(labels):
+        of_class = np.random.default_rng([int(label), 0]).permutation(np.flatnonzero(labels == label))
+        count = math.ceil(data.validation_share * len(of_class))
+        if count == len(of_class):
+            raise InputError(f"data.validation_share = {data.validation_share}: leaves class {label} no training image")
+        chosen["held-out"] += of_class[:count].tolist()
+        chosen["training"] += of_class[count:][: data.images_per_class].tolist()
+    return {split: sorted(numbers) or None for split, numbers in chosen.items()}
 
 
 def _open(data: DataConfig, split: str) -> Any:
@@ -208,6 +237,15 @@ def image_folder(root: Path, names: Sequence[str] = ()) -> ImageFiles:
     return files
 
 
+def labels_of(items: Any) -> np.ndarray:
+    """The labels (N,) of a data set in its order; none if it does not list them."""
+    if isinstance(items, ImageFiles):
+        return np.array([label for _, label in items.samples])
+    if hasattr(items, "label_key"):  # timm's reader of Hugging Face's data sets
+        return np.asarray(items.dataset[items.label_key])
+    return np.asarray(next((getattr(items, name) for name in LABELS if hasattr(items, name)), ()))
+
+
 class Images(Dataset):
     """Pairs (transformed image, label), of which one that cannot be read is an UnreadableImage.
 
@@ -215,32 +253,104 @@ class Images(Dataset):
         items: pairs (open file or image, label) by number: ImageFiles, a reader of timm's, a data set of torchvision.
         transform: of an RGB image.
         split: what images of a data set that is no folder are called by, beside their number.
+        chosen: numbers of those to take; None: all.
     """
 
-    def __init__(self, items: Any, transform: Callable[[Image.Image], Any], split: str) -> None:
+    def __init__(
+        self, items: Any, transform: Callable[[Image.Image], Any], split: str, chosen: Sequence[int] | None = None
+    ) -> None:
         self._items, self._transform, self._split = items, transform, split
+        self._numbers = range(len(items)) if chosen is None else chosen
+        self._decoded: DecodedImages | None = None
         self.left_out: Counter[str] = getattr(items, "left_out", Counter())
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self._decode(index) if self._decoded is None else self._decoded[index]
+        return self._transform(image), label
+
+    def _decode(self, index: int) -> tuple[Image.Image, int]:
+        number = self._numbers[index]
         try:
-            source, label = self._items[index]
+            source, label = self._items[number]
             with source:
-                image = decode(source)
+                return decode(source), label
         except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
             is_file = isinstance(self._items, ImageFiles)
-            name = self._items.samples[index][0] if is_file else f"{self._split} image {index}"
+            name = self._items.samples[number][0] if is_file else f"{self._split} image {number}"
             is_other = isinstance(error, UnidentifiedImageError)  # which tells of a Python object
             raise UnreadableImage(name, "not an image that Pillow knows" if is_other else first_line(error)) from error
-        return self._transform(image), label
+
+    def decode_all(self) -> None:
+        """Decode every image now, unless it was done, and keep it; the processes of a loader share them.
+
+        Raises:
+            InputError: they would take more than a quarter of the machine's memory.
+        """
+        if self._decoded is None:
+            with input_errors(f"data.cache = ram: the {self._split} images"):
+                self._decoded = DecodedImages.of(self._decode, len(self))
 
     def listing(self) -> Iterator[str]:
         """A line for each image: of files path and label, else the label; nothing if the data set lists none."""
         if isinstance(self._items, ImageFiles):
-            return (f"{path.removeprefix(self._items.root)}\0{label}" for path, label in self._items.samples)
-        if hasattr(self._items, "label_key"):  # timm's reader of Hugging Face's data sets
-            return map(str, self._items.dataset[self._items.label_key])
-        labels = next((getattr(self._items, name) for name in LABELS if hasattr(self._items, name)), ())
-        return map(str, np.asarray(labels).tolist())
+            samples = (self._items.samples[number] for number in self._numbers)
+            return (f"{path.removeprefix(self._items.root)}\0{label}" for path, label in samples)
+        labels = labels_of(self._items)
+        return map(str, labels[list(self._numbers)].tolist() if len(labels) else ())
+
+
+@dataclass
+class DecodedImages:
+    """Pairs (RGB image, label) by number, in one piece of memory, which forked and spawned processes share.
+
+    Attributes:
+        pixels: of all images one after the other, uint8.
+        ends: where the pixels of each image end, (N,).
+        sizes: width and height, (N, 2).
+        labels: (N,).
+        unreadable: by number, the images that could not be decoded.
+    """
+
+    SAMPLE: ClassVar[int] = 256  # images, at least, from which the memory of all is foretold
+    pixels: Tensor
+    ends: Tensor
+    sizes: Tensor
+    labels: Tensor
+    unreadable: dict[int, tuple[str, str]]
+
+    @classmethod
+    def of(cls, decode: Callable[[int], tuple[Image.Image, int]], count: int) -> DecodedImages:
+        """Decode so many images, by as many threads as there are cores; ValueError if memory is short."""
+        unreadable: dict[int, tuple[str, str]] = {}
+
+        def pixels_and_label(number: int) -> tuple[np.ndarray, int]:
+            try:
+                image, label = decode(number)
+            except UnreadableImage as error:
+                unreadable[number] = error.args
+                return np.zeros((0, 0, 3), np.uint8), -1
+            return np.asarray(image), label
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            some = range(0, count, max(1, count // cls.SAMPLE))
+            needed = count * sum(pixels.nbytes for pixels, _ in pool.map(pixels_and_label, some)) // len(some)
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if 2 * needed > memory / 2:  # all are there twice for a moment
+                raise ValueError(
+                    f"{count} of them need about {readable_size(needed)}, a quarter of this machine's memory is "
+                    f"{readable_size(memory // 4)}: leave it unset"
+                )
+            images, labels = zip(*pool.map(pixels_and_label, range(count)), strict=True)
+        sizes = torch.tensor([image.shape[1::-1] for image in images])
+        flat = np.concatenate([image.reshape(-1) for image in images])
+        return cls(torch.from_numpy(flat), (3 * sizes.prod(1)).cumsum(0), sizes, torch.tensor(labels), unreadable)
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        if number in self.unreadable:
+            raise UnreadableImage(*self.unreadable[number])
+        end, (width, height) = int(self.ends[number]), self.sizes[number].tolist()
+        pixels = self.pixels[end - 3 * width * height : end].view(height, width, 3)
+        return Image.fromarray(pixels.numpy()), int(self.labels[number])

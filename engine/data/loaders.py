@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from engine.config import Config, TrainConfig
-from engine.data.datasets import UnreadableImage
+from engine.data.datasets import Images, UnreadableImage
 from engine.data.source import DataSource
 from engine.data.stream import IGNORED, SeededDataset, TrainingOrder, held_out_order
 from engine.data.transforms import Delivery, normalisation
@@ -193,9 +193,11 @@ class Batches(Iterable[Batch]):
         if order is None:
             order = held_out_order(len(source.held_out), process.rank, process.world_size, config.evaluation.batch)
         self._order = order
+        images = source.train if self._is_training else source.held_out
+        self._to_decode = images if config.data.cache == "ram" and isinstance(images, Images) else None
         blank = torch.zeros(source.image_shape(config.data.image_size))
         self._dataset = SeededDataset(
-            source.train if self._is_training else source.held_out,
+            images,
             attempts=config.data.bad_files + 1 if self._is_training else 1,
             blank=blank if normalisation(config)[0] is None else blank.byte(),
         )
@@ -214,6 +216,8 @@ class Batches(Iterable[Batch]):
         return len(self._order)
 
     def __iter__(self) -> Generator[Batch]:
+        if self._to_decode is not None:
+            self._to_decode.decode_all()  # here, so that no plan or help waits for it
         received = iter(self._loader)
         try:
             while (delivered := _next(received)) is not None:

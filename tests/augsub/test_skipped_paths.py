@@ -185,7 +185,7 @@ def test_a_model_without_such_branches_refuses_to_skip_alone():
     with torch.device("meta"):
         model = augsub.patch(timm.create_model("gcvit_xxtiny"))
     objective = augsub.SubModelObjective(nn.CrossEntropyLoss(), [augsub.SubModel(SKIP)])
-    with pytest.raises(ValueError, match=r"^drop_path 0.5: mode = 'skip': the branches of 24 of 24 drop paths"):
+    with pytest.raises(ValueError, match=r"^drop_path 0.5 mode=skip: the branches of 24 of 24 drop paths"):
         objective.prepare(model)
     assert augsub.supports(model)["drop_path"] == "drop_path"
 

@@ -86,7 +86,12 @@ OBJECTIVES = {
 }
 
 
-@pytest.fixture(scope="module", params=OBJECTIVES)
+SLOW = ("shares", "teacher", "R-Drop")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OBJECTIVES]
+)
 def ours(request, tmp_path_factory) -> tuple[str, dict[str, Tensor], TensorDataset, dict[str, Tensor]]:
     """Our own trainer without its hooks: the objective, first weights, the batches in their order, last weights."""
     config = load_config(CONFIG, [f"output_dir={tmp_path_factory.mktemp('run')}", f"train.max_iters={STEPS}"])

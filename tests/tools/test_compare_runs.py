@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from engine.config_file import load_config, to_yaml
 from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
 from tools import compare_runs
+from tools.comparison import results
 from tools.comparison.pictures import curve
 from tools.comparison.runs import interval, read_ways
 from tools.comparison.study import load_study, plan, run_study
@@ -45,7 +47,7 @@ def forge(path: str, config: str, top1: float, seed: int, **more: float) -> None
     folder.path.mkdir(parents=True)
     folder.config.write_text(config)
     measured = {"main_loss": 0.1, "top1": top1, "top5": 99.0, **more}
-    folder.summary.write_text(json.dumps({"images": 797, "iterations": 40, "seconds": 7.0, **measured}))
+    folder.summary.write_text(json.dumps({"images": 797, "iterations": 40, "epochs": 2.0, "seconds": 7.0, **measured}))
     records = [{"iteration": 20, "epoch": 1.0, "main_loss": 1.0 + seed}, {"iteration": 40, "epoch": 2.0, **measured}]
     folder.metrics.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
@@ -172,8 +174,9 @@ def test_wrong_folders_are_one_line(finished, call, tmp_path):
         ("good", "other", "--metric", "ema_top1"): "good: has no ema_top1; its summary.json has images, iterations",
         ("good", "other", "--picture", "curves.docx"): "curves.docx: Format 'docx' is not supported",
         ("good", "other", "--picture", "good/config.yaml/c.png"): "good/config.yaml/c.png cannot be written",
-        ("good", "other", "--jobs", "1"): "--jobs: belongs to --study",
-        ("good", "--study", "s.yaml"): "--study: goes with --jobs alone",
+        ("good", "other", "--jobs", "1"): "--jobs, --minutes: belong to --study",
+        ("--study", "s.yaml", "--picture", "a.png"): "--picture, --metric: not with --study",
+        ("--study", "s.yaml", "--minutes", "0"): "--minutes = 0.0: allowed is above 0",
         ("--jobs", "0", "--study", "s.yaml"): "--jobs = 0: allowed is at least 1",
     }
     for arguments, message in cases.items():
@@ -214,24 +217,50 @@ def test_a_wrong_study_is_refused_before_anything_runs(study):
 def test_the_report_of_a_finished_study(study, capsys):
     for run, top1 in zip(plan(load_study(study), study), (90.0, 95.0, 91.0, 96.5), strict=True):  # seed 5, then 3
         forge(run.config.output_dir, to_yaml(run.config), top1, run.config.seed, seconds=3.0 * top1)
-    written = run_study(study, jobs=2)
+    written, left = run_study(study, jobs=2)
     text = Path("report.md").read_text()
     assert written == [Path("report.md"), *(Path(name) for name in re.findall(r"\]\((\w+\.png)\)", text))]
-    assert len(written) == 4 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
+    assert (
+        not left and len(written) == 5 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
+    )
     assert "Written by `python tools/compare_runs.py --study study.yaml`: 4 runs" in text
     assert "1000 training images and 797 held-out ones of 8 x 8 pixels" in text
-    results, _, singles = text.partition("## What can be concluded")
-    assert rows(results)["plain"][:3] + rows(results)["plain"][-1:] == ["2", "**90.50 ± 0.50**", "baseline", "1.00"]
+    table, _, singles = text.partition("## What can be concluded")
+    assert rows(table)["plain"][:3] + rows(table)["plain"][-1:] == ["2", "**90.50 ± 0.50**", "baseline", "1.00"]
     # differences 5 and 5.5: mean 5.25, standard error 0.25, t(0.975, 1) = 12.706
-    assert rows(results)["drop path"][2] == "+5.25 [+2.07, +8.43]" and rows(results)["drop path"][-1] == "2.00"
+    assert rows(table)["drop path"][2] == "+5.25 [+2.07, +8.43]" and rows(table)["drop path"][-1] == "2.00"
     assert rows(singles) == {"plain": ["91.00", "90.00"], "drop path": ["96.50", "95.00"]}  # seed 3, then 5
     assert "There is one comparison, which its interval of 95 % decides." in text
     assert "- **better than the baseline**:\n  - drop path: +5.25 [+2.07, +8.43]\n- **worse" in text
     assert "an accuracy of 90.5 % has a standard deviation of 1.04 points over" in text  # (90.5 * 9.5 / 797) ** 0.5
 
+    shutil.rmtree("runs")  # the results file has all that the page needs
+    Path("report.md").unlink()
+    assert run_study(study, jobs=2)[0] == written and Path("report.md").read_text() == text
     study.write_text(STUDY.replace("ratio: 0.5", "ratio: 0.25"))
-    with pytest.raises(InputError, match=r"tiny_drop_path_seed5: was trained with augsub.sub_models = .*'ratio': 0.5"):
+    with pytest.raises(InputError, match=r"tiny_drop_path_seed. was trained with augsub.sub_models = .*'ratio': 0.5"):
         run_study(study, jobs=1)
+
+
+def test_results_of_two_machines_are_not_paired(study, monkeypatch):
+    """Seed 5 was begun on one machine and finished on another, which has all of it; seed 3 is left to any of them."""
+    machines = {"one": {"plain": (80, 85)}, "two": {"plain": (90,), "drop path": (96,)}}
+    for machine, of_ways in machines.items():
+        monkeypatch.setattr(
+            results, "machine", lambda name=machine: dict.fromkeys(("device", "cores", "torch", "timm"), name)
+        )
+        for run in plan(load_study(study), study):
+            top1 = dict(zip((5, 3), of_ways.get(run.way, ()), strict=False)).get(run.config.seed)
+            if top1 is not None:
+                forge(run.config.output_dir, to_yaml(run.config), top1, run.config.seed)
+        written, left = run_study(study, jobs=1, seconds=0)
+        shutil.rmtree("runs")
+        assert bool(written) == (machine == "two")
+    assert [(run.way, run.config.seed) for run in left] == [("plain", 3), ("drop path", 3)]  # by the second machine
+    table, _, singles = Path("report.md").read_text().partition("## What can be concluded")
+    assert rows(table)["drop path"][:3] == ["1", "**96.00**", "+6.00 (one seed: no interval)"]
+    assert rows(singles)["plain"] == ["85.00", "90.00"]  # seed 3, which has no pair, then 5
+    assert "- seed 5: two, two cores, torch two, timm two\n" in table and "2 are still to come" in table
 
 
 def test_several_configurations_have_their_own_baselines_and_hold_together(study):
@@ -274,7 +303,7 @@ def test_a_study_is_interrupted_and_continued(study, capsys):
     assert first.last.exists() and "the state is saved" not in said
     assert not first.summary.exists() and not report.exists()
 
-    assert report in run_study(study, jobs=2)
+    assert report in run_study(study, jobs=2)[0]
     lines = [f"runs/study/tiny_{way}_seed3: finished" for way in ("drop_path", "plain")]
     assert sorted(capsys.readouterr().err.splitlines()) == lines and "resumed" in first.log.read_text()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +84,31 @@ def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
     drawn = [axes.collections[0], axes.containers[0]]
     labels = ["one seed", "mean, interval of 95 %"]
     figure.legend(drawn, labels, loc="outside upper right", ncols=2, frameon=False)
+    save(figure, path, DPI)
+
+
+def draw_prices(by_config: Mapping[str, Sequence[Way]], metric: str, path: Path) -> None:
+    """A panel for each configuration: gains over times, and a line through the ways that no cheaper one beats."""
+    size = (6.5 * len(by_config), 4.5)
+    figure, panels = plt.subplots(1, len(by_config), figsize=size, layout="constrained", squeeze=False)
+    for axes, (config, (_, *tried)) in zip(panels.flat, by_config.items(), strict=True):
+        points = [(1.0, 0.0)]
+        axes.plot(*points[0], "o", color="black")
+        axes.annotate("baseline", points[0], (6, 4), textcoords="offset points", fontsize="small")
+        for way in tried:
+            gain, half = interval(way.differences(metric).values())
+            times = [own / other for own, other in way.pairs("seconds").values()]
+            points.append((float(np.mean(times)), gain))
+            axes.errorbar(*points[-1], yerr=half, fmt="o", color=BLUE, capsize=3)
+            name = way.name.removeprefix(f"{config}, ")
+            axes.annotate(name, points[-1], (6, 4), textcoords="offset points", fontsize="small")
+        best = np.maximum.accumulate([gain for _, gain in sorted(points)])
+        axes.step([time for time, _ in sorted(points)], best, where="post", color="0.5", zorder=0)
+        axes.set_xlabel("time of training, in parts of the baseline's")
+        axes.set_ylabel(f"held-out {METRICS[metric]}, difference to the baseline (points)")
+        axes.set_title(config, fontsize="medium")
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
     save(figure, path, DPI)
 
 

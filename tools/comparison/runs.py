@@ -40,12 +40,17 @@ OWN_KEYS = ("seed", "output_dir")  # what the runs of one way may differ in
 
 @dataclass(frozen=True)
 class Run:
-    """A run that reached its end: `summary` is what summary.json holds, `records` are the lines of metrics.jsonl."""
+    """A run that reached its end: `summary` is what summary.json holds, `records` are the lines of metrics.jsonl.
+
+    Of a study's results it is also known where it was trained, and on how many images.
+    """
 
     path: Path
     config: Config
     summary: Record
     records: list[Record]
+    machine: str = ""
+    training_images: int = 0
 
 
 @dataclass
@@ -74,11 +79,13 @@ class Way:
 
     def differences(self, metric: str) -> dict[int, float]:
         """This way minus its baseline, for each seed that both have."""
+        return {seed: own - other for seed, (own, other) in self.pairs(metric).items()}
+
+    def pairs(self, name: str) -> dict[int, tuple[float, float]]:
+        """A value of this way's and of its baseline's summary, for each seed that both have."""
         before = self.baseline.runs
         return {
-            seed: run.summary[metric] - before[seed].summary[metric]
-            for seed, run in self.runs.items()
-            if seed in before
+            seed: (run.summary[name], before[seed].summary[name]) for seed, run in self.runs.items() if seed in before
         }
 
 

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from string import Template
@@ -23,16 +23,24 @@ from tqdm import tqdm
 
 from engine import atomic
 from engine.config import Config
-from engine.config_file import differences, fill_in_from, load_config, read_over, reported
-from engine.data.datasets import build_source
+from engine.config_file import differences, fill_in_from, leaves, load_config, read_over, reported
 from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError, writing_errors
 from engine.run_folder import RunFolder
 from engine.text import expanded, markdown_table
 from tools.analysis import analyze_configured
 from tools.comparison import runs as compared
-from tools.comparison.pictures import draw_differences, draw_panels
-from tools.comparison.runs import Way, check_comparable, finished_run, make_ways
+from tools.comparison.pictures import draw_differences, draw_panels, draw_prices
+from tools.comparison.results import (
+    Result,
+    add_result,
+    chosen_machines,
+    read_results,
+    result_of,
+    settings,
+    this_machine,
+)
+from tools.comparison.runs import Run, Way, check_comparable, finished_run, make_ways
 
 # ruff: noqa: UP006, UP045
 
@@ -51,7 +59,7 @@ class Study:
     configs: List[str] = MISSING  # configurations that every way starts from, relative to the study file
     seeds: List[int] = MISSING  # the same for all ways: differences are paired
     ways: Dict[str, List[str]] = field(default_factory=dict)  # name: key=value overrides; the first one is the baseline
-    report: str = MISSING  # the Markdown file to write; its pictures lie beside it
+    report: str = MISSING  # the Markdown file to write; its pictures and its results (.jsonl) lie beside it
     output_dir: Optional[str] = None  # of the runs' folders; null: runs/<name of the study file>
 
 
@@ -68,6 +76,16 @@ class PlannedRun:
     overrides: list[str]
     config: Config
     flops: int
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return Path(self.config.output_dir).name
+
+    @property
+    def group(self) -> tuple[Path, int]:
+        """What it is compared with: the same configuration with the same seed."""
+        return self.base, self.config.seed
 
 
 def load_study(path: Path) -> Study:
@@ -86,8 +104,11 @@ def load_study(path: Path) -> Study:
     return study
 
 
-def plan(study: Study, path: Path) -> list[PlannedRun]:
+def plan(study: Study, path: Path, overrides: Sequence[str] = ()) -> list[PlannedRun]:
     """All runs of the study in a file, the first seed of everything before the second one of anything.
+
+    Args:
+        overrides: key=value for all of them, where the data are for example.
 
     Raises:
         InputError: a configuration is missing, it or its model refuses a seed or what a way overrides, or two runs
@@ -97,21 +118,48 @@ def plan(study: Study, path: Path) -> list[PlannedRun]:
     for base, way in product([path.parent / config for config in study.configs], study.ways):
         name = re.sub(r"[^\w.]+", "_", way).strip("_").lower()
         try:
-            cost = analyze_configured(load_config(base, study.ways[way]))
+            cost = analyze_configured(load_config(base, [*study.ways[way], *overrides]))
             for seed in study.seeds:
                 folder = f"{study.output_dir}/{base.stem}_{name}_seed{seed}"
                 if folder in runs:
                     raise InputError(f"{folder} would be the folder of two runs")
-                overrides = [*study.ways[way], f"seed={seed}", f"output_dir={folder}"]
-                config = load_config(base, overrides)
-                runs[folder] = PlannedRun(base, way, overrides, config, cost.training_flops)
+                own = [*study.ways[way], *overrides, f"seed={seed}", f"output_dir={folder}"]
+                runs[folder] = PlannedRun(base, way, own, load_config(base, own), cost.training_flops)
         except InputError as error:
             raise InputError(f"{path}: ways: {way}: {error}") from error
     return sorted(runs.values(), key=lambda run: study.seeds.index(run.config.seed))
 
 
-def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
-    """Start or continue every run that is not finished, each in a process with one thread.
+def missing_runs(runs: Sequence[PlannedRun], results: Sequence[Result], file: Path) -> list[PlannedRun]:
+    """Runs without a result; where one machine has all runs of a seed, no other one needs them.
+
+    Raises:
+        InputError: a result is that of another run than the planned one.
+    """
+    planned, here = {run.name: run for run in runs}, this_machine()
+    for result in results:
+        if result.run in planned:
+            expected, usual = settings(planned[result.run].config), leaves(Config())
+            for key in expected.keys() | result.settings.keys():
+                trained, wanted = (values.get(key, usual.get(key)) for values in (result.settings, expected))
+                if trained != wanted:
+                    raise InputError(
+                        f"{file}: {result.run} was trained with {key} = {trained}, the study says {wanted}: "
+                        "remove its line to train it anew"
+                    )
+    counts = Counter((planned[result.run].group, result.machine) for result in results if result.run in planned)
+    needed = Counter(run.group for run in runs)
+    complete = {group for (group, _), count in counts.items() if count == needed[group]}
+    have = {result.run for result in results if result.machine == here}
+    return [run for run in runs if run.group not in complete and run.name not in have]
+
+
+def train(runs: Sequence[PlannedRun], jobs: int, seconds: float, finished: Callable[[PlannedRun, Run], None]) -> None:
+    """Start or continue every run, each in a process with one thread, and hand over those that reach their end.
+
+    Args:
+        jobs: runs at a time.
+        seconds: after which those that still run save their state and end.
 
     Raises:
         InputError: a folder holds another run than the planned one.
@@ -119,11 +167,11 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
     """
     for run in runs:
         _refuse_another(run)
-    waiting = [run for run in runs if finished_run(run.config.output_dir) is None]
+    waiting, deadline = list(runs), time.monotonic() + seconds
     processes: dict[subprocess.Popen, tuple[PlannedRun, IO[str]]] = {}
     try:
-        with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None) as bar:
-            while waiting or processes:
+        with tqdm(total=len(runs), unit="run", disable=None) as bar:
+            while (waiting or processes) and time.monotonic() < deadline:
                 while waiting and len(processes) < jobs:
                     run, said = waiting.pop(0), tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115
                     process = subprocess.Popen(
@@ -138,9 +186,11 @@ def train_missing(runs: Sequence[PlannedRun], jobs: int) -> None:
                 for process in [process for process in processes if process.poll() is not None]:
                     run, said = processes.pop(process)
                     said.seek(0)
-                    if process.returncode:
+                    done = None if process.returncode else finished_run(run.config.output_dir)
+                    if done is None:
                         reason = (said.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
                         raise RunError(f"{run.config.output_dir}: {reason.removeprefix('error: ')}")
+                    finished(run, done)
                     bar.update()
                     if bar.disable:
                         print(f"{run.config.output_dir}: finished", file=sys.stderr, flush=True)
@@ -165,55 +215,94 @@ def _refuse_another(run: PlannedRun) -> None:
             )
 
 
-def run_study(path: Path, jobs: int) -> list[Path]:
-    """Bring a study to its end, and return what was written: the page and its pictures.
+def run_study(
+    path: Path, jobs: int, overrides: Sequence[str] = (), seconds: float = math.inf
+) -> tuple[list[Path], list[PlannedRun]]:
+    """Bring a study forward, and return what was written, the page and its pictures, and the runs that are left.
 
     Args:
         jobs: runs at a time.
+        overrides: key=value for all runs.
+        seconds: after which no run goes on.
 
     Raises:
         InputError: the study file or a configuration is wrong; nothing was trained then.
         RunError: a run failed. The same call goes on.
     """
     study = load_study(path)
-    runs = plan(study, path)
-    train_missing(runs, jobs)
-    baselines: dict[str, Way] = {}  # by name of the configuration
-    ways: list[Way] = []
+    runs, file = plan(study, path, overrides), Path(study.report).with_suffix(".jsonl")
+
+    def keep(run: PlannedRun, done: Run) -> None:
+        add_result(file, result_of(done, run.config))
+
+    for run in missing_runs(runs, read_results(file), file):
+        _refuse_another(run)
+        if (done := finished_run(run.config.output_dir)) is not None:
+            keep(run, done)
+    train(missing_runs(runs, read_results(file), file), jobs, seconds, keep)
+    results = read_results(file)
+    left = missing_runs(runs, results, file)
+    ways, command = found_ways(study, runs, results), f"python tools/compare_runs.py --study {path.as_posix()}"
+    is_comparable = any(way.baseline for of_config in ways.values() for way in of_config)
+    return write_page(study, ways, len(left), command) if is_comparable else [], left
+
+
+def found_ways(study: Study, runs: Sequence[PlannedRun], results: Sequence[Result]) -> dict[str, list[Way]]:
+    """By configuration the ways of training of which there are results, those of a seed from one machine.
+
+    Runs without that of their baseline are left out.
+    """
+    planned = {run.name: run for run in runs}
+    machines = chosen_machines(results, {name: run.group for name, run in planned.items()})
+    found = {
+        result.run: result
+        for result in results
+        if result.run in planned and machines[planned[result.run].group] == result.machine
+    }
+    ways: dict[str, list[Way]] = {}
     for base in dict.fromkeys(run.base for run in runs):
-        of_base = [run for run in runs if run.base == base]
         prefix = f"{base.stem}, " if len(study.configs) > 1 else ""
-        found = make_ways(
-            (prefix + way, [finished_run(run.config.output_dir) for run in of_base if run.way == way])
-            for way in study.ways
+        there = [run for run in runs if run.base == base and run.name in found]
+        seeds = {run.config.seed for run in there if run.way == next(iter(study.ways))}
+        of_ways = {way: [run for run in there if run.way == way and run.config.seed in seeds] for way in study.ways}
+        tried = {way: of_one for way, of_one in of_ways.items() if of_one}
+        if not tried:
+            continue
+        ways[base.stem] = make_ways(
+            (prefix + way, [found[run.name].as_run(run.config) for run in of_one]) for way, of_one in tried.items()
         )
-        check_comparable(found, METRIC)
-        flops = {prefix + run.way: run.flops for run in of_base}
-        for way in found:
-            way.flops = flops[way.name] * way.first.summary["iterations"] * way.first.config.train.global_batch
-        baselines[base.stem] = found[0]
-        ways += found
-    page = Path(study.report)
-    pictures = {name: page.with_name(f"{page.stem}_{name}.png") for name in ("differences", "accuracy", "loss")}
+        for way, of_one in zip(ways[base.stem], tried.values(), strict=True):
+            way.flops = of_one[0].flops * way.first.summary["epochs"] * way.first.training_images
+    return ways
+
+
+def write_page(study: Study, by_config: Mapping[str, list[Way]], left: int, command: str) -> list[Path]:
+    """Draw the pictures and write the page that shows them; all of them are returned."""
+    page, ways = Path(study.report), [way for of_config in by_config.values() for way in of_config]
+    check_comparable(ways, METRIC)
+    pictures = {
+        name: page.with_name(f"{page.stem}_{name}.png") for name in ("differences", "price", "accuracy", "loss")
+    }
     draw_differences(ways, METRIC, pictures["differences"])
     draw_panels(ways, METRIC, pictures["accuracy"])
     draw_panels(ways, "main_loss", pictures["loss"])
-    text = fill_page(study, ways, baselines, pictures, f"python tools/compare_runs.py --study {path.as_posix()}")
+    draw_prices(by_config, METRIC, pictures["price"])
+    text = fill_page(study, by_config, pictures, left, command)
     with writing_errors(page):
         atomic.write_text(page, text)
     return [page, *pictures.values()]
 
 
 def fill_page(
-    study: Study, ways: Sequence[Way], baselines: Mapping[str, Way], pictures: Mapping[str, Path], command: str
+    study: Study, by_config: Mapping[str, list[Way]], pictures: Mapping[str, Path], left: int, command: str
 ) -> str:
     """The report."""
-    facts, samples = [], []
-    for base, baseline in baselines.items():
+    facts, samples, ways = [], [], [way for of_config in by_config.values() for way in of_config]
+    for base, (baseline, *_) in by_config.items():
         run, accuracy = baseline.first, statistics.fmean(baseline.values(METRIC))
         data, images = run.config.data, run.summary["images"]
         facts.append(
-            f"- **{base}**: {run.config.model.name} on {data.dataset}, {len(build_source(run.config).train)} training "
+            f"- **{base}**: {run.config.model.name} on {data.dataset}, {run.training_images} training "
             f"images and {images} held-out ones of {data.image_size} x {data.image_size} pixels"
         )
         deviation = math.sqrt(accuracy * (100 - accuracy) / images)  # a binomial's
@@ -221,14 +310,18 @@ def fill_page(
             f"- **{base}**: one of {images} images is {100 / images:.2f} points; an accuracy of {accuracy:.1f} % "
             f"has a standard deviation of {deviation:.2f} points over samples of {images} images"
         )
-    seeds = sorted(study.seeds)
+    seeds = sorted({seed for way in ways for seed in way.runs})
+    where: dict[str, set[int]] = {}
+    for way in ways:
+        for seed, run in way.runs.items():
+            where.setdefault(run.machine, set()).add(seed)
+    count = sum(len(way.runs) for way in ways)
     return Template(PAGE.read_text()).substitute(
         title=study.title,
         description=study.description.strip(),
         command=command,
-        runs=len(ways) * len(seeds),
-        seeds=f"{len(seeds)} seeds" if len(seeds) > 1 else "seed",
-        versions=f"torch {version('torch').partition('+')[0]} and timm {version('timm')}",
+        runs=f"{count} runs" if not left else f"{count} runs so far ({left} are still to come)",
+        machines="\n".join(f"- seed {', '.join(map(str, sorted(of_one)))}: {name}" for name, of_one in where.items()),
         facts="\n".join(facts),
         summary=compared.summary_table(ways, METRIC),
         caption=compared.CAPTION,
@@ -236,7 +329,10 @@ def fill_page(
         samples="\n".join(samples),
         single=markdown_table(
             ["training", *(f"seed {seed}" for seed in seeds)],
-            [[way.name, *(f"{accuracy:.2f}" for accuracy in way.values(METRIC))] for way in ways],
+            [
+                [way.name, *(f"{way.runs[seed].summary[METRIC]:.2f}" if seed in way.runs else "" for seed in seeds)]
+                for way in ways
+            ],
         ),
         changes="\n".join(
             f"- **{way}**: {', '.join(f'`{override}`' for override in overrides) or 'the configuration as it is'}"
