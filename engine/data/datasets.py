@@ -20,7 +20,7 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.config import Config, DataConfig
+from engine.config import UNTRANSFORMED, Config, DataConfig
 from engine.data.source import DataSource, build_digits, build_synthetic
 from engine.data.transforms import build_transform
 from engine.errors import InputError, first_line, input_errors
@@ -36,6 +36,10 @@ LABELS = ("targets", "labels", "_labels")  # where torchvision's sets have them
 def build_source(config: Config, with_training: bool = True) -> DataSource:
     """The data set that `data.dataset` names; without its training images, these need not be there."""
     data = config.data
+    if data.dataset in UNTRANSFORMED:
+        for key in ("validation_share", "images_per_class", "cache"):
+            if getattr(data, key):
+                raise InputError(f"data.{key}: not with data.dataset = {data.dataset}, which is split and in memory")
     if data.dataset == "digits":
         return build_digits(data.image_size)
     if data.dataset == "synthetic":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from contextlib import closing
@@ -241,6 +242,28 @@ def train_batches(config: Config) -> list[tuple[Tensor, Tensor]]:
     return list(DataLoaders(config, build_source(config), ALONE).train_from(0))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_kept_in_memory_are_the_same_bits_and_are_decoded_once(image_folder, folder_config, workers):
+    Image.new("L", (37, 21), 90).save(image_folder / "train" / "cat" / "grey.png")  # another size and mode
+    expected = train_batches(folder_config(image_folder))
+    config = folder_config(image_folder, cache="ram")
+    config.data.workers = workers
+    data = DataLoaders(config, build_source(config), ALONE)
+    training = data.train_from(0)
+    found, held_out = [next(training)], list(data.held_out)
+    shutil.rmtree(image_folder)
+    found += training
+    assert len(found) == len(expected) and len(held_out) == len(list(data.held_out))
+    for (images, labels), (others, other_labels) in zip(found, expected, strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels)
+
+
+def test_images_that_would_fill_the_memory_are_not_kept(image_folder, folder_config, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 300, "SC_PAGE_SIZE": 4096}[name])
+    with pytest.raises(InputError, match=r"data.cache = ram: the training images: 24 of them need about 0.346 MB"):
+        train_batches(folder_config(image_folder, cache="ram"))
+
+
 REASONS = {
     "vanished": "No such file or directory",
     "no permission": "Permission denied",
@@ -258,8 +281,9 @@ def test_a_bad_file_ends_the_run_unless_it_is_allowed(image_folder, folder_confi
     path = path_of(image_folder, 3, split)
     spoil(path, kind)
 
-    def load(allowed: int) -> None:
-        data = DataLoaders(config := folder_config(image_folder, bad_files=allowed), build_source(config), ALONE)
+    def load(allowed: int, **keys: object) -> None:
+        config = folder_config(image_folder, bad_files=allowed, **keys)
+        data = DataLoaders(config, build_source(config), ALONE)
         list(data.train_from(0) if split == "train" else data.held_out)
 
     with pytest.raises(InputError) as error:
@@ -270,6 +294,8 @@ def test_a_bad_file_ends_the_run_unless_it_is_allowed(image_folder, folder_confi
     load(allowed=1)  # three epochs, one line
     (line,) = caplog.messages
     assert line.startswith(f"bad file 1 of 1 allowed (data.bad_files): {path}: ") and REASONS[kind] in line
+    load(allowed=1, cache="ram")
+    assert caplog.messages == [line, line]
 
 
 def test_a_bad_file_is_replaced_by_the_next_readable_one_under_the_same_seed(image_folder, folder_config):

@@ -11,8 +11,8 @@ import shutil
 import struct
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from engine.config import Config, DataConfig
 from engine.data.datasets import Images, UnreadableImage, build_source, image_folder, image_suffixes, natural_order
 from engine.data.source import IMAGENET, build_digits, build_synthetic, check_classes, check_resumed
+from engine.data.transforms import build_transform
 from engine.errors import InputError
 
 TIED = ("A", "a", "1", "01", "001", "Bee", "bee", "BEE", "x2y", "x02y")
@@ -90,6 +91,39 @@ def test_what_is_left_out_is_counted_and_names_need_not_be_utf_8(image_folder, f
     assert {split: set(files.split(", ")) for split, files in source.left_out.items()} == {"training": counts}
 
 
+def test_a_share_of_each_class_and_a_number_of_its_images_are_always_the_same_ones(image_folder, folder_config):
+    """Of eight images of each class a quarter is held out, and three of the others are enough."""
+
+    def listed(seed: int = 0, **data: object) -> tuple[set[str], ...]:
+        config = folder_config(image_folder, **data)
+        config.seed = seed
+        source = build_source(config)
+        return tuple(set(images.listing()) for images in (source.train, source.held_out))
+
+    everything = listed()[0]
+    train, held_out = listed(validation_share=0.25)
+    assert train | held_out == everything and not train & held_out and len(held_out) == 6
+    few, same = listed(seed=7, validation_share=0.25, images_per_class=3)
+    assert same == held_out and few < train
+    for images, count in ((held_out, 2), (few, 3)):
+        assert Counter(line.split("\0")[0].split("/")[1] for line in images) == dict.fromkeys(
+            ("cat", "dog", "fox"), count
+        )
+    assert listed(images_per_class=100)[0] == everything and listed(images_per_class=3)[1] == listed()[1]
+    shutil.rmtree(image_folder / "val")  # nobody needs it
+    config = folder_config(image_folder, validation_share=0.25, images_per_class=3)
+    evaluated = build_source(config, with_training=False).held_out
+    assert set(evaluated.listing()) == held_out
+    numbers = [sorted(everything).index(line) for line in evaluated.listing()]
+    files = image_folder_of(image_folder / "train", config)
+    assert all(torch.equal(evaluated[at][0], files[number][0]) for at, number in enumerate(numbers))
+
+
+def image_folder_of(root: Path, config: Config) -> Images:
+    """All images of a folder as an evaluation sees them."""
+    return Images(image_folder(root), build_transform(config.transform, config.data.image_size, False), "training")
+
+
 def test_an_image_folder_with_faults_is_refused(image_folder, folder_config, tmp_path):
     def refused(message: str, root: Path = image_folder, with_training: bool = True, **data: object) -> None:
         with pytest.raises(InputError) as error:
@@ -99,6 +133,8 @@ def test_an_image_folder_with_faults_is_refused(image_folder, folder_config, tmp
     refused("no such folder", root=tmp_path / "nowhere")
     refused("no folder for the split holdout", eval_split="holdout")
     refused("data.dataset = hfds/nothing, root = ", dataset="hfds/nothing")
+    refused("data.validation_share = 0.9: leaves class 0 no training image", validation_share=0.9)
+    refused("data.cache: not with data.dataset = digits, which is split", dataset="digits", cache="ram")
     refused("data.dataset = wds/cats: allowed is folder, digits, synthetic, or timm's torch/NAME", dataset="wds/cats")
     for split in ("train", "val"):  # timm would take `images` for the class of these
         for stray in ("0.jpg", "cat/images/0.jpg"):
@@ -186,8 +222,9 @@ def test_where_the_images_lie_and_what_is_in_them_does_not_matter(image_folder, 
 def test_every_source_has_facts(image_folder, folder_config):
     for name in ("targets", "labels", "_labels"):
         for labels in ([0, 1, 1], np.array([0, 1, 1]), torch.tensor([0, 1, 1])):
-            assert [*Images(SimpleNamespace(**{name: labels}), None, "").listing()] == ["0", "1", "1"]
-    assert not [*Images(SimpleNamespace(), None, "").listing()]
+            items = type("Items", (list,), {name: labels})(range(3))
+            assert [*Images(items, None, "").listing()] == ["0", "1", "1"]
+    assert not [*Images(range(3), None, "").listing()]
     source = build_source(folder_config(image_folder / "train", dataset="torch/image_folder"))
     assert [*source.train.listing()] == [*"0" * 8, *"1" * 8, *"2" * 8]
     (image_folder / "train/cat/4.jpg").write_bytes(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from engine.figure import BLUE, OKABE_ITO, save
@@ -21,7 +23,14 @@ MOST_COLUMNS, LEGEND_COLUMNS = 4, 3
 MOST_MARKERS = 20  # on a line
 MOST_LETTERS = 34  # in a line of a panel's title
 BEGINNING = 0.25  # of the training, where accuracies may lie below the picture
+NUMBERED = re.compile(r"(.+) (\d*\.?\d+)")  # the name of a way, "masking 0.5"
+ByConfig = Mapping[str, Sequence[Way]]  # the ways of each configuration, its baseline first
 STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
+
+
+def every_way(by_config: ByConfig) -> list[Way]:
+    """The ways of all configurations."""
+    return [way for ways in by_config.values() for way in ways]
 
 
 def draw_curves(ways: Sequence[Way], metric: str, path: Path) -> None:
@@ -34,8 +43,9 @@ def draw_curves(ways: Sequence[Way], metric: str, path: Path) -> None:
     save(figure, path, DPI)
 
 
-def draw_panels(ways: Sequence[Way], quantity: str, path: Path) -> None:
+def draw_panels(by_config: ByConfig, quantity: str, path: Path) -> bool:
     """A panel for each way but the baseline, which is in all of them."""
+    ways = every_way(by_config)
     tried = [way for way in ways if way.baseline]
     columns = min(MOST_COLUMNS, len(tried))
     rows = math.ceil(len(tried) / columns)
@@ -64,11 +74,17 @@ def draw_panels(ways: Sequence[Way], quantity: str, path: Path) -> None:
         grid[0, 0].lines, ["baseline", "the way in the title"], loc="outside lower center", ncols=2, frameon=False
     )
     save(figure, path, DPI)
+    return True
 
 
-def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
+def draw_losses(by_config: ByConfig, metric: str, path: Path) -> bool:
+    """The same of the training loss of the main model."""
+    return draw_panels(by_config, "main_loss", path)
+
+
+def draw_differences(by_config: ByConfig, metric: str, path: Path) -> bool:
     """A row for each way but the baseline: its interval, and the difference of each seed."""
-    tried = [way for way in ways if way.baseline]
+    tried = [way for way in every_way(by_config) if way.baseline]
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(tried)), layout="constrained")
     for row, way in enumerate(tried):
         of_seeds = list(way.differences(metric).values())
@@ -85,13 +101,13 @@ def draw_differences(ways: Sequence[Way], metric: str, path: Path) -> None:
     labels = ["one seed", "mean, interval of 95 %"]
     figure.legend(drawn, labels, loc="outside upper right", ncols=2, frameon=False)
     save(figure, path, DPI)
+    return True
 
 
-def draw_prices(by_config: Mapping[str, Sequence[Way]], metric: str, path: Path) -> None:
+def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
     """A panel for each configuration: gains over times, and a line through the ways that no cheaper one beats."""
-    size = (6.5 * len(by_config), 4.5)
-    figure, panels = plt.subplots(1, len(by_config), figsize=size, layout="constrained", squeeze=False)
-    for axes, (config, (_, *tried)) in zip(panels.flat, by_config.items(), strict=True):
+    figure, panels = _row_of_panels(by_config)
+    for axes, (config, (_, *tried)) in zip(panels, by_config.items(), strict=True):
         points = [(1.0, 0.0)]
         axes.plot(*points[0], "o", color="black")
         axes.annotate("baseline", points[0], (6, 4), textcoords="offset points", fontsize="small")
@@ -106,10 +122,61 @@ def draw_prices(by_config: Mapping[str, Sequence[Way]], metric: str, path: Path)
         axes.step([time for time, _ in sorted(points)], best, where="post", color="0.5", zorder=0)
         axes.set_xlabel("time of training, in parts of the baseline's")
         axes.set_ylabel(f"held-out {METRICS[metric]}, difference to the baseline (points)")
-        axes.set_title(config, fontsize="medium")
         axes.margins(0.15)
-        axes.grid(alpha=0.3)
     save(figure, path, DPI)
+    return True
+
+
+def draw_sweeps(by_config: ByConfig, metric: str, path: Path) -> bool:
+    """Accuracies over a number, where ways are named by a word and the number; False if none are."""
+    sweeps: dict[str, dict[str, list[tuple[float, Way]]]] = {config: {} for config in by_config}
+    for config, ways in by_config.items():
+        for way in ways:
+            if named := NUMBERED.fullmatch(way.name.removeprefix(f"{config}, ")):
+                sweeps[config].setdefault(named[1], []).append((float(named[2]), way))
+    if not any(len(points) > 2 for of_config in sweeps.values() for points in of_config.values()):
+        return False
+    figure, panels = _row_of_panels(by_config)
+    for axes, (config, (baseline, *_)) in zip(panels, by_config.items(), strict=True):
+        axes.axhline(np.mean(baseline.values(metric)), color="black", linewidth=1, label="baseline")
+        for name, points in sweeps[config].items():
+            means, halves = zip(*(interval(way.values(metric)) for _, way in points), strict=True)
+            axes.errorbar([number for number, _ in points], means, yerr=halves, fmt="o-", capsize=3, label=name)
+        axes.set(xlabel="ratio", ylabel=f"held-out {METRICS[metric]} (%)")
+        axes.legend(frameon=False)
+    save(figure, path, DPI)
+    return True
+
+
+def draw_gradients(by_config: ByConfig, metric: str, path: Path) -> bool:
+    """The sub-model's gradient in parts of the main model's, over epochs; False if no run recorded both."""
+    both = ("main_grad_norm", "sub_grad_norm")
+    recorded = {
+        config: [way for way in ways if all(curve(way, name)[0].size for name in both)]
+        for config, ways in by_config.items()
+    }
+    if not any(recorded.values()):
+        return False
+    figure, panels = _row_of_panels(by_config)
+    for axes, (config, ways) in zip(panels, recorded.items(), strict=True):
+        axes.set_prop_cycle(STYLES)
+        for way in ways:
+            (epochs, main), (_, sub) = (curve(way, name) for name in both)
+            axes.plot(epochs, (sub / main).mean(0), label=way.name.removeprefix(f"{config}, "))
+        axes.set(xlabel="epoch", ylabel="norm of the sub-model's gradient, in parts of the main model's")
+        axes.legend(frameon=False)
+    save(figure, path, DPI)
+    return True
+
+
+def _row_of_panels(by_config: ByConfig) -> tuple[Figure, Sequence[Axes]]:
+    """One for each configuration, under its name."""
+    size = (6.5 * len(by_config), 4.5)
+    figure, panels = plt.subplots(1, len(by_config), figsize=size, layout="constrained", squeeze=False)
+    for axes, config in zip(panels.flat, by_config, strict=True):
+        axes.set_title(config, fontsize="medium")
+        axes.grid(alpha=0.3)
+    return figure, panels.flat
 
 
 def curve(way: Way, quantity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -136,3 +203,19 @@ def _draw(axes: Axes, ways: Sequence[Way], quantity: str) -> None:
     else:
         axes.set_ylabel(f"held-out {METRICS[quantity]} (%)")
     axes.grid(alpha=0.3, which="both")
+
+
+PICTURES = {  # of a study's page: what they show, and what draws them, in their order
+    "differences": ("Differences to the baseline: each seed, and the mean with its interval", draw_differences),
+    "price": (
+        "Difference to the baseline over the time of training; the line goes through what nothing cheaper beats",
+        draw_prices,
+    ),
+    "sweep": ("Held-out accuracy over the ratio: means over seeds, and their intervals", draw_sweeps),
+    "accuracy": ("Held-out accuracy over epochs: mean over seeds, and the range between the extremes", draw_panels),
+    "loss": (
+        "Training loss of the main model over epochs: mean over seeds, and the range between the extremes",
+        draw_losses,
+    ),
+    "gradients": ("Norm of the sub-model's gradient in parts of the main model's, over epochs", draw_gradients),
+}

@@ -30,7 +30,7 @@ from engine.run_folder import RunFolder
 from engine.text import expanded, markdown_table
 from tools.analysis import analyze_configured
 from tools.comparison import runs as compared
-from tools.comparison.pictures import draw_differences, draw_panels, draw_prices
+from tools.comparison.pictures import PICTURES
 from tools.comparison.results import (
     Result,
     add_result,
@@ -59,7 +59,8 @@ class Study:
     configs: List[str] = MISSING  # configurations that every way starts from, relative to the study file
     seeds: List[int] = MISSING  # the same for all ways: differences are paired
     ways: Dict[str, List[str]] = field(default_factory=dict)  # name: key=value overrides; the first one is the baseline
-    report: str = MISSING  # the Markdown file to write; its pictures and its results (.jsonl) lie beside it
+    report: str = MISSING  # the Markdown file to write; its pictures lie beside it
+    results: Optional[str] = None  # where studies share runs of the same name; null: beside the report
     output_dir: Optional[str] = None  # of the runs' folders; null: runs/<name of the study file>
 
 
@@ -98,6 +99,7 @@ def load_study(path: Path) -> Study:
     with reported(str(path)):
         study: Study = OmegaConf.to_object(content)
     study.output_dir = expanded(study.output_dir or f"runs/{path.stem}")
+    study.results = expanded(study.results or str(Path(study.report).with_suffix(".jsonl")))
     study.report, study.configs = expanded(study.report), [expanded(config) for config in study.configs]
     if not study.configs or not study.seeds or len(study.ways) < 2:
         raise InputError(f"{path}: needs one of configs and of seeds, and two ways or more, the baseline first")
@@ -230,7 +232,7 @@ def run_study(
         RunError: a run failed. The same call goes on.
     """
     study = load_study(path)
-    runs, file = plan(study, path, overrides), Path(study.report).with_suffix(".jsonl")
+    runs, file = plan(study, path, overrides), Path(study.results)
 
     def keep(run: PlannedRun, done: Run) -> None:
         add_result(file, result_of(done, run.config))
@@ -280,21 +282,19 @@ def write_page(study: Study, by_config: Mapping[str, list[Way]], left: int, comm
     """Draw the pictures and write the page that shows them; all of them are returned."""
     page, ways = Path(study.report), [way for of_config in by_config.values() for way in of_config]
     check_comparable(ways, METRIC)
-    pictures = {
-        name: page.with_name(f"{page.stem}_{name}.png") for name in ("differences", "price", "accuracy", "loss")
-    }
-    draw_differences(ways, METRIC, pictures["differences"])
-    draw_panels(ways, METRIC, pictures["accuracy"])
-    draw_panels(ways, "main_loss", pictures["loss"])
-    draw_prices(by_config, METRIC, pictures["price"])
+    pictures = {}  # what they show, by their path
+    for name, (caption, draw) in PICTURES.items():
+        path = page.with_name(f"{page.stem}_{name}.png")
+        if draw(by_config, METRIC, path):
+            pictures[path] = caption
     text = fill_page(study, by_config, pictures, left, command)
     with writing_errors(page):
         atomic.write_text(page, text)
-    return [page, *pictures.values()]
+    return [page, *pictures]
 
 
 def fill_page(
-    study: Study, by_config: Mapping[str, list[Way]], pictures: Mapping[str, Path], left: int, command: str
+    study: Study, by_config: Mapping[str, list[Way]], pictures: Mapping[Path, str], left: int, command: str
 ) -> str:
     """The report."""
     facts, samples, ways = [], [], [way for of_config in by_config.values() for way in of_config]
@@ -338,5 +338,5 @@ def fill_page(
             f"- **{way}**: {', '.join(f'`{override}`' for override in overrides) or 'the configuration as it is'}"
             for way, overrides in study.ways.items()
         ),
-        **{name: picture.name for name, picture in pictures.items()},
+        pictures="\n\n".join(f"![{caption}]({path.name})" for path, caption in pictures.items()),
     )
