@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # of the checks for GPUs: `cpu` runs the same scripts without one
 DEVICE ?= cuda
 
-.PHONY: demo test test-slow test-faults test-recipes test-gpu gpu study first-run pictures docs zoo performance lint
+.PHONY: demo test test-slow test-faults test-recipes test-gpu gpu study study-gpu first-run pictures docs zoo performance lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -28,6 +28,9 @@ test-gpu: $(DEVELOP)  ## what only a GPU can show, in minutes; without one a lin
 
 gpu: $(DEVELOP)  ## test-gpu, then the benchmark, in at most nine minutes; results in runs/gpu
 	$(BIN)/python tools/gpu.py --device $(DEVICE)
+
+study-gpu: $(DEVELOP)  ## on with the studies of CIFAR-10 (cifar10/train, cifar10/test) for eight minutes on a GPU
+	$(BIN)/python tools/gpu.py --only study_vit study_resnet study_swin
 
 test-recipes: $(DEVELOP)  ## every recipe against its published numbers
 	$(PYTEST) tests/recipes

@@ -2,6 +2,7 @@
 
     python tools/gpu.py                                   # results in runs/gpu, each as soon as it exists
     python tools/gpu.py --only compiled_512               # what the nine minutes had no room for
+    python tools/gpu.py --only study_vit study_resnet     # make study-gpu: on with the studies of CIFAR-10
     python tools/gpu.py --device cpu                      # the same scripts without a GPU, with tiny models
     python tools/gpu.py --show docs/performance           # what GPUs have shown so far, as Markdown
 
@@ -75,8 +76,12 @@ def benchmark(name: str, seconds: int, batch: int, options: str) -> Part:
     return Part(name, seconds, f"{BENCHMARK} {options} --models {MODELS.replace('{batch}', str(batch))}")
 
 
+STUDIES = {f"study_{model}": f"configs/studies/cifar10_{model}.yaml" for model in ("vit", "resnet", "swin")}
+STUDYING = "tools/compare_runs.py --jobs 6 --minutes 2.4 --study {study} data.dataset=folder train.amp=bf16"
+
+
 CHECKING = "-m pytest -q -m gpu tests/gpu --device {device} --junitxml={folder}/checks.xml"
-PARTS = {  # by device, what says most first; a study is one more line here
+PARTS = {  # by device, what says most first
     "cuda": (
         Part("checks", 210, CHECKING),
         benchmark("eager_128", 110, 128, f"--parts steps --rounds 5 --only 'bare loop' 'timm task' {CHOSEN}"),
@@ -85,6 +90,9 @@ PARTS = {  # by device, what says most first; a study is one more line here
         Part("loading", 45, f"{BENCHMARK} --parts data --rounds 5 --workers 16"),
         benchmark("eager_512", 110, 512, f"--parts steps --rounds 2 --only {CHOSEN}"),
         benchmark("compiled_512", 150, 512, "--parts steps --rounds 2 --compile --only 'our trainer' 'masking 0.5'"),
+        *(
+            Part(name, 165, STUDYING.replace("{study}", study)) for name, study in STUDIES.items()
+        ),  # each goes on next time
     ),
     "cpu": (
         Part("checks", 1200, CHECKING),
