@@ -24,7 +24,14 @@ MOST_CONFUSED = 25  # pairs of classes that are listed and drawn
 MATRIX_CLASSES = 30  # up to so many classes the matrix can be read
 LONGEST_TITLE, LONGEST_CLASS = 50, 24  # characters of the data's and of a class's name in a picture
 # Files of which there are some evaluations without
-NOT_ALWAYS = ("corruptions.csv", "sub_models.csv", "ratios.png", "ema_confusion.png", "ema_calibration.png")
+NOT_ALWAYS = (
+    "corruptions.csv",
+    "corruptions.png",
+    "sub_models.csv",
+    "ratios.png",
+    "ema_confusion.png",
+    "ema_calibration.png",
+)
 # Columns of the terminal's tables; the files have more
 PRINTED = {
     "results": ("weights", "images", "top1", "top5", "cross_entropy", "ece"),
@@ -56,6 +63,7 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         for place, part in result.parts.items() if len(result.parts) > 1 else ():
             corruption, severity = place.split("/")
             row = {**weights, "corruption": corruption, "severity": severity, **_accuracies(part)}
+            row["ece"] = round(part["ece"], 3)
             found["corruptions"].append(row)
     return found
 
@@ -114,6 +122,7 @@ def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result])
             draw_confusion(result.metrics, names, of_weights, folder / f"{result.prefix}confusion.png")
             draw_calibration(result.metrics, of_weights, folder / f"{result.prefix}calibration.png")
     draw_ratios(found, title, folder / "ratios.png")
+    draw_corruptions(found["corruptions"], title, folder / "corruptions.png")
 
 
 def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
@@ -210,4 +219,25 @@ def draw_ratios(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> N
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_corruptions(lines: Sequence[Row], title: str, path: Path) -> None:
+    """Top-1 accuracy and calibration error by corruption and severity; of averaged weights, if there are some."""
+    of_weights = [line for line in lines if line["weights"] == lines[-1]["weights"]]
+    if not of_weights:
+        return
+    names = list(dict.fromkeys(line["corruption"] for line in of_weights))
+    panels = (("top1", "top-1 accuracy (%)", "Blues"), ("ece", "expected calibration error (%)", "Oranges"))
+    size = (11, 1.6 + 0.34 * len(names))
+    figure, both = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    for axes, (column, what, colours) in zip(both, panels, strict=True):
+        values = np.array([line[column] for line in of_weights]).reshape(len(names), -1)
+        axes.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto")
+        for (row, severity), value in np.ndenumerate(values):
+            axes.text(severity, row, f"{value:.1f}", ha="center", va="center", color="white" if value > 60 else "black")
+        axes.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
+        axes.set(xlabel="severity", title=what)
+    both[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    figure.suptitle(title, fontsize="medium")
     save(figure, path)

@@ -16,8 +16,9 @@ import augsub
 from engine.checkpoint import load, load_metadata
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config
 from engine.config_file import parse_config
+from engine.data.corruptions import corrupted
 from engine.data.datasets import build_source
-from engine.data.imagenet_family import open_variant, synsets
+from engine.data.imagenet_family import CORRUPTED, VARIANTS, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
@@ -139,7 +140,7 @@ def evaluate_weights(
     Args:
         config: a complete configuration.
         file: a checkpoint or any file of weights; None: timm's pretrained ones.
-        variant: one of ImageNet's relatives in place of the configuration's held-out images.
+        variant: one of ImageNet's relatives, or corruptions of them, in place of the configuration's held-out images.
         augmentations: of sub-models that are evaluated too.
         output: a folder that is made before hours are spent.
 
@@ -150,7 +151,7 @@ def evaluate_weights(
         InputError: weights that are not complete, or of other classes; images that do not fit the model.
         RunError: a logit is NaN or infinite; `output` cannot be made.
     """
-    sources = {"": build_source(config, with_training=False)} if variant is None else open_variant(variant, config)
+    sources = held_out_sources(config, variant)
     for source in sources.values():
         log_left_out(source)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
@@ -161,7 +162,7 @@ def evaluate_weights(
     model.to(process.device)
     precision, results = build_precision(config, process), []
     for prefix in _loaded(
-        model, config, file, source.class_names if variant is None else synsets(), source.num_classes
+        model, config, file, synsets() if variant in VARIANTS else source.class_names, source.num_classes
     ):
         if process.is_main and output is not None:
             with writing_errors(f"--output {output}"):
@@ -179,12 +180,22 @@ def evaluate_weights(
     return {"source": str(file or "timm's pretrained weights"), **_described(config, variant, source, model)}, results
 
 
+def held_out_sources(config: Config, variant: str | None) -> dict[str, DataSource]:
+    """The images of an evaluation by name, "" if there is one set of them."""
+    if variant is None:
+        return {"": build_source(config, with_training=False)}
+    return corrupted(config) if variant == CORRUPTED else open_variant(variant, config)
+
+
 def _described(config: Config, variant: str | None, source: DataSource, model: nn.Module) -> dict[str, Any]:
     is_transformed = config.data.dataset not in UNTRANSFORMED
-    data = f"{config.data.root or config.data.dataset}" + (f" ({config.data.eval_split})" if is_transformed else "")
+    split = config.data.train_split if config.data.validation_share else config.data.eval_split
+    data = f"{config.data.root or config.data.dataset}" + (f" ({split})" if is_transformed else "")
     return {
         "model": config.model.name,
-        "data": data if variant is None else f"ImageNet ({variant}), {config.data.root}",
+        "data": f"ImageNet ({variant}), {config.data.root}"
+        if variant in VARIANTS
+        else ", ".join(filter(None, (data, variant))),
         "image_size": config.data.image_size,
         "crop": config.transform.eval_crop if is_transformed else None,  # None: images are used as they are
         "interpolation": config.transform.eval_interpolation if is_transformed else None,

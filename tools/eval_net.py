@@ -3,6 +3,7 @@
     python tools/eval_net.py runs/digits_vit                                # its best checkpoint on its own data
     python tools/eval_net.py runs/digits_vit/checkpoints/last.pt --ratios 0,0.25,0.5,0.75
     python tools/eval_net.py model.safetensors --model vit_small_patch16_224 data.root=images
+    python tools/eval_net.py runs/mine --variant corrupted                  # accuracy and calibration by corruption
     python tools/eval_net.py resnet50 --variant v2 data.root=imagenetv2-matched-frequency-format-val
     torchrun --nproc_per_node=8 tools/eval_net.py runs/swin_b data.image_size=256 transform.eval_crop=1
 
@@ -39,7 +40,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=expanded, metavar="NAME", help="timm model of a file of weights that has no configuration"
     )
-    parser.add_argument("--variant", metavar="NAME", help="ImageNet's relatives: real, v2, a, r, sketch, c")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="ImageNet's relatives: real, v2, a, r, sketch, c; or corrupted, noise, blur and the like over any images",
+    )
     parser.add_argument(
         "--output", type=as_path, metavar="FOLDER", help="default: a folder of evaluation/ in the run or in runs/"
     )

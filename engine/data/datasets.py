@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -296,6 +297,12 @@ class Images(Dataset):
         if self._decoded is None:
             with input_errors(f"data.cache = ram: the {self._split} images"):
                 self._decoded = DecodedImages.of(self._decode, len(self))
+
+    def seen_through(self, change: Callable[[Callable[[Image.Image], Any]], Callable[[Image.Image], Any]]) -> Images:
+        """The same images, what is decoded too, with another transform that `change` makes of theirs."""
+        images = copy.copy(self)
+        images._transform = change(self._transform)
+        return images
 
     def listing(self) -> Iterator[str]:
         """A line for each image: of files path and label, else the label; nothing if the data set lists none."""

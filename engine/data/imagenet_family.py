@@ -40,6 +40,7 @@ from engine.data.transforms import build_transform
 from engine.errors import InputError
 
 LOGGER = logging.getLogger("engine")
+CORRUPTED = "corrupted"  # of any images, engine/data/corruptions.py
 VARIANTS = ("real", "v2", "a", "r", "sketch", "c")
 # What a variant sets unless the user does: the images of c are cropped, its authors (robustness/ImageNet-C/test.py) use
 # all of them
@@ -59,7 +60,7 @@ def open_variant(variant: str, config: Config) -> dict[str, DataSource]:
         InputError: unknown variant, missing folders, or others than the variant has.
     """
     if variant not in VARIANTS:
-        raise InputError(f"--variant {variant}: allowed is {', '.join(VARIANTS)}")
+        raise InputError(f"--variant {variant}: allowed is {', '.join(VARIANTS)}, {CORRUPTED}")
     if config.data.dataset != "folder":
         raise InputError(f"--variant {variant}: is read from folders, not from data.dataset = {config.data.dataset}")
     root = root_of(config.data)
