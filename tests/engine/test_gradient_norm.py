@@ -19,6 +19,7 @@ from engine.precision import Precision
 from engine.run_folder import RunFolder
 from engine.train_loop import HookBase
 from engine.trainer import Trainer
+from tools.comparison.branch_gradients import BranchGradients
 
 IMAGE_SIZE = 64
 
@@ -35,7 +36,14 @@ class Gradients(HookBase):
 
 
 def run_steps(
-    folder, model: str, augmentation: dict, count: int, period: int, scale: float | None = None, **train
+    folder,
+    model: str,
+    augmentation: dict,
+    count: int,
+    period: int,
+    scale: float | None = None,
+    hook=GradientNorm,
+    **train,
 ) -> tuple[Trainer, Gradients]:
     config = Config(
         output_dir=str(folder),
@@ -53,7 +61,7 @@ def run_steps(
     if scale is not None:  # a CPU's run has float32 in place of fp16
         trainer.precision = Precision("fp16", process.device, loss_scale=scale)
     trainer.hooks, probe = [], Gradients()
-    trainer.register_hooks([GradientNorm(period), probe])
+    trainer.register_hooks([hook(period), probe])
     trainer._call("before_train")
     for _ in range(count):
         trainer.run_iteration()
@@ -73,6 +81,24 @@ def test_the_norm_is_that_of_a_logged_step_before_clipping_and_scaling(accumulat
             expected = float(probe.noted[-1].norm()) / (scale or 1)
             assert trainer.results["grad_norm"] == pytest.approx(expected, rel=1e-5)
     assert caplog.messages == []  # none drowns the main model
+
+
+@pytest.mark.parametrize(("accumulation", "scale"), [(1, None), (2, 64.0)])
+def test_a_study_records_the_gradient_of_each_branch(accumulation, scale, tmp_path):
+    """Of the first micro-batch, without weight and scale; a mask token learns in the sub-model alone."""
+    for model, cell in (("test_vit", None), ("test_convnext", 16)):
+        masking = {"name": "masking", "ratio": 0.5, **({"cell": cell} if cell else {})}
+        settings = {"accumulation": accumulation, "scale": scale, "hook": BranchGradients}
+        trainer, probe = run_steps(tmp_path / model, model, masking, 2, period=2, **settings)
+        main, both = probe.noted[:2]
+        if len(main) < len(both):
+            token = trainer.bare_model.mask_token.numel()
+            names = [name for name, _ in trainer.bare_model.named_parameters()]
+            start = sum(w.numel() for w in list(trainer.bare_model.parameters())[: names.index("mask_token")])
+            main = torch.cat([main[:start], torch.zeros(token), main[start:]])
+        factor = accumulation / (scale or 1) / 0.5
+        assert trainer.results["main_grad_norm"] == pytest.approx(factor * float(main.norm()), rel=1e-5)
+        assert trainer.results["sub_grad_norm"] == pytest.approx(factor * float((both - main).norm()), rel=1e-5)
 
 
 def test_a_sub_model_that_drowns_the_main_model_is_told_once(tmp_path, caplog):

@@ -14,7 +14,8 @@ class BranchGradients(HookBase):
     """Records `main_grad_norm` and `sub_grad_norm`, of a step's first micro-batch, each of the unweighted loss.
 
     At its steps it keeps the gradients of two branches beside each other: twice their memory. Nothing is recorded of
-    further sub-models, nor under FSDP2, which shows the gradient of the last branch only.
+    further sub-models, nor where branches have no backward of their own, as in CoSub. FSDP2 shows the gradient of the
+    last branch only.
 
     Args:
         period: iterations between records.
@@ -33,7 +34,7 @@ class BranchGradients(HookBase):
             self._after.append([torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights])
 
     def after_step(self) -> None:
-        if not self._is_due:
+        if not self._is_due or not self.trainer.objective.branch_by_branch:
             return
         objective, scale = self.trainer.objective, self.trainer.precision.scaler.get_scale()
         branches = [("main", objective.main_weight)] if objective.computes_main else []
@@ -42,5 +43,7 @@ class BranchGradients(HookBase):
         for (name, weight), after in zip(branches, self._after, strict=False):
             own = after if before is None else torch._foreach_sub(after, before)
             norm = torch.stack(torch._foreach_norm(own)).norm()
-            self.trainer.results[f"{name}_grad_norm"] = float(norm) * self.trainer.data.accumulation / scale / weight
+            if weight:
+                factor = self.trainer.data.accumulation / scale / weight
+                self.trainer.results[f"{name}_grad_norm"] = float(norm) * factor
             before = after
