@@ -221,7 +221,7 @@ def test_the_report_of_a_finished_study(study, capsys):
     text = Path("report.md").read_text()
     assert written == [Path("report.md"), *(Path(name) for name in re.findall(r"\]\((\w+\.png)\)", text))]
     assert (
-        not left and len(written) == 5 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
+        not left and len(written) == 6 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
     )
     assert "Written by `python tools/compare_runs.py --study study.yaml`: 4 runs" in text
     assert "1000 training images and 797 held-out ones of 8 x 8 pixels" in text

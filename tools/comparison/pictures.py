@@ -127,6 +127,21 @@ def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
     return True
 
 
+def draw_computation(by_config: ByConfig, metric: str, path: Path) -> bool:
+    """A panel for each configuration: accuracies over the computation so far, in parts of the baseline's whole."""
+    figure, panels = _row_of_panels(by_config)
+    for axes, (config, ways) in zip(panels, by_config.items(), strict=True):
+        axes.set_prop_cycle(STYLES)
+        for way in ways:
+            epochs, values = curve(way, metric)
+            spent = epochs / epochs[-1] * way.flops / (way.baseline or way).flops
+            axes.plot(spent, values.mean(0), marker="o", markersize=3, label=way.name.removeprefix(f"{config}, "))
+        axes.set(xlabel="FLOPs of all forwards, in parts of the baseline's", ylabel=f"held-out {METRICS[metric]} (%)")
+        axes.legend(frameon=False, fontsize="small")
+    save(figure, path, DPI)
+    return True
+
+
 def draw_sweeps(by_config: ByConfig, metric: str, path: Path) -> bool:
     """Accuracies over a number, where ways are named by a word and the number; False if none are."""
     sweeps: dict[str, dict[str, list[tuple[float, Way]]]] = {config: {} for config in by_config}
@@ -213,6 +228,7 @@ PICTURES = {  # of a study's page: what they show, and what draws them, in their
     ),
     "sweep": ("Held-out accuracy over the ratio: means over seeds, and their intervals", draw_sweeps),
     "accuracy": ("Held-out accuracy over epochs: mean over seeds, and the range between the extremes", draw_panels),
+    "computation": ("Held-out accuracy over the computation spent: means over seeds", draw_computation),
     "loss": (
         "Training loss of the main model over epochs: mean over seeds, and the range between the extremes",
         draw_losses,
