@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -244,7 +245,8 @@ def run_study(
     train(missing_runs(runs, read_results(file), file), jobs, seconds, keep)
     results = read_results(file)
     left = missing_runs(runs, results, file)
-    ways, command = found_ways(study, runs, results), f"python tools/compare_runs.py --study {path.as_posix()}"
+    ways = found_ways(study, runs, results)
+    command = shlex.join(["python", "tools/compare_runs.py", "--study", path.as_posix(), *overrides])
     is_comparable = any(way.baseline for of_config in ways.values() for way in of_config)
     return write_page(study, ways, len(left), command) if is_comparable else [], left
 
