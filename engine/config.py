@@ -147,6 +147,7 @@ class DataConfig(Section):
     root: Tunable[Optional[File]] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
     train_split: str = "train"  # folder or split name of the training images
     eval_split: str = "validation"  # of a folder any of val, valid, validation, eval, evaluation, test
+    classes: List[str] = field(default_factory=list)  # of all there are those to use, in their order; empty: all
     # of each class's training images, held out in place of eval_split: always the same ones, whatever the seed
     validation_share: Share = 0.0
     images_per_class: Optional[Count] = None  # train on so many at most, always the same ones; null: on all

@@ -21,6 +21,7 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from augsub.named_registry import did_you_mean
 from engine.config import UNTRANSFORMED, Config, DataConfig
 from engine.data.source import DataSource, build_digits, build_synthetic
 from engine.data.transforms import build_transform
@@ -38,7 +39,7 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
     """The data set that `data.dataset` names; without its training images, these need not be there."""
     data = config.data
     if data.dataset in UNTRANSFORMED:
-        for key in ("validation_share", "images_per_class", "cache"):
+        for key in ("classes", "validation_share", "images_per_class", "cache"):
             if getattr(data, key):
                 raise InputError(f"data.{key}: not with data.dataset = {data.dataset}, which is split and in memory")
     if data.dataset == "digits":
@@ -51,15 +52,18 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
     if train is not None and (differing := train.class_to_idx.items() ^ classes.items()):
         names = sorted({str(name) for name, _ in differing})
         raise InputError(f"data.root = {data.root}: the splits have different classes: {', '.join(names[:5])}")
-    class_names = {number: readable_name(str(name)) for name, number in classes.items()}
+    labels = _labels(data, classes)
+    class_names = {labels[number]: readable_name(str(name)) for name, number in classes.items() if number in labels}
     if len(class_names) < 2:
         raise InputError(
             f"data.root = {data.root}: the only class is {', '.join(class_names.values())}, at least two are needed"
         )
     num_classes = max(class_names) + 1
-    chosen = {"training": None, "held-out": None} if train is None else _chosen(data, train)
+    chosen = _chosen(data, train, held_out, [*labels])
     sets = {
-        split: Images(items, build_transform(config.transform, data.image_size, is_training), split, chosen[split])
+        split: Images(
+            items, build_transform(config.transform, data.image_size, is_training), split, chosen[split], labels
+        )
         for split, items, is_training in (("training", train, True), ("held-out", held_out, False))
         if items is not None and (with_training or not is_training)
     }
@@ -72,23 +76,46 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
     )
 
 
-def _chosen(data: DataConfig, train: Any) -> dict[str, list[int] | None]:
-    """Numbers of the training and the held-out images, in their order; None: all."""
-    if not data.validation_share and data.images_per_class is None:
-        return {"training": None, "held-out": None}
-    labels = labels_of(train)
-    if len(labels) != len(train):
-        key = "validation_share" if data.validation_share else "images_per_class"
-        raise InputError(f"data.{key}: needs a data set that lists its labels, {data.dataset} does not")
-    chosen: dict[str, list[int]] = {"training": [], "held-out": []}
-    for label in np.unique(labels):
-        of_class = np.random.default_rng([int(label), 0]).permutation(np.flatnonzero(labels == label))
-        count = math.ceil(data.validation_share * len(of_class))
-        if count == len(of_class):
-            raise InputError(f"data.validation_share = {data.validation_share}: leaves class {label} no training image")
-        chosen["held-out"] += of_class[:count].tolist()
-        chosen["training"] += of_class[count:][: data.images_per_class].tolist()
-    return {split: sorted(numbers) or None for split, numbers in chosen.items()}
+def _labels(data: DataConfig, classes: Mapping[Any, int]) -> dict[int, int]:
+    """What the labels of a data set become: places in `data.classes`, or what they are."""
+    if not data.classes:
+        return {number: number for number in classes.values()}
+    by_name = {readable_name(str(name)): number for name, number in classes.items()}
+    for place, name in enumerate(data.classes):
+        if name not in by_name:
+            raise InputError(f"data.classes: {name} is none of the classes{did_you_mean(name, by_name)}")
+        if name in data.classes[:place]:
+            raise InputError(f"data.classes: {name} comes twice")
+    return {by_name[name]: place for place, name in enumerate(data.classes)}
+
+
+def _chosen(data: DataConfig, train: Any, held_out: Any, kept: Sequence[int]) -> dict[str, list[int] | None]:
+    """Numbers of the training and the held-out images, in their order; None: all.
+
+    Args:
+        kept: labels, as the data set has them.
+    """
+    chosen: dict[str, list[int] | None] = {"training": None, "held-out": None}
+    if train is not None and (data.classes or data.validation_share or data.images_per_class):
+        labels, parts = labels_of(train), []
+        if len(labels) != len(train):
+            raise InputError(
+                "data.classes, data.validation_share, data.images_per_class: need a data set that lists its labels, "
+                f"{data.dataset} does not"
+            )
+        for label in kept:
+            of_class = np.random.default_rng([label, 0]).permutation(np.flatnonzero(labels == label))
+            count = math.ceil(data.validation_share * len(of_class))
+            if 0 < count == len(of_class):
+                raise InputError(f"data.validation_share = {data.validation_share}: leaves a class no training image")
+            parts.append((of_class[count:][: data.images_per_class], of_class[:count]))
+        chosen = {
+            split: sorted(np.concatenate(of_split).tolist())
+            for split, of_split in zip(chosen, zip(*parts, strict=True), strict=True)
+        }
+    if not data.validation_share:
+        chosen["held-out"] = np.flatnonzero(np.isin(labels_of(held_out), kept)).tolist() if data.classes else None
+    return chosen
 
 
 def _open(data: DataConfig, split: str) -> Any:
@@ -259,12 +286,18 @@ class Images(Dataset):
         transform: of an RGB image.
         split: what images of a data set that is no folder are called by, beside their number.
         chosen: numbers of those to take; None: all.
+        labels: what labels become; None: they stay.
     """
 
     def __init__(
-        self, items: Any, transform: Callable[[Image.Image], Any], split: str, chosen: Sequence[int] | None = None
+        self,
+        items: Any,
+        transform: Callable[[Image.Image], Any],
+        split: str,
+        chosen: Sequence[int] | None = None,
+        labels: Mapping[int, int] | None = None,
     ) -> None:
-        self._items, self._transform, self._split = items, transform, split
+        self._items, self._transform, self._split, self._labels = items, transform, split, labels or {}
         self._numbers = range(len(items)) if chosen is None else chosen
         self._decoded: DecodedImages | None = None
         self.left_out: Counter[str] = getattr(items, "left_out", Counter())
@@ -281,7 +314,7 @@ class Images(Dataset):
         try:
             source, label = self._items[number]
             with source:
-                return decode(source), label
+                return decode(source), self._labels.get(int(label), int(label))
         except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
             is_file = isinstance(self._items, ImageFiles)
             name = self._items.samples[number][0] if is_file else f"{self._split} image {number}"

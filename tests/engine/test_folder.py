@@ -119,6 +119,20 @@ def test_a_share_of_each_class_and_a_number_of_its_images_are_always_the_same_on
     assert all(torch.equal(evaluated[at][0], files[number][0]) for at, number in enumerate(numbers))
 
 
+def test_some_of_the_classes_in_an_order_of_ones_own(image_folder, folder_config):
+    chosen = {"classes": ["fox", "cat"], "validation_share": 0.25, "images_per_class": 5}
+    for data, sizes in (({"classes": ["fox", "cat"]}, (16, 6)), (chosen, (10, 4))):
+        source = build_source(folder_config(image_folder, **data))
+        assert source.class_names == ("fox", "cat") and source.num_classes == 2
+        for images, size in zip((source.train, source.held_out), sizes, strict=True):
+            listed = [line.split("\0")[0].split("/")[1] for line in images.listing()]
+            labels = [images[index][1] for index in range(len(images))]
+            assert len(images) == size and [("fox", "cat")[label] for label in labels] == listed
+    numbers = {"dataset": "torch/image_folder", "classes": ["fox", "dog"]}  # another library's labels
+    source = build_source(folder_config(image_folder / "train", **numbers))
+    assert [source.held_out[index][1] for index in (0, 7, 8, 15)] == [1, 1, 0, 0]
+
+
 def image_folder_of(root: Path, config: Config) -> Images:
     """All images of a folder as an evaluation sees them."""
     return Images(image_folder(root), build_transform(config.transform, config.data.image_size, False), "training")
@@ -133,7 +147,10 @@ def test_an_image_folder_with_faults_is_refused(image_folder, folder_config, tmp
     refused("no such folder", root=tmp_path / "nowhere")
     refused("no folder for the split holdout", eval_split="holdout")
     refused("data.dataset = hfds/nothing, root = ", dataset="hfds/nothing")
-    refused("data.validation_share = 0.9: leaves class 0 no training image", validation_share=0.9)
+    refused("data.validation_share = 0.9: leaves a class no training image", validation_share=0.9)
+    refused("data.classes: catt is none of the classes, did you mean 'cat'?", classes=["catt", "dog"])
+    refused("data.classes: cat comes twice", classes=["cat", "cat"])
+    refused("the only class is cat, at least two are needed", classes=["cat"])
     refused("data.cache: not with data.dataset = digits, which is split", dataset="digits", cache="ram")
     refused("data.dataset = wds/cats: allowed is folder, digits, synthetic, or timm's torch/NAME", dataset="wds/cats")
     for split in ("train", "val"):  # timm would take `images` for the class of these

@@ -133,6 +133,22 @@ def test_another_metric_and_curves(finished, call, tmp_path):
     assert epochs.tolist() == [1, 2] and losses.tolist() == [[1.0, 0.1], [2.0, 0.1]]
 
 
+def test_what_evaluations_found_of_the_last_checkpoints(finished, call):
+    for seed, (plain, masked) in enumerate([(40.0, 45.0), (42.0, 46.0)]):
+        for name, top1, overrides in (("a", plain, [NO_SUB_MODEL]), ("b", masked, [])):
+            finished(f"{name}_{seed}", 90.0, *overrides, seed=seed)
+            for folder, ece in (("last", 3.0), ("last_data.workers=0_variant=corrupted", top1 / 2), ("best", 99.0)):
+                file = Path(f"{name}_{seed}/evaluation/{folder}/results.json")
+                file.parent.mkdir(parents=True)
+                file.write_text(json.dumps({"results": [{"weights": "trained", "top1": top1, "ece": ece}]}))
+    code, printed, _ = call(compare_runs, "a_*", "b_*", "--metric", "corrupted_top1")
+    assert code == 0 and "top-1 under corruptions, %" in printed
+    assert rows(printed)["b"][:3] == ["2", "**45.50 ± 0.50**", "+4.50 [-1.85, +10.85]"]  # 5 and 4
+    assert rows(printed)["b"][-3:-1] == ["3.00 ± 0.00", "22.75 ± 0.25"] and rows(printed)["a"][-2] == "20.50 ± 0.50"
+    shutil.rmtree("a_1/evaluation")
+    assert "calibration" not in call(compare_runs, "a_*", "b_*")[1]
+
+
 def test_what_belongs_together_and_its_names(finished, call):
     """By the configurations but for seeds, or as the user says; named by the folders."""
     folders = {"vit-0": 60, "vit-1": 60, "masking_0.1_seed10": 61, "masking_0.1_11": 61, "a/seed3": 62}

@@ -27,6 +27,7 @@ METRICS = {
     "top5": "top-5 accuracy",
     "ema_top1": "top-1 accuracy of the EMA",
     "ema_top5": "top-5 accuracy of the EMA",
+    "corrupted_top1": "top-1 accuracy under corruptions",
 }  # on held-out images, in percent
 CAPTION = (
     "Mean ± standard error over seeds, of the last evaluation and the last logged training loss of the main model: "
@@ -34,7 +35,14 @@ CAPTION = (
     "Differences are paired by seed, in points, with their interval of 95 % (Student's t). "
     "Seconds depend on the machine and on what runs beside."
 )
-BESIDE = {"top5": ("top-5, %", 2), "main_loss": ("training loss", 4), "seconds": ("seconds", 1)}  # with decimals
+BESIDE = {  # further columns, with decimals, where all runs have them
+    "top5": ("top-5, %", 2),
+    "main_loss": ("training loss", 4),
+    "ece": ("calibration error, %", 2),
+    "corrupted_ece": ("under corruptions, %", 2),
+    "seconds": ("seconds", 1),
+}
+EVALUATED = {"": "last", "corrupted_": "last*variant=corrupted*"}  # folders of eval_net.py, by prefix of its figures
 OWN_KEYS = ("seed", "output_dir")  # what the runs of one way may differ in
 
 
@@ -108,7 +116,18 @@ def finished_run(path: str | Path) -> Run | None:
         summary, records = with_nan(json.loads(folder.summary.read_text())), read_lines(folder.metrics)
     if not records or records[-1]["iteration"] != summary["iterations"]:
         return None
-    return Run(folder.path, load_config(folder.config), summary, records)
+    return Run(folder.path, load_config(folder.config), {**evaluated(folder.path), **summary}, records)
+
+
+def evaluated(run: Path) -> Record:
+    """What eval_net.py has found of the last checkpoint: `ece`, and under corruptions `corrupted_top1` and the like."""
+    found: Record = {}
+    for prefix, pattern in EVALUATED.items():
+        for file in sorted(run.glob(f"evaluation/{pattern}/results.json"), key=lambda file: file.stat().st_mtime):
+            with input_errors(str(file)):
+                figures = json.loads(file.read_text())["results"][0]
+                found |= {prefix + name: figures[name] for name in ("top1", "ece")}
+    return found
 
 
 def read_ways(arguments: Sequence[str]) -> list[Way]:
@@ -197,7 +216,10 @@ def check_comparable(ways: Sequence[Way], metric: str) -> None:
 
 def summary_table(ways: Sequence[Way], metric: str) -> str:
     """A row per way: mean ± standard error over seeds, and the paired difference to the baseline with its interval."""
-    beside = {name: column for name, column in BESIDE.items() if name != metric}
+    runs = [run for way in ways for run in way.runs.values()]
+    beside = {
+        name: column for name, column in BESIDE.items() if name != metric and all(name in run.summary for run in runs)
+    }
     header = ["training", "seeds", f"{METRICS[metric].replace(' accuracy', '')}, %", "difference"]
     header += [*(title for title, _ in beside.values()), *(["FLOPs"] if ways[0].flops else [])]
     rows = [
