@@ -27,6 +27,7 @@ from engine.errors import InputError
 # ruff: noqa: UP006, UP007, UP045
 
 UNTRANSFORMED = ("digits", "synthetic")  # values of data.dataset whose images are used as they are
+BEST_BY = ("top1", "balanced_accuracy", "ema_top1", "ema_balanced_accuracy")  # values of evaluation.metric
 # keys of transform that null leaves to the model
 MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")
 # what null leaves to the model or to the data
@@ -152,6 +153,8 @@ class DataConfig(Section):
     validation_share: Share = 0.0
     images_per_class: Optional[Count] = None  # train on so many at most, always the same ones; null: on all
     image_size: Optional[Count] = 224  # pixels, square; null: the model's own
+    # null: each image once in an epoch | balanced: drawn, each class as often | sqrt: by the root of the classes' sizes
+    sampling: Annotated[Optional[str], one_of("balanced", "sqrt")] = None
     repeats: Count = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
     # ram: all images are decoded once, before training, and kept
     cache: Tunable[Annotated[Optional[str], one_of("ram")]] = None
@@ -292,6 +295,8 @@ class LossConfig(Section):
     name: Annotated[str, one_of("cross_entropy", "bce")] = "cross_entropy"  # cross_entropy | bce
     smoothing: Share = 0.0  # label smoothing, in [0, 1)
     target_threshold: Optional[Share] = None  # bce: mixed targets above it become 1, others 0
+    # of the main model's loss: balanced (the rarer, the more) | {name: weight}, others 1; null: all 1
+    class_weights: Any = None
 
 
 @dataclass
@@ -328,7 +333,8 @@ class EvaluationConfig(Section):
     batch: Tunable[Count] = 256  # images at once per process
     # what --eval-only evaluates; null: the run's last one, else where it starts
     checkpoint: Tunable[Optional[File]] = None
-    metric: Annotated[str, one_of("top1", "ema_top1")] = "top1"  # what makes a checkpoint the best one: top1 | ema_top1
+    # what makes a checkpoint the best one: accuracy of all images, or the mean over classes; ema_: of the average
+    metric: Annotated[str, one_of(*BEST_BY)] = "top1"
 
 
 @dataclass
@@ -468,8 +474,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model.drop_path_shape = uniform: needs model.drop_path_rate"
     if config.mixup.integer_pixels and config.data.dataset in UNTRANSFORMED:
         yield f"mixup.integer_pixels: data.dataset = {config.data.dataset} has no pixels of 0 to 255"
-    if config.evaluation.metric == "ema_top1" and not (config.ema.enabled and config.ema.evaluate):
-        yield "evaluation.metric = ema_top1: needs ema.enabled = true and ema.evaluate = true"
+    if config.evaluation.metric.startswith("ema_") and not (config.ema.enabled and config.ema.evaluate):
+        yield f"evaluation.metric = {config.evaluation.metric}: needs ema.enabled = true and ema.evaluate = true"
     if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
         yield (
             f"schedule.warmup_epochs = {schedule.warmup_epochs} and schedule.cooldown_epochs = "

@@ -76,15 +76,18 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+FREE = ("kwargs", "class_weights")  # whose keys are the user's
+
+
 def leaves(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Values by their keys with dots; lists, and the free mappings (`kwargs`), are values as a whole."""
+    """Values by their keys with dots; lists, and mappings of free keys, are values as a whole."""
     content = config if isinstance(config, Mapping) else asdict(config)
     return dict(_leaves(content))
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
-        if isinstance(value, dict) and key != "kwargs":
+        if isinstance(value, dict) and key not in FREE:
             yield from _leaves(value, f"{prefix}{key}.")
         elif key == "sub_models":
             yield prefix + key, [_as_written(sub_model) for sub_model in value]

@@ -38,7 +38,7 @@ from engine.hooks.training import (
     SameBatchNormStatistics,
     StopMixing,
 )
-from engine.loss import build_criterion, build_mixup
+from engine.loss import build_criterion, build_mixup, class_weights
 from engine.objective import build_objective, build_teacher
 from engine.optim import build_optimizer, build_schedule
 from engine.precision import Precision
@@ -296,7 +296,9 @@ def build_trainer(
     data = DataLoaders(config, source, process)
     bare_model = build_run_model(config, source, process, is_resumed)
     mixup = build_mixup(config, source.num_classes, data.micro_batch, process.device)
-    objective = build_objective(config, build_criterion(config.loss, soft_labels=mixup is not None))
+    weights = class_weights(config.loss, source)
+    criterion = build_criterion(config.loss, soft_labels=mixup is not None, weights=weights).to(process.device)
+    objective = build_objective(config, criterion)
     with input_errors("augsub.sub_models"):
         objective.prepare(bare_model)
     frozen = FrozenStatistics(frozen_batchnorms(bare_model, config.model.frozen))
@@ -371,6 +373,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     evaluation = Evaluation(
         config.evaluation.period * data.iterations_per_epoch,
         config.evaluation.metric,
+        num_classes=data.source.num_classes,
         average=ema.module if ema is not None and config.ema.evaluate else None,
     )
     saving = Checkpoint(

@@ -28,24 +28,26 @@ class Metrics:
 
     Attributes:
         totals: images, those of them with a logit that is NaN or infinite, top-1, top-5, cross-entropy.
+        by_class: (2, K) images of each class, and right ones.
         calibration: (3, BINS) images, confidence (the largest softmax probability) and right ones, by confidence.
         confusion: [true, predicted], (K, K) images.
 
     Args:
         source: the images, to know calibration and confusion of their K classes too; None: accuracy and cross-entropy
             alone.
+        num_classes: K, to know the accuracy of each class; with a source it is that of the source.
     """
 
-    def __init__(self, device: torch.device, source: DataSource | None = None) -> None:
+    def __init__(self, device: torch.device, source: DataSource | None = None, num_classes: int = 0) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.totals = zeros(5)
-        self._sums = [self.totals]
+        num_classes = num_classes if source is None else len(source.class_names)
+        self.totals, self.by_class = zeros(5), zeros(2, num_classes)
+        self._sums = [self.totals, self.by_class]
         self._candidates, self._accepted = None, None
         self._is_detailed = source is not None
         if source is not None:
             self._candidates = None if source.candidates is None else torch.tensor(source.candidates, device=device)
             self._accepted = None if source.accepted is None else source.accepted.to(device)
-            num_classes = len(source.class_names)
             self.calibration, self.confusion = zeros(3, BINS), zeros(num_classes, num_classes)
             self._sums += [self.calibration, self.confusion]
 
@@ -65,6 +67,8 @@ class Metrics:
         right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # no class is called IGNORED
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         self.totals += torch.stack([counted.sum(), spoilt.sum(), right[:, 0].sum(), right.sum(), loss])
+        if self.by_class.numel():
+            self.by_class.index_add_(1, labels.clamp(min=0), torch.stack([counted, right[:, 0]]).double())
         if self._is_detailed:
             confidence, predicted = logits.softmax(dim=1).max(dim=1)
             bins = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
@@ -84,7 +88,9 @@ class Metrics:
             own += others
 
     def figures(self) -> dict[str, float]:
-        """`top1` and `top5` in percent, mean cross-entropy `eval_loss`, number of `images`; with K known also `ece`.
+        """`top1` and `top5` in percent, mean cross-entropy `eval_loss`, number of `images`.
+
+        With K known also `balanced_accuracy`, the mean over the classes of which there are images; with a source `ece`.
 
         Raises:
             InputError: there are no images.
@@ -98,6 +104,9 @@ class Metrics:
             "eval_loss": loss / images,
             "images": int(images),
         }
+        if self.by_class.numel():
+            images, right = self.by_class[:, self.by_class[0] > 0]
+            figures["balanced_accuracy"] = float(100 * (right / images).mean())
         return {**figures, "ece": self.calibration_error} if self._is_detailed else figures
 
     @property

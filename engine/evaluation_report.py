@@ -55,6 +55,7 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         model["param_count"] = round(evaluated["parameters"] / 1e6, 2)  # millions, as there
         model |= {"crop_pct": evaluated["crop"], "interpolation": evaluated["interpolation"], **weights}
         model |= {"images": figures["images"], **cross_entropy, "ece": round(figures["ece"], 3)}
+        model["balanced_accuracy"] = round(figures["balanced_accuracy"], 3)
         found["results"].append(model)
         counts, hits = result.metrics.confusion.sum(dim=1).tolist(), result.metrics.confusion.diag().tolist()
         for name, count, hit in zip(evaluated["class_names"], counts, hits, strict=True):

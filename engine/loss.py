@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from augsub.named_registry import did_you_mean
 from engine.config import Config, LossConfig
+from engine.data.source import DataSource
 from engine.errors import InputError
 
 
-def build_criterion(config: LossConfig, soft_labels: bool) -> nn.Module:
-    """The loss; `soft_labels` says that Mixup gives (B, K) targets, already smoothed."""
+def build_criterion(config: LossConfig, soft_labels: bool, weights: Tensor | None = None) -> nn.Module:
+    """The loss.
+
+    Args:
+        config: what it is.
+        soft_labels: whether Mixup gives (B, K) targets, already smoothed.
+        weights: of the classes, (K,); None: all 1. Cross-entropy of labels is their weighted mean, as torch has it.
+    """
     if config.name == "bce":
-        return BinaryCrossEntropy(smoothing=config.smoothing, target_threshold=config.target_threshold)
+        return BinaryCrossEntropy(config.smoothing, config.target_threshold, weight=weights)
+    if weights is not None:
+        return nn.CrossEntropyLoss(weights, label_smoothing=0.0 if soft_labels else config.smoothing)
     if soft_labels:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+
+
+def class_weights(config: LossConfig, source: DataSource) -> Tensor | None:
+    """The weights (K,) of `loss.class_weights`, None if all are 1; of `balanced` N / (K n) for n of N images.
+
+    Raises:
+        InputError: no such class, a weight that is no positive number, or a class without images to balance.
+    """
+    given = config.class_weights
+    if given is None:
+        return None
+    names = source.class_names
+    if given == "balanced":
+        counts = np.bincount(source.train_labels, minlength=source.num_classes)
+        if not counts.all():
+            raise InputError(f"loss.class_weights = balanced: class {names[counts.argmin()]} has no training image")
+        return torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
+    if not isinstance(given, Mapping):
+        raise InputError(f"loss.class_weights = {given}: allowed is balanced, or a mapping of classes to weights")
+    weights = torch.ones(source.num_classes)
+    for name, weight in given.items():
+        if str(name) not in names:
+            raise InputError(f"loss.class_weights: {name} is none of the classes{did_you_mean(str(name), names)}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise InputError(f"loss.class_weights: {name} = {weight}: allowed is a number above 0")
+        weights[names.index(str(name))] = weight
+    return weights
 
 
 class IntegerMixup(Mixup):

@@ -93,7 +93,7 @@ def load_exported(checkpoint: Path, ema: bool | None = None, plugins: Sequence[s
         raise InputError(f"checkpoint {checkpoint} is not one of a run: it has {', '.join(map(str, [*state][:5]))}")
     config = parse_config(state["config"], f"the configuration in {checkpoint}")
     if ema is None:
-        ema = config.evaluation.metric == "ema_top1" and "ema" in state["hooks"]
+        ema = config.evaluation.metric.startswith("ema_") and "ema" in state["hooks"]
     if ema and "ema" not in state["hooks"]:
         raise InputError(f"--ema: checkpoint {checkpoint} has no averaged weights, its run had ema.enabled = false")
     weights, name = state["hooks"]["ema"]["model"] if ema else state["model"], state["model_name"]

@@ -337,6 +337,13 @@ class Images(Dataset):
         images._transform = change(self._transform)
         return images
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all images, (N,); none if the data set does not list them."""
+        labels = labels_of(self._items)
+        own = labels[list(self._numbers)].tolist() if len(labels) else []
+        return np.array([self._labels.get(label, label) for label in own], dtype=np.int64)
+
     def listing(self) -> Iterator[str]:
         """A line for each image: of files path and label, else the label; nothing if the data set lists none."""
         if isinstance(self._items, ImageFiles):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 from engine.config import Config, TrainConfig
 from engine.data.datasets import Images, UnreadableImage
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED, SeededDataset, TrainingOrder, held_out_order
+from engine.data.stream import IGNORED, SeededDataset, TrainingOrder, held_out_order, sampling_weights
 from engine.data.transforms import Delivery, normalisation
 from engine.distributed import Process
 from engine.errors import InputError, RunError, first_line
@@ -90,6 +90,7 @@ class DataLoaders:
 
     def train_from(self, iteration: int) -> Generator[Batch]:
         """All micro-batches that are left, given the iterations already done."""
+        sampling = self._config.data.sampling
         order = TrainingOrder(
             num_samples=len(self.source.train),
             repeats=self._config.data.repeats,
@@ -100,6 +101,7 @@ class DataLoaders:
             seed=self._config.seed,
             first_iteration=iteration,
             last_iteration=self.max_iterations,
+            weights=None if sampling is None else sampling_weights(self.source.train_labels, sampling),
         )
         return iter(Batches(self._config, self.source, self._process, self.bad_files, order))
 

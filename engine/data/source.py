@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,6 +65,15 @@ class DataSource:
             for name, dataset in self._splits.items()
             if (found := getattr(dataset, "left_out", None))
         }
+
+    @cached_property
+    def train_labels(self) -> np.ndarray:
+        """The labels (N,) of the training images; InputError if the data set does not list them."""
+        dataset = self.train
+        labels = dataset.tensors[1].numpy() if isinstance(dataset, TensorDataset) else dataset.labels
+        if len(labels) != len(dataset):
+            raise InputError("loss.class_weights, data.sampling: need a data set that lists its labels")
+        return labels
 
     @property
     def _splits(self) -> dict[str, Dataset]:
@@ -183,6 +193,11 @@ class SyntheticImages(Dataset):
 
     def __len__(self) -> int:
         return self._samples
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all images, (N,)."""
+        return np.arange(self._samples) % SYNTHETIC_CLASSES
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         label = index % SYNTHETIC_CLASSES

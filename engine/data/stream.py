@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -41,6 +42,7 @@ class TrainingOrder(Sampler[list[SampleKey]]):
     Attributes:
         repeats: copies of an image, each with a random transform of its own.
         micro_batch: images at once in one process; processes * accumulation of them make a global batch.
+        weights: of the images, (N,): an epoch is drawn by them with replacement; None: a permutation.
     """
 
     num_samples: int
@@ -52,6 +54,7 @@ class TrainingOrder(Sampler[list[SampleKey]]):
     seed: int
     first_iteration: int
     last_iteration: int
+    weights: Tensor | None = None
 
     @property
     def parts(self) -> int:
@@ -67,7 +70,12 @@ class TrainingOrder(Sampler[list[SampleKey]]):
         """Indices of the images of an epoch, in the order of the global batches."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         length = self.iterations_per_epoch * self.micro_batch * self.parts
-        shuffled = torch.randperm(self.num_samples, generator=generator)[: math.ceil(length / self.repeats)]
+        count = math.ceil(length / self.repeats)
+        if self.weights is None:
+            shuffled = torch.randperm(self.num_samples, generator=generator)[:count]
+        else:  # torch.multinomial takes no more than 2**24 images
+            ends = self.weights.cumsum(0)
+            shuffled = torch.searchsorted(ends, ends[-1] * torch.rand(count, generator=generator, dtype=ends.dtype))
         return shuffled.repeat_interleave(self.repeats)[:length].tolist()
 
     def __len__(self) -> int:
@@ -94,6 +102,13 @@ def held_out_order(num_images: int, rank: int, world_size: int, batch: int) -> l
     padded = math.ceil(num_images / world_size) * world_size
     share = [SampleKey(index, seed=0) for index in range(rank, padded, world_size)]
     return [share[start : start + batch] for start in range(0, len(share), batch)]
+
+
+def sampling_weights(labels: np.ndarray, sampling: str) -> Tensor:
+    """Weights (N,) float64 of images with these labels, so that classes come by a power of their size: its square root
+    for `sqrt`, none for `balanced`."""
+    _, own, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return torch.from_numpy(counts[own] ** (-1.0 if sampling == "balanced" else -0.5))
 
 
 class SeededDataset(Dataset):

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from engine import atomic
 from engine.config import Config
 from engine.data.transforms import normalisation
-from engine.evaluation import WEIGHTS, evaluate
+from engine.evaluation import WEIGHTS, Metrics, evaluate
 from engine.figure import draw_curves
 from engine.run_folder import RunFolder
 from engine.text import text_table, to_json
@@ -42,6 +42,7 @@ class Evaluation(HookBase):
 
     period: int
     metric: str  # of which the best value is kept
+    num_classes: int = 0  # for the mean over classes; 0: unknown
     average: nn.Module | None = None  # moving average of the weights, evaluated too; its results are called ema_...
     best: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
@@ -69,7 +70,8 @@ class Evaluation(HookBase):
             # each process has seen other images; of an average, those of the main process: they are what is saved
             distribute_bn(model, trainer.process.world_size, reduce=prefix != "ema_")
         name = f"the {WEIGHTS[prefix]} weights after iteration {trainer.iteration}"
-        found = evaluate(model, trainer.data.held_out, trainer.precision, trainer.process, name)
+        metrics = Metrics(trainer.process.device, num_classes=self.num_classes)
+        found = evaluate(model, trainer.data.held_out, trainer.precision, trainer.process, name, metrics)
         return {prefix + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,6 +266,11 @@ class Report(HookBase):
         skipped = [("bad files skipped", f"{summary['bad_files']} (named in {self._folder.log.name})")]
         return [
             *rows,
+            *(
+                [("mean over classes", f"{summary['balanced_accuracy']:.2f} %")]
+                if "balanced_accuracy" in self._evaluation.metric
+                else []
+            ),
             ("best", f"{summary['best_value']:.2f} % after epoch {summary['best_epoch']:.4g}"),
             *self._facts,
             *(skipped if summary["bad_files"] else []),

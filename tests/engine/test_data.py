@@ -28,7 +28,7 @@ from engine.data import loaders
 from engine.data.datasets import build_source
 from engine.data.loaders import BadFiles, Batches, DataLoaders, accumulation_for, batch_for, worker_deaths
 from engine.data.source import DataSource, build_digits
-from engine.data.stream import IGNORED, TrainingOrder
+from engine.data.stream import IGNORED, TrainingOrder, sampling_weights
 from engine.data.transforms import Delivery, Normalise, build_transform
 from engine.distributed import Process
 from engine.errors import InputError, RunError
@@ -87,6 +87,22 @@ def test_repeated_images_fill_an_epoch_of_the_same_length_in_different_micro_bat
     assert all(drawn.count(index) == 3 for index in drawn)
     assert all(len({key.index for key in batch}) == len(batch) for batch in batches)
     assert len({key.seed for batch in batches for key in batch}) == 48  # each copy has its own transform
+
+
+@pytest.mark.parametrize(("sampling", "expected"), [("balanced", [1, 1, 1]), ("sqrt", [9.49, 3.16, 31.6])])
+def test_classes_are_drawn_by_a_power_of_their_size_in_an_order_of_their_own(sampling, expected):
+    """Of 90, 10 and 1000 images."""
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [90, 10, 1000]))
+    changes = {"weights": sampling_weights(labels, sampling), "num_samples": len(labels), "micro_batch": 50}
+    batches = list(order(**changes, last_iteration=220))  # ten epochs
+    counts = np.bincount(labels[[key.index for batch in batches for key in batch]])
+    np.testing.assert_allclose(counts / 11_000, np.divide(expected, sum(expected)), atol=0.015)
+    assert list(order(**changes, first_iteration=137, last_iteration=220)) == batches[137:]
+    assert batches != list(order(**changes, last_iteration=220, seed=4))
+    whole = list(order(**{**changes, "micro_batch": 4}))
+    parts = micro_batches(2, 1, images=4, weights=changes["weights"], num_samples=len(labels))
+    joined = [sorted(chain(*parts[start : start + 2])) for start in range(0, len(parts), 2)]
+    assert joined == [sorted(batch) for batch in whole]
 
 
 class RandomItems(Dataset):

@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from engine.config import Config, LossConfig, MixupConfig
+from engine.data.source import DataSource
 from engine.errors import InputError
 from engine.hooks.training import StopMixing
-from engine.loss import build_criterion, build_mixup
+from engine.loss import build_criterion, build_mixup, class_weights
 
 CPU = torch.device("cpu")
 
@@ -40,6 +43,50 @@ def test_mixup_gives_soft_labels_that_its_loss_takes():
     }
     torch.testing.assert_close(losses["cross_entropy"], nn.functional.cross_entropy(logits, targets))
     torch.testing.assert_close(losses["bce"], nn.functional.binary_cross_entropy_with_logits(logits, targets))
+
+
+def source(*counts: int) -> DataSource:
+    """So many images of each of the classes cat, dog, fox, in the order of the classes."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    train = TensorDataset(torch.zeros(len(labels), 1), labels)
+    return DataSource(train, train, num_classes=3, in_chans=1, class_names=("cat", "dog", "fox"))
+
+
+def test_balanced_weights_are_those_of_scikit_learn_and_rare_classes_count_more():
+    data = source(2, 10, 4)
+    weights = class_weights(LossConfig(class_weights="balanced"), data)
+    labels = data.train_labels
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    logits, labels = torch.randn(16, 3), torch.from_numpy(labels)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    by_image = weights[labels]
+    weighted = build_criterion(LossConfig(), soft_labels=False, weights=weights)(logits, labels)
+    torch.testing.assert_close(weighted, (by_image * losses).sum() / by_image.sum())
+    one_hot = nn.functional.one_hot(labels, 3).float()
+    bce = nn.functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
+    weighted = build_criterion(LossConfig(name="bce"), soft_labels=False, weights=weights)(logits, labels)
+    torch.testing.assert_close(weighted, (bce * weights).mean())
+    mixed = build_criterion(LossConfig(smoothing=0.1), soft_labels=True, weights=weights)(logits, one_hot)
+    torch.testing.assert_close(mixed, (by_image * losses).mean())  # smoothing is in the labels
+
+
+def test_weights_by_name_and_what_is_wrong_with_them():
+    weights = class_weights(LossConfig(class_weights={"fox": 2.5, "cat": 0.5}), source(1, 1, 1))
+    assert weights.tolist() == [0.5, 1.0, 2.5] and class_weights(LossConfig(), source(1, 1, 1)) is None
+    for given, message in {
+        "balance": "loss.class_weights = balance: allowed is balanced, or a mapping of classes to weights",
+        "balanced": "loss.class_weights = balanced: class dog has no training image",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            class_weights(LossConfig(class_weights=given), source(3, 0, 1))
+    for given, message in {
+        ("foxx", 2): "foxx is none of the classes, did you mean 'fox'",
+        ("fox", 0): "fox = 0: allowed is a number above 0",
+        ("fox", "much"): "fox = much: allowed is",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            class_weights(LossConfig(class_weights=dict([given])), source(1, 1, 1))
 
 
 def test_mixup_is_off_without_alphas_and_needs_pairs():

@@ -167,7 +167,7 @@ def test_a_run_is_evaluated_as_it_was_in_training(evaluate, train_net, run):
             assert min(opened.size) > 500
 
 
-FIGURES = ("top1", "top5", "eval_loss", "images")
+FIGURES = ("top1", "top5", "eval_loss", "images", "balanced_accuracy")
 
 
 def test_ratio_zero_is_the_main_model(evaluate, trained, tmp_path):

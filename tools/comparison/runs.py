@@ -27,6 +27,7 @@ METRICS = {
     "top5": "top-5 accuracy",
     "ema_top1": "top-1 accuracy of the EMA",
     "ema_top5": "top-5 accuracy of the EMA",
+    "balanced_accuracy": "mean accuracy of the classes",
     "corrupted_top1": "top-1 accuracy under corruptions",
 }  # on held-out images, in percent
 CAPTION = (
