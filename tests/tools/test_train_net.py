@@ -197,8 +197,8 @@ def test_rare_classes_are_weighted_drawn_and_judged_alike_after_a_stop(train_net
            "loss.class_weights=balanced", "data.sampling=sqrt", "evaluation.metric=balanced_accuracy")  # fmt: skip
     assert train_net(*run, f"output_dir={tmp_path}/whole")[0] == 0
     for stop in (4, 9):
-        code, output, error = train_net(*run, "--resume", f"output_dir={tmp_path}/parts", f"train.max_iters={stop}")
-        assert code == 0 and "mean over classes" in output, error
+        code, _, error = train_net(*run, "--resume", f"output_dir={tmp_path}/parts", f"train.max_iters={stop}")
+        assert code == 0 and "mean over classes" in error, error
     whole, parts = (load(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     end = summary(tmp_path / "whole")
