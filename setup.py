@@ -16,6 +16,7 @@ TRAINERS = {
     "transformers": ["transformers>=5.0", "accelerate>=1.0"],
 }
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
+PARQUET = ["pyarrow"]
 DEVELOP = [
     "mkdocs-material",
     "mkdocstrings[python]",
@@ -42,8 +43,15 @@ setup(
     extras_require={
         **TRAINERS,
         "onnx": ONNX,
+        "parquet": PARQUET,
         "train": TRAIN,
-        "dev": [*TRAIN, *sorted({package for packages in TRAINERS.values() for package in packages}), *ONNX, *DEVELOP],
+        "dev": [
+            *TRAIN,
+            *sorted({package for packages in TRAINERS.values() for package in packages}),
+            *ONNX,
+            *PARQUET,
+            *DEVELOP,
+        ],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

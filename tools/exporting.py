@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import shutil
 import warnings
@@ -35,6 +36,7 @@ CARD = Path(__file__).with_name("model_card.md")
 RECIPE = ("augsub", "data", "train", "optimizer", "schedule", "loss", "mixup", "transform", "ema")  # sections in it
 # what timm's configuration of a model says of its pretrained weights: of others only the licence stays
 OF_PRETRAINED = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description")
+METADATA = "augsub"  # key of an ONNX file under which is how images become its input, and the names of its classes
 TOLERANCE = 1e-3  # absolute, of ONNX's logits: kernels add in other orders
 
 
@@ -216,6 +218,8 @@ def write_onnx(file: Path, exported: Exported) -> str:
     difference = (found - logits).abs().max().item()
     if not difference < TOLERANCE:
         raise RunError(f"{file}: onnxruntime's logits differ by {difference:.2g}, so nothing was written")
+    said = {**_preprocessing(exported), "label_names": exported.state.get("class_names")}
+    program.model.metadata_props[METADATA] = json.dumps(said)
     with writing_errors(file):
         program.save(file)
     return (

@@ -1,0 +1,169 @@
+"""tools/predict.py: probabilities against timm alone, whatever the model comes as and the images are named by."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pytest
+import timm
+import torch
+from PIL import Image
+from pyarrow import parquet
+from timm.data import create_transform
+
+from engine.checkpoint import load
+from tools import export, predict
+
+SETTINGS = ("--config", "finetune_folder", "model.name=test_vit", "model.pretrained=false", "data.image_size=32",
+            "data.workers=0", "train.epochs=2", "train.global_batch=8")  # fmt: skip
+NAMES = ("cat", "dog", "fox")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of a few steps on tiny images of cats, dogs and foxes, and the images."""
+    import numpy as np
+
+    import tools.train_net
+
+    folder, rng = tmp_path_factory.mktemp("predict"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for brightness, name in enumerate(NAMES, start=1):
+            (folder / "images" / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 85 * brightness, (40, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / split / name / f"{index}.png")
+    run = (f"data.root={folder}/images", f"output_dir={folder}/run")
+    assert tools.train_net.main([*SETTINGS, *run]) == 0
+    return folder
+
+
+def expected(folder: Path, path: str, flips: bool = False) -> torch.Tensor:
+    """Probabilities by timm's model and transform alone."""
+    weights = load(folder / "run" / "checkpoints" / "best.pt")["model"]
+    model = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    model.load_state_dict(weights)
+    own = model.pretrained_cfg
+    transform = create_transform(
+        (3, 32, 32), mean=own["mean"], std=own["std"], crop_pct=own["crop_pct"], interpolation=own["interpolation"]
+    )
+    image = transform(Image.open(path).convert("RGB"))[None]
+    with torch.no_grad():
+        found = model(image).softmax(1)[0]
+        return (found + model(image.flip(-1)).softmax(1)[0]) / 2 if flips else found
+
+
+def rows_of(file: Path) -> list[dict]:
+    if file.suffix == ".parquet":
+        return parquet.read_table(file).to_pylist()
+    text = file.read_text().splitlines()
+    return list(csv.DictReader(text)) if file.suffix == ".csv" else [json.loads(line) for line in text]
+
+
+def assert_right(folder: Path, rows: list[dict], top_k: int, flips: bool = False, names=NAMES) -> None:
+    for row in rows:
+        values, classes = expected(folder, row["path"], flips).topk(top_k)
+        assert [row[f"class_{rank}"] for rank in range(1, top_k + 1)] == [names[label] for label in classes]
+        found = [float(row[f"probability_{rank}"]) for rank in range(1, top_k + 1)]
+        torch.testing.assert_close(torch.tensor(found), values, atol=2e-4, rtol=0)
+        assert len(row) == 1 + 2 * top_k
+
+
+@pytest.mark.parametrize(("suffix", "flips"), [("csv", False), ("jsonl", True), ("parquet", False)])
+def test_a_run_on_a_folder_gives_timms_probabilities_and_goes_on_where_it_was(call, trained, tmp_path, suffix, flips):
+    output, images = tmp_path / f"out.{suffix}", tmp_path / "images"
+    shutil.copytree(trained / "images" / "val", images)
+    command = (trained / "run", images, "--top-k", 2, "--output", output, "data.workers=0", *["--flips"] * flips)
+    code, printed, error = call(predict, *command)
+    assert code == 0 and f"9 images in {output}" in printed, error
+    rows = rows_of(output)
+    assert [row["path"] for row in rows] == [str(images / name / f"{n}.png") for name in NAMES for n in range(3)]
+    assert_right(trained, rows, 2, flips)
+    if suffix == "csv":
+        first = f"{images}/cat/0.png,"
+        output.write_text(output.read_text().replace(f"{first}{rows[0]['class_1']}", f"{first}was here"))
+        shutil.copy(images / "dog" / "0.png", images / "dog" / "10.png")
+        assert call(predict, *command)[0] == 0
+        again = rows_of(output)
+        assert again[0]["class_1"] == "was here" and again[-1]["path"] == str(images / "dog" / "10.png")
+        assert again[1:-1] == rows[1:]
+        code, _, error = call(predict, *command[:3], 3, *command[4:])
+        assert code == 2 and f"--output {output}: has 2 classes of each image, not 3" in error
+
+
+def test_what_was_interrupted_goes_on_even_after_half_a_line(call, trained, tmp_path):
+    images, output = trained / "images" / "val", tmp_path / "out.jsonl"
+    done = {"path": str(images / "cat" / "1.png"), "class_1": "was here", "probability_1": 1.0}
+    (tmp_path / ".out.jsonl.part-3-77.jsonl").write_text(f'{json.dumps(done)}\n{{"path": "/half')
+    assert call(predict, trained / "run", images, "--top-k", 1, "--output", output, "data.workers=0")[0] == 0
+    rows = {row["path"]: row for row in rows_of(output)}
+    assert len(rows) == 9 and rows[done["path"]] == done and [*tmp_path.iterdir()] == [output]
+
+
+def test_a_table_and_single_files_are_images_too_and_without_output_a_table_is_printed(call, trained, tmp_path):
+    images = trained / "images" / "val"
+    (images / "list.csv").write_text("number,path\n1,cat/0.png\n2,fox/2.png\n")
+    parquet.write_table(pyarrow.table({"path": ["dog/1.png"]}), images / "list.parquet")
+    places = (images / "list.csv", images / "list.parquet", images / "cat" / "0.png")
+    code, printed, error = call(predict, trained / "run", *places, "data.workers=0")
+    assert code == 0, error
+    lines = [line.split() for line in printed.splitlines() if "images" in line]
+    assert [Path(line[0]).parent.name for line in lines] == ["cat", "fox", "dog"]
+    best = expected(trained, str(images / "fox" / "2.png"))
+    assert lines[1][1:3] == [NAMES[best.argmax()], f"{best.max():.3f}"]
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "folder", "model.onnx"])
+def test_exported_models_predict_alike(call, trained, tmp_path, kind):
+    target = tmp_path / kind
+    assert call(export, trained / "run" / "checkpoints" / "best.pt", target)[0] == 0
+    what = {"model.safetensors": (target, "--model", "test_vit", "data.image_size=32"),
+            "folder": (f"local-dir:{target}",), "model.onnx": (target,)}[kind]  # fmt: skip
+    output = tmp_path / "out.csv"
+    options = ("--output", output, "--top-k", 3, "data.workers=0")
+    code, _, error = call(predict, *what, trained / "images" / "val", *options)
+    assert code == 0, error
+    names = [*"012"] if kind == "model.safetensors" else NAMES  # the file of weights knows none
+    assert_right(trained, rows_of(output), 3, names=names)
+
+
+def test_bad_input_ends_in_one_line(call, trained, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(trained / "images" / "val", images)
+    (images / "cat" / "1.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.csv").write_text("file\na.png\n")
+    (tmp_path / "broken.onnx").write_text("nothing")
+    run = trained / "run"
+    cases = {
+        (run, "nowhere"): "nowhere: no such file or folder",
+        (run, tmp_path / "empty"): f"{tmp_path}/empty: no image there",
+        (run, tmp_path / "list.csv"): "list.csv: has no column path, but file",
+        (run, images, "--top-k", "0"): "--top-k 0: allowed is 1 or more",
+        (run, images, "--output", "out.txt"): "--output out.txt: the name must end in .csv, .jsonl, .parquet",
+        (run, trained / "images", "--output", tmp_path / "no" / "out.csv"): "cannot be written",
+        ("runs/nowhere", images): "runs/nowhere: no such file or folder",
+        (tmp_path / "broken.onnx", images): "broken.onnx: ",
+        (run, images, "data.workers=0"): "data.bad_files = 0: ",
+    }
+    for arguments, message in cases.items():
+        code, _, error = call(predict, *arguments, "data.workers=0")
+        assert code == 2 and message in error and error.count("\n") == 1, (arguments, error)
+    code, printed, _ = call(predict, run, images, "data.workers=0", "data.bad_files=1", "--output", tmp_path / "o.csv")
+    assert code == 0 and f"8 images in {tmp_path}/o.csv, 1 could not be read" in printed
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images(command, torchrun, trained, tmp_path):
+    output = tmp_path / "out.csv"
+    images = trained / "images" / "train"
+    done = command(*torchrun, "tools/predict.py", trained / "run", images, "--output", output, "data.workers=0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = rows_of(output)
+    assert [row["path"] for row in rows] == [str(images / name / f"{n}.png") for name in NAMES for n in range(8)]
+    assert_right(trained, rows, 3)
+    assert [*tmp_path.iterdir()] == [output]

@@ -1,0 +1,86 @@
+"""The most probable classes of images, by a run, an exported model or any timm model.
+
+    python tools/predict.py runs/mine photos --top-k 3 --output out.csv      # files and folders, at any depth
+    python tools/predict.py vit_small_patch16_224.augreg_in1k cat.jpg        # printed
+    python tools/predict.py model.onnx photos --output out.jsonl
+    python tools/predict.py model.safetensors table.csv --model resnet50 --output out.parquet
+    torchrun --nproc_per_node=8 tools/predict.py runs/mine photos --output out.csv
+
+A table, .csv or .parquet, names images in its column `path`, relative to its own folder. What is in the output already
+is not predicted again; what was interrupted goes on. Probabilities are a softmax's, or of a run by binary cross-entropy
+a sigmoid's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+from engine.command_line import (
+    as_path,
+    exit_code,
+    launched_processes,
+    launched_rank,
+    leave,
+    log_to_terminal,
+    tool_parser,
+)
+from engine.errors import InputError, memory_errors
+from engine.text import expanded
+
+OUTPUTS = (".csv", ".jsonl", ".parquet")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; None: of this process."""
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "what", type=expanded, metavar="WHAT", help="run, checkpoint, file of weights, .onnx, timm model"
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGES", help="files, folders, tables; key=value of the configuration"
+    )
+    parser.add_argument("--model", type=expanded, metavar="NAME", help="timm model of a file of weights")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes of each image (default 5)")
+    parser.add_argument("--flips", action="store_true", help="the mean over each image and its mirror image")
+    parser.add_argument("--output", type=as_path, metavar="FILE", help=".csv, .jsonl or .parquet (default: printed)")
+    return parser.parse_intermixed_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if arguments.top_k < 1:
+        raise InputError(f"--top-k {arguments.top_k}: allowed is 1 or more")
+    if arguments.output is not None and arguments.output.suffix not in OUTPUTS:
+        raise InputError(f"--output {arguments.output}: the name must end in {', '.join(OUTPUTS)}")
+    # here: these bring torch and timm, for which a typo need not wait
+    from engine.data.loaders import worker_deaths
+    from engine.distributed import process_group
+    from tools.predicting import Predictions, image_paths, load_predictor, predict
+
+    if launched_rank() == 0:
+        log_to_terminal()
+    overrides = [word for word in arguments.images if "=" in word and not as_path(word).exists()]
+    paths = image_paths([as_path(word) for word in arguments.images if word not in overrides])
+    predictor = load_predictor(arguments.what, arguments.model, overrides)
+    predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)))
+    config = predictor.config
+    with (
+        process_group(config.distributed.timeout_minutes) as process,
+        worker_deaths(config.data.workers),
+        memory_errors("lower evaluation.batch, the images at once in a process"),
+    ):
+        predict(predictor, predictions.missing(paths), predictions, process, arguments.flips)
+        process.barrier()
+        if process.is_main:
+            print(predictions.finish(paths))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line for an error; 130 after Ctrl-C: the same command goes on."""
+    return exit_code(partial(run, parse_arguments(arguments)), after_interrupt="the same command goes on")
+
+
+if __name__ == "__main__":
+    leave(main(), launched_processes())

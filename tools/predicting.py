@@ -1,0 +1,306 @@
+"""What predict.py does: which model reads images how, which images are left, and what is written of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine import atomic
+from engine.checkpoint import load, load_metadata
+from engine.config import UNTRANSFORMED, Config
+from engine.config_file import parse_config
+from engine.data.datasets import ImageFiles, Images, images_below, natural_order
+from engine.data.loaders import BadFiles, Batches
+from engine.data.source import DataSource
+from engine.data.stream import IGNORED
+from engine.data.transforms import build_transform
+from engine.defaults import build_precision, complete
+from engine.distributed import Process
+from engine.errors import InputError, first_line, input_errors, writing_errors
+from engine.evaluation_run import find_target
+from models.build import TIMM_KEYS, create_model
+from models.weights import head_tensors, load_weights
+from tools.exporting import METADATA, load_exported
+
+TABLES = (".csv", ".parquet")
+IMAGENET_CLASSES = 1000
+Row = dict[str, Any]  # path, class_1, probability_1, class_2 …
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model, and how images become its input.
+
+    Attributes:
+        model: gives logits (B, K).
+        config: complete, of which data, transform, evaluation and train.amp matter.
+        class_names: K names.
+        probabilities: of logits.
+    """
+
+    model: nn.Module
+    config: Config
+    class_names: Sequence[str]
+    probabilities: Callable[[Tensor], Tensor]
+
+
+class OnnxModel(nn.Module):
+    """A file of ONNX as a module, computed by onnxruntime on the CPU."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        with input_errors("ONNX needs another package, pip install 'augsub[onnx]'"):
+            import onnxruntime
+        try:
+            self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        except Exception as error:  # its classes have no common base
+            raise InputError(f"{file}: {first_line(error)}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
+        name = self.session.get_inputs()[0].name
+        return torch.from_numpy(self.session.run(None, {name: images.cpu().numpy()})[0])
+
+
+def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) -> Predictor:
+    """What a command line means.
+
+    Args:
+        what: a run's folder, a checkpoint, a file of weights or of ONNX, or the name of a timm model.
+        model_name: the timm model of a file of weights that holds no configuration.
+        overrides: `key=value` for the configuration.
+
+    Raises:
+        InputError: nothing of that name, weights of which the model is unknown, or a model of other than photographs.
+    """
+    if what.endswith(".onnx"):
+        return _of_onnx(Path(what), overrides)
+    config, file = find_target(what, model_name, overrides)
+    config = complete(config)
+    if config.data.dataset in UNTRANSFORMED:
+        raise InputError(f"{what}: was trained on {config.data.dataset}, which are no files of images")
+    if file is not None and load_metadata(file).get("config") is not None:
+        exported = load_exported(file, plugins=config.plugins)
+        is_sigmoid = config.loss.name == "bce"
+        names, model = exported.state["class_names"], exported.model
+        return Predictor(model, config, names, torch.sigmoid if is_sigmoid else softmax)
+    content = None if file is None else load(file)
+    with input_errors(what):
+        model = create_model(
+            config.model.name,
+            num_classes=None if content is None else _classes_of(content, config.model.name),
+            image_size=config.data.image_size,
+            pretrained=content is None,
+        )
+        if content is not None:
+            load_weights(model, content, what, complete=True)
+    return Predictor(model, config, _names_of(model), softmax)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Over the classes."""
+    return logits.softmax(dim=1)
+
+
+def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
+    model = OnnxModel(file)
+    said = model.session.get_modelmeta().custom_metadata_map.get(METADATA)
+    known = json.loads(said) if said else {}
+    own = [f"transform.{key}={json.dumps(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
+    side = model.session.get_inputs()[0].shape[-1]
+    config = complete(parse_config("", str(file), [*own, f"data.image_size={side}", *overrides]))
+    classes = model.session.get_outputs()[0].shape[-1]
+    names = known.get("label_names") or [str(number) for number in range(classes)]
+    return Predictor(model, config, names, softmax)
+
+
+def _classes_of(content: Any, name: str) -> int | None:
+    """As many as the head in a file of weights has outputs; None if it has none of that name."""
+    with torch.device("meta"):
+        head = head_tensors(create_model(name))
+    return next((len(content[tensor]) for tensor in sorted(head) if tensor in content), None)
+
+
+def _names_of(model: nn.Module) -> list[str]:
+    """The classes of a timm model, as far as timm knows them."""
+    known = model.pretrained_cfg.get("label_names")
+    if known:
+        return list(known)
+    if model.num_classes == IMAGENET_CLASSES:
+        info = ImageNetInfo()
+        return [info.index_to_description(number).partition(",")[0] for number in range(IMAGENET_CLASSES)]
+    return [str(number) for number in range(model.num_classes)]
+
+
+def image_paths(places: Sequence[Path]) -> list[str]:
+    """The images that a command line names, each once: files, those in folders at any depth, those in tables."""
+    found: dict[str, None] = {}
+    for place in places:
+        if place.is_dir():
+            found |= dict.fromkeys(sorted(images_below(place, Counter()), key=natural_order))
+        elif not place.exists():
+            raise InputError(f"{place}: no such file or folder")
+        elif place.suffix in TABLES:
+            found |= dict.fromkeys(str(place.parent / row["path"]) for row in read_table(place, ("path",)))
+        else:
+            found[str(place)] = None
+    if not found:
+        raise InputError(f"{', '.join(map(str, places)) or 'IMAGES'}: no image there")
+    return list(found)
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a file by name of their columns; InputError if it cannot be read or one of the columns is missing."""
+    with input_errors(str(file)):
+        if file.suffix == ".parquet":
+            rows = _parquet().read_table(file).to_pylist()
+        elif file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    for column in columns if rows else ():
+        if column not in rows[0]:
+            raise InputError(f"{file}: has no column {column}, but {', '.join(map(str, rows[0]))}")
+    return rows
+
+
+def _parquet() -> Any:
+    with input_errors("Parquet needs another package, pip install 'augsub[parquet]'"):
+        from pyarrow import parquet
+    return parquet
+
+
+class Predictions:
+    """The rows of images, in one file at the end; until then each process adds to a file of its own beside it.
+
+    Args:
+        file: .csv, .jsonl or .parquet; None: rows are printed, and an interrupted command begins anew.
+        top_k: classes of each image.
+
+    Raises:
+        InputError: the file is there, and is none of such rows.
+    """
+
+    def __init__(self, file: Path | None, top_k: int) -> None:
+        self.top_k, self._file = top_k, file
+        self._rows: dict[str, Row] = {}
+        if file is not None and file.exists():
+            self._rows = {row["path"]: row for row in read_table(file, ("path",))}
+        self._before = [*self._rows]
+        self._take_parts()
+        counts = {sum(name.startswith("class_") for name in row) for row in self._rows.values()}
+        if counts - {top_k}:
+            raise InputError(f"--output {file}: has {max(counts)} classes of each image, not {top_k}")
+
+    def missing(self, paths: Iterable[str]) -> list[str]:
+        """Those of which there is no row yet."""
+        return [path for path in paths if path not in self._rows]
+
+    def add(self, rows: Sequence[Row], process: Process) -> None:
+        """Keep some more rows."""
+        self._rows |= {row["path"]: row for row in rows}
+        if self._file is not None:
+            part = self._part(f"{process.rank}-{os.getpid()}")
+            with writing_errors(part), open(part, "a") as opened:
+                opened.writelines(f"{json.dumps(row)}\n" for row in rows)
+
+    def finish(self, paths: Sequence[str]) -> str:
+        """Write all rows in the order of their paths; what to print."""
+        if self._file is None:
+            found = [self._rows[path] for path in paths if path in self._rows]
+            table = [
+                [row["path"], *(f"{row[f'class_{k}']} {row[f'probability_{k}']:.3f}" for k in self._ranks(row))]
+                for row in found
+            ]
+            return tabulate(table, headers=["path", *range(1, self.top_k + 1)])
+        self._take_parts()
+        order = dict.fromkeys([*self._before, *paths, *self._rows])  # what other commands have put there stays
+        rows = [self._rows[path] for path in order if path in self._rows]
+        with writing_errors(self._file):
+            if self._file.suffix == ".parquet":
+                import pyarrow
+
+                with atomic.new_content(self._file) as opened:
+                    _parquet().write_table(pyarrow.Table.from_pylist(rows), opened)
+            else:
+                atomic.write_text(self._file, _as_csv(rows) if self._file.suffix == ".csv" else _as_lines(rows))
+        for part in self._parts():
+            part.unlink()
+        left = len(self.missing(paths))
+        return f"{len(paths) - left} images in {self._file}" + (f", {left} could not be read" if left else "")
+
+    @staticmethod
+    def _ranks(row: Row) -> range:
+        return range(1, 1 + sum(name.startswith("class_") for name in row))
+
+    def _take_parts(self) -> None:
+        """Read what processes have added, but for a line that one of them did not finish."""
+        for part in self._parts():
+            for line in part.read_text().splitlines(keepends=True):
+                if line.endswith("\n"):
+                    row = json.loads(line)
+                    self._rows[row["path"]] = row
+
+    def _part(self, rank: str) -> Path:
+        return self._file.with_name(f".{self._file.name}.part-{rank}.jsonl")
+
+    def _parts(self) -> list[Path]:
+        return [] if self._file is None else sorted(self._file.parent.glob(self._part("*").name))
+
+
+def _as_lines(rows: Sequence[Row]) -> str:
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def _as_csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0] if rows else ["path"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@torch.inference_mode()
+def predict(
+    predictor: Predictor, paths: Sequence[str], predictions: Predictions, process: Process, flips: bool = False
+) -> None:
+    """Predict this process's share of some images. All processes must call it together.
+
+    Raises:
+        InputError: more unreadable images than `data.bad_files` allows.
+    """
+    config, names = predictor.config, predictor.class_names
+    if not paths:
+        return
+    transform = build_transform(config.transform, config.data.image_size, is_training=False)
+    files = ImageFiles("", [(path, number) for number, path in enumerate(paths)], {})
+    source = DataSource(None, Images(files, transform, "held-out"), len(names), in_chans=3, class_names=names)
+    batches = Batches(config, source, process, BadFiles(config.data.bad_files))
+    model, precision = predictor.model.to(process.device).eval(), build_precision(config, process)
+    for images, numbers in tqdm(batches, unit="batch", disable=None if process.is_main else True):
+        with precision.autocast():
+            probabilities = predictor.probabilities(model(images).float())
+            if flips:
+                probabilities = (probabilities + predictor.probabilities(model(images.flip(-1)).float())) / 2
+        best = probabilities.topk(min(predictions.top_k, len(names)), dim=1)
+        rows = []
+        for number, values, classes in zip(numbers.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
+            if number != IGNORED:
+                row: Row = {"path": paths[number]}
+                for rank, (value, label) in enumerate(zip(values, classes, strict=True), start=1):
+                    row |= {f"class_{rank}": names[label], f"probability_{rank}": round(value, 6)}
+                rows.append(row)
+        predictions.add(rows, process)
