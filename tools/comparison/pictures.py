@@ -105,7 +105,7 @@ def draw_differences(by_config: ByConfig, metric: str, path: Path) -> bool:
 
 
 def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
-    """A panel for each configuration: gains over times, and a line through the ways that no cheaper one beats."""
+    """A panel for each configuration: gains over FLOPs, and a line through the ways that no cheaper one beats."""
     figure, panels = _row_of_panels(by_config)
     for axes, (config, (_, *tried)) in zip(panels, by_config.items(), strict=True):
         points = [(1.0, 0.0)]
@@ -113,14 +113,13 @@ def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
         axes.annotate("baseline", points[0], (6, 4), textcoords="offset points", fontsize="small")
         for way in tried:
             gain, half = interval(way.differences(metric).values())
-            times = [own / other for own, other in way.pairs("seconds").values()]
-            points.append((float(np.mean(times)), gain))
+            points.append((way.flops / way.baseline.flops, gain))
             axes.errorbar(*points[-1], yerr=half, fmt="o", color=BLUE, capsize=3)
             name = way.name.removeprefix(f"{config}, ")
             axes.annotate(name, points[-1], (6, 4), textcoords="offset points", fontsize="small")
         best = np.maximum.accumulate([gain for _, gain in sorted(points)])
-        axes.step([time for time, _ in sorted(points)], best, where="post", color="0.5", zorder=0)
-        axes.set_xlabel("time of training, in parts of the baseline's")
+        axes.step([cost for cost, _ in sorted(points)], best, where="post", color="0.5", zorder=0)
+        axes.set_xlabel("FLOPs of all forwards, in parts of the baseline's")
         axes.set_ylabel(f"held-out {METRICS[metric]}, difference to the baseline (points)")
         axes.margins(0.15)
     save(figure, path, DPI)
@@ -223,7 +222,7 @@ def _draw(axes: Axes, ways: Sequence[Way], quantity: str) -> None:
 PICTURES = {  # of a study's page: what they show, and what draws them, in their order
     "differences": ("Differences to the baseline: each seed, and the mean with its interval", draw_differences),
     "price": (
-        "Difference to the baseline over the time of training; the line goes through what nothing cheaper beats",
+        "Difference to the baseline over the FLOPs of training; the line goes through what nothing cheaper beats",
         draw_prices,
     ),
     "sweep": ("Held-out accuracy over the ratio: means over seeds, and their intervals", draw_sweeps),

@@ -88,13 +88,11 @@ class Way:
 
     def differences(self, metric: str) -> dict[int, float]:
         """This way minus its baseline, for each seed that both have."""
-        return {seed: own - other for seed, (own, other) in self.pairs(metric).items()}
-
-    def pairs(self, name: str) -> dict[int, tuple[float, float]]:
-        """A value of this way's and of its baseline's summary, for each seed that both have."""
         before = self.baseline.runs
         return {
-            seed: (run.summary[name], before[seed].summary[name]) for seed, run in self.runs.items() if seed in before
+            seed: run.summary[metric] - before[seed].summary[metric]
+            for seed, run in self.runs.items()
+            if seed in before
         }
 
 
