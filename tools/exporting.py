@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import shutil
 import warnings
@@ -27,7 +26,7 @@ from engine.config import UNTRANSFORMED, Config
 from engine.config_file import parse_config
 from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, input_errors, writing_errors
-from engine.text import readable_name
+from engine.text import readable_name, to_json
 from models.build import TIMM_KEYS, create_model, takes_image_size
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -219,7 +218,7 @@ def write_onnx(file: Path, exported: Exported) -> str:
     if not difference < TOLERANCE:
         raise RunError(f"{file}: onnxruntime's logits differ by {difference:.2g}, so nothing was written")
     said = {**_preprocessing(exported), "label_names": exported.state.get("class_names")}
-    program.model.metadata_props[METADATA] = json.dumps(said)
+    program.model.metadata_props[METADATA] = to_json(said)
     with writing_errors(file):
         program.save(file)
     return (

@@ -31,6 +31,7 @@ from engine.defaults import build_precision, complete
 from engine.distributed import Process
 from engine.errors import InputError, first_line, input_errors, writing_errors
 from engine.evaluation_run import find_target
+from engine.text import to_json
 from models.build import TIMM_KEYS, create_model
 from models.weights import head_tensors, load_weights
 from tools.exporting import METADATA, load_exported
@@ -119,7 +120,7 @@ def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
     model = OnnxModel(file)
     said = model.session.get_modelmeta().custom_metadata_map.get(METADATA)
     known = json.loads(said) if said else {}
-    own = [f"transform.{key}={json.dumps(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
+    own = [f"transform.{key}={to_json(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
     side = model.session.get_inputs()[0].shape[-1]
     config = complete(parse_config("", str(file), [*own, f"data.image_size={side}", *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
@@ -215,7 +216,7 @@ class Predictions:
         if self._file is not None:
             part = self._part(f"{process.rank}-{os.getpid()}")
             with writing_errors(part), open(part, "a") as opened:
-                opened.writelines(f"{json.dumps(row)}\n" for row in rows)
+                opened.writelines(f"{to_json(row)}\n" for row in rows)
 
     def finish(self, paths: Sequence[str]) -> str:
         """Write all rows in the order of their paths; what to print."""
@@ -262,7 +263,7 @@ class Predictions:
 
 
 def _as_lines(rows: Sequence[Row]) -> str:
-    return "".join(f"{json.dumps(row)}\n" for row in rows)
+    return "".join(f"{to_json(row)}\n" for row in rows)
 
 
 def _as_csv(rows: Sequence[Row]) -> str:
