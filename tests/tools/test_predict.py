@@ -117,7 +117,7 @@ def test_a_table_and_single_files_are_images_too_and_without_output_a_table_is_p
     assert lines[1][1:3] == [NAMES[best.argmax()], f"{best.max():.3f}"]
 
 
-@pytest.mark.parametrize("kind", ["model.safetensors", "folder", "model.onnx"])
+@pytest.mark.parametrize("kind", ["model.safetensors", "folder", pytest.param("model.onnx", marks=pytest.mark.slow)])
 def test_exported_models_predict_alike(call, trained, tmp_path, kind):
     target = tmp_path / kind
     assert call(export, trained / "run" / "checkpoints" / "best.pt", target)[0] == 0
