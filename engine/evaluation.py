@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -181,12 +181,14 @@ class Result:
         metrics: on all images.
         parts: figures on each source of the images, by name.
         augmentation: of the sub-model; None: the main model.
+        probes: top-1 in percent of classifiers on its features, by their names.
     """
 
     prefix: str
     metrics: Metrics
     parts: dict[str, dict[str, float]]
     augmentation: augsub.SubModelAugmentation | None = None
+    probes: dict[str, float] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:

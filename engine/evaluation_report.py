@@ -56,6 +56,7 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         model |= {"crop_pct": evaluated["crop"], "interpolation": evaluated["interpolation"], **weights}
         model |= {"images": figures["images"], **cross_entropy, "ece": round(figures["ece"], 3)}
         model["balanced_accuracy"] = round(figures["balanced_accuracy"], 3)
+        model |= {f"{name}_top1": round(top1, 3) for name, top1 in result.probes.items()}
         found["results"].append(model)
         counts, hits = result.metrics.confusion.sum(dim=1).tolist(), result.metrics.confusion.diag().tolist()
         for name, count, hit in zip(evaluated["class_names"], counts, hits, strict=True):
@@ -87,7 +88,8 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
     found = rows(evaluated, results)
     for name, columns in PRINTED.items():
         if found[name]:
-            blocks.append(tabulate([[row[column] for column in columns] for row in found[name]], headers=columns))
+            own = [*columns, *(column for column in found[name][0] if column.endswith("_top1"))]
+            blocks.append(tabulate([[row[column] for column in own] for row in found[name]], headers=own))
     errors: dict[tuple[str, str], list[float]] = {}
     for row in found["corruptions"]:
         errors.setdefault((row["weights"], row["corruption"]), []).append(row["top1_err"])
@@ -141,6 +143,7 @@ def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
             {
                 "weights": result.weights,
                 **metrics.figures(),
+                **{f"{name}_top1": top1 for name, top1 in result.probes.items()},
                 "calibration": dict(calibration),
                 "most_confused": [
                     {"true": names[true], "predicted": names[predicted], "images": images}

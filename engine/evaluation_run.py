@@ -25,6 +25,7 @@ from engine.defaults import build_precision, check_pretrained_classes, complete,
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
 from engine.evaluation import WEIGHTS, Metrics, Result, evaluate
+from engine.features import probe
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
 from models.build import check_image_shape
@@ -134,6 +135,7 @@ def evaluate_weights(
     variant: str | None = None,
     augmentations: Sequence[augsub.SubModelAugmentation] = (),
     output: Path | None = None,
+    probes: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[Result]]:
     """Evaluate the weights in a file, and their average if there is one. All processes must call it together.
 
@@ -143,6 +145,7 @@ def evaluate_weights(
         variant: one of ImageNet's relatives, or corruptions of them, in place of the configuration's held-out images.
         augmentations: of sub-models that are evaluated too.
         output: a folder that is made before hours are spent.
+        probes: classifiers that are fitted to the features, for which the training images are needed.
 
     Returns:
         What was evaluated and how, and for all weights the result of the model and of its sub-models.
@@ -151,7 +154,9 @@ def evaluate_weights(
         InputError: weights that are not complete, or of other classes; images that do not fit the model.
         RunError: a logit is NaN or infinite; `output` cannot be made.
     """
-    sources = held_out_sources(config, variant)
+    if probes and variant is not None:
+        raise InputError(f"--features: not with --variant {variant}, which has no training images")
+    sources = held_out_sources(config, variant, with_training=bool(probes))
     for source in sources.values():
         log_left_out(source)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
@@ -175,15 +180,18 @@ def evaluate_weights(
                 part = Metrics(process.device, source)
                 parts[name] = evaluate(model, loader, precision, process, label, part, augmentation, config.seed)
                 whole.add(part)
-            results.append(Result(prefix, whole, parts, augmentation))
+            found = {}
+            if probes and augmentation is None:
+                found = probe(probes, model, config, source, process, precision, bad_files)
+            results.append(Result(prefix, whole, parts, augmentation, found))
     bad_files.unite(process)
     return {"source": str(file or "timm's pretrained weights"), **_described(config, variant, source, model)}, results
 
 
-def held_out_sources(config: Config, variant: str | None) -> dict[str, DataSource]:
+def held_out_sources(config: Config, variant: str | None, with_training: bool = False) -> dict[str, DataSource]:
     """The images of an evaluation by name, "" if there is one set of them."""
     if variant is None:
-        return {"": build_source(config, with_training=False)}
+        return {"": build_source(config, with_training)}
     return corrupted(config) if variant == CORRUPTED else open_variant(variant, config)
 
 

@@ -4,6 +4,7 @@
     python tools/eval_net.py runs/digits_vit/checkpoints/last.pt --ratios 0,0.25,0.5,0.75
     python tools/eval_net.py model.safetensors --model vit_small_patch16_224 data.root=images
     python tools/eval_net.py runs/mine --variant corrupted                  # accuracy and calibration by corruption
+    python tools/eval_net.py runs/mine --features knn,linear                # how good its features are by themselves
     python tools/eval_net.py resnet50 --variant v2 data.root=imagenetv2-matched-frequency-format-val
     torchrun --nproc_per_node=8 tools/eval_net.py runs/swin_b data.image_size=256 transform.eval_crop=1
 
@@ -51,6 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sub-model", action="store_true", help="evaluate the configuration's sub-models too")
     parser.add_argument("--augsub", metavar="NAME", help="this sub-model instead, at ratio 0.5")
     parser.add_argument("--ratios", metavar="R,R,…", help="sub-models at these ratios, for example 0,0.25,0.5,0.75")
+    parser.add_argument("--features", metavar="P,P", help="classifiers on the features too: knn,linear")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
     return parser.parse_intermixed_args(arguments)
 
@@ -66,15 +68,19 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.distributed import process_group
     from engine.evaluation_report import tables, write
     from engine.evaluation_run import evaluate_weights, find_target, folder_for, sub_models
+    from engine.features import chosen_probes
 
     if launched_rank() == 0:
         log_to_terminal()
+    probes = chosen_probes(arguments.features)
     overrides = [*VARIANT_SETTINGS.get(arguments.variant, ()), *arguments.overrides]
     config, checkpoint = find_target(arguments.what, arguments.model, overrides)
     config = complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     augmentations = sub_models(config, arguments.augsub, ratios) if wanted else []
-    asked = [f"{key}={vars(arguments)[key]}" for key in ("variant", "augsub", "ratios") if vars(arguments)[key]]
+    asked = [
+        f"{key}={vars(arguments)[key]}" for key in ("variant", "augsub", "ratios", "features") if vars(arguments)[key]
+    ]
     asked += [*(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
     output = arguments.output or folder_for(arguments.what, checkpoint, asked)
     with (
@@ -82,7 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
         worker_deaths(config.data.workers),
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
-        description, results = evaluate_weights(config, checkpoint, process, arguments.variant, augmentations, output)
+        description, results = evaluate_weights(
+            config, checkpoint, process, arguments.variant, augmentations, output, probes
+        )
         if process.is_main:
             print(tables(description, results))
             write(output, description, results)

@@ -14,11 +14,16 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch.nn import functional as F
 
 from engine import defaults
+from engine.checkpoint import load
 from engine.config_file import load_config
+from engine.data.source import build_digits
 from engine.distributed import Process
 from engine.evaluation_run import LONGEST, folder_for
 from tools import compare_runs, eval_net
@@ -168,6 +173,38 @@ def test_a_run_is_evaluated_as_it_was_in_training(evaluate, train_net, run):
 
 
 FIGURES = ("top1", "top5", "eval_loss", "images", "balanced_accuracy")
+
+
+def test_features_are_judged_as_scikit_learn_judges_them(evaluate, call_tool, run, images, tmp_path):
+    """Of trained and averaged weights; of photographs, that training images are seen as in evaluation."""
+    printed = evaluate(run, "--features", "knn,linear")
+    folder = run / "evaluation" / "best_features=knn,linear"
+    state, source = load(run / "checkpoints" / "best.pt"), build_digits(8)
+    size = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 1, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, **size).eval()
+    for found, weights in zip(results(folder), (state["model"], state["hooks"]["ema"]["model"]), strict=True):
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            (known, answers), (asked, right) = (
+                (model.forward_features(values)[:, 0].numpy(), labels.numpy())
+                for values, labels in (source.train.tensors, source.held_out.tensors)
+            )
+        knn = KNeighborsClassifier(20, metric="cosine").fit(known, answers).score(asked, right)
+        scaler = StandardScaler().fit(known)
+        linear = LogisticRegression(max_iter=1000).fit(scaler.transform(known), answers)
+        expected = 100 * np.array([knn, linear.score(scaler.transform(asked), right)])
+        assert (found["knn_top1"], found["linear_top1"]) == pytest.approx(tuple(expected), abs=0.3)  # two images
+    assert "knn_top1" in printed and rows(folder / "results.csv")[0]["linear_top1"]
+
+    shutil.copytree(images / "val", images / "train")
+    model = ("--model", "test_resnet", f"data.root={images}", "data.workers=0", "--output", tmp_path / "same")
+    evaluate(saved_weights("test_resnet", tmp_path), *model, "--features", "linear")
+    assert results(tmp_path / "same")[0]["linear_top1"] == 100  # each held-out image is a training image
+    shutil.rmtree(images / "train")
+    code, _, error = call_tool(run, "--features", "knn", "--variant", "corrupted")
+    assert code == 2 and "--features: not with --variant corrupted, which has no training images" in error
+    code, _, error = call_tool(run, "--features", "knn,lin")
+    assert code == 2 and error == "error: --features knn,lin: allowed are knn, linear\n"
 
 
 def test_ratio_zero_is_the_main_model(evaluate, trained, tmp_path):
