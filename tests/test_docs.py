@@ -160,6 +160,14 @@ def test_the_readme_quotes_what_the_pages_have():
     for model, training, accuracy, difference, cost in quoted:
         row = measured[f"{model}, {training}"]
         assert [accuracy, difference, cost] == [row[1], row[2], row[6]]
+    study = (DOCS / "study_cifar10_vit_small.md").read_text()
+    measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
+    quoted = readme.partition("On photographs there is")[2].partition("## Limits")[0]
+    shown = {name: values for name, *values in map(cells, quoted.splitlines()) if values}
+    for name, values in measured.items():
+        assert shown[name] == [values[1], values[2], values[6]]
+    (against,) = re.findall(r"against baseline, 60 epochs: (.+)", study)
+    assert len(measured) == 3 and f"computation, {against}," in " ".join(quoted.split())
     section = readme.partition("On an NVIDIA H200")[2].partition("## What it does")[0]
     figures = re.findall(r"\b1\.\d{3}\b|\d+ images/s|(?<=step )\d+", section)
     performance = (DOCS / "performance.md").read_text()

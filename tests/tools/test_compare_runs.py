@@ -282,6 +282,21 @@ def test_results_of_two_machines_are_not_paired(study, monkeypatch):
     assert "- seed 5: two, two cores, torch two, timm two\n" in table and "2 are still to come" in table
 
 
+def test_a_longer_baseline_is_compared_with_what_computes_as_much(study):
+    longer = '  "plain, longer": ["augsub.sub_models=[]", train.epochs=120]\n'
+    study.write_text(STUDY.replace("  drop path:", f"{longer}  drop path:"))
+    top1 = {"plain": (90, 91), "plain, longer": (92, 94), "drop path": (95, 96)}
+    for run in plan(load_study(study), study):
+        epochs = {"epochs": 4.0} if run.way == "plain, longer" else {}  # drop path computes twice as much a step
+        forge(
+            run.config.output_dir, to_yaml(run.config), top1[run.way][run.config.seed == 3], run.config.seed, **epochs
+        )
+    run_study(study, jobs=1)
+    text = Path("report.md").read_text()
+    # 3 and 2: mean 2.5, standard error 0.5, t(0.975, 1) = 12.706
+    assert "computation, with intervals of 95 %:\n\n- drop path, against plain, longer: +2.50 [-3.85, +8.85]\n" in text
+
+
 def test_several_configurations_have_their_own_baselines_and_hold_together(study):
     """Two comparisons: of 95 % each, and by Bonferroni of 97.5 %."""
     Path("other.yaml").write_text("_base_: tiny.yaml\n")

@@ -58,7 +58,7 @@ def draw_panels(by_config: ByConfig, quantity: str, path: Path) -> bool:
         highest = max(axes.lines, key=lambda line: line.get_ydata()[-1])
         for line in axes.lines:  # its last value beside it, the upper one above it
             end = line.get_xydata()[-1]
-            text = f"{end[1]:.2g}" if quantity == "main_loss" else f"{end[1]:.2f}"
+            text = f"{end[1]:.3g}" if quantity == "main_loss" else f"{end[1]:.2f}"
             offset = (6, 2 if line is highest else -9)
             axes.annotate(text, end, offset, textcoords="offset points", color=line.get_color())
         axes.set_xlim(0, 1.25 * max(line.get_xdata()[-1] for line in axes.lines))
@@ -115,8 +115,11 @@ def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
             gain, half = interval(way.differences(metric).values())
             points.append((way.flops / way.baseline.flops, gain))
             axes.errorbar(*points[-1], yerr=half, fmt="o", color=BLUE, capsize=3)
-            name = way.name.removeprefix(f"{config}, ")
-            axes.annotate(name, points[-1], (6, 4), textcoords="offset points", fontsize="small")
+        dearest = max(points)[0]
+        for (cost, gain), way in zip(points[1:], tried, strict=True):
+            name, is_right = way.name.removeprefix(f"{config}, "), cost > (1 + dearest) / 2
+            offset, side = ((-6, 4), "right") if is_right else ((6, 4), "left")
+            axes.annotate(name, (cost, gain), offset, textcoords="offset points", fontsize="small", ha=side)
         best = np.maximum.accumulate([gain for _, gain in sorted(points)])
         axes.step([cost for cost, _ in sorted(points)], best, where="post", color="0.5", zorder=0)
         axes.set_xlabel("FLOPs of all forwards, in parts of the baseline's")
@@ -177,7 +180,7 @@ def draw_gradients(by_config: ByConfig, metric: str, path: Path) -> bool:
         for way in ways:
             (epochs, main), (_, sub) = (curve(way, name) for name in both)
             axes.plot(epochs, (sub / main).mean(0), label=way.name.removeprefix(f"{config}, "))
-        axes.set(xlabel="epoch", ylabel="norm of the sub-model's gradient, in parts of the main model's")
+        axes.set(xlabel="epoch", ylabel="gradient norm, sub-model / main model")
         axes.legend(frameon=False)
     save(figure, path, DPI)
     return True

@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -43,6 +43,7 @@ BESIDE = {  # further columns, with decimals, where all runs have them
     "corrupted_ece": ("under corruptions, %", 2),
     "seconds": ("seconds", 1),
 }
+AS_MUCH = 0.05  # by so much the computation of two ways may differ that are called equal in it
 EVALUATED = {"": "last", "corrupted_": "last*variant=corrupted*"}  # folders of eval_net.py, by prefix of its figures
 OWN_KEYS = ("seed", "output_dir")  # what the runs of one way may differ in
 
@@ -285,3 +286,22 @@ def conclusions(ways: Sequence[Way], metric: str) -> str:
             "95 %; by those the ways are"
         )
     return f"{text}\n\n" + "\n".join(f"- **{verdict}**:{names or ' none'}" for verdict, names in verdicts.items())
+
+
+def equal_computation(ways: Sequence[Way], metric: str) -> str:
+    """Longer baselines against the ways that compute as much, as a paragraph with a list; empty if there are none.
+
+    A longer baseline is one that is named so: "baseline, 60 epochs".
+    """
+    lines = []
+    for longer in ways:
+        if longer.baseline and longer.name.startswith(longer.baseline.name):
+            for way in ways:
+                is_other = way.baseline is longer.baseline and way is not longer
+                if is_other and abs(way.flops / longer.flops - 1) < AS_MUCH:
+                    against = replace(way, baseline=longer)
+                    if against.differences(metric):
+                        lines.append(f"- {way.name}, against {longer.name}: {difference_text(against, metric)}")
+    if not lines:
+        return ""
+    return "\n\nFor as much computation, with intervals of 95 %:\n\n" + "\n".join(lines)

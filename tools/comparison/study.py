@@ -328,6 +328,7 @@ def fill_page(
         summary=compared.summary_table(ways, METRIC),
         caption=compared.CAPTION,
         conclusions=compared.conclusions(ways, METRIC),
+        equal=compared.equal_computation(ways, METRIC),
         samples="\n".join(samples),
         single=markdown_table(
             ["training", *(f"seed {seed}" for seed in seeds)],
