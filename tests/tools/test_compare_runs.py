@@ -297,6 +297,7 @@ def test_a_longer_baseline_is_compared_with_what_computes_as_much(study):
     assert "computation, with intervals of 95 %:\n\n- drop path, against plain, longer: +2.50 [-3.85, +8.85]\n" in text
 
 
+@pytest.mark.slow
 def test_several_configurations_have_their_own_baselines_and_hold_together(study):
     """Two comparisons: of 95 % each, and by Bonferroni of 97.5 %."""
     Path("other.yaml").write_text("_base_: tiny.yaml\n")
@@ -316,6 +317,7 @@ def test_several_configurations_have_their_own_baselines_and_hold_together(study
     assert text.count("1000 training images") == 2
 
 
+@pytest.mark.slow
 def test_a_study_is_interrupted_and_continued(study, capsys):
     study.write_text(STUDY.replace("[5, 3]", "[3]"))
     first, report = RunFolder("runs/study/tiny_plain_seed3"), Path("report.md")
