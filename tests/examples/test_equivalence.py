@@ -86,7 +86,7 @@ OBJECTIVES = {
 }
 
 
-SLOW = ("shares", "teacher", "R-Drop")
+SLOW = ("shares", "teacher", "CoSub", "R-Drop")  # all but the default
 
 
 @pytest.fixture(

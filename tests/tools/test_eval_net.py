@@ -176,7 +176,7 @@ FIGURES = ("top1", "top5", "eval_loss", "images", "balanced_accuracy")
 
 
 def test_features_are_judged_as_scikit_learn_judges_them(evaluate, call_tool, run, images, tmp_path):
-    """Of trained and averaged weights; of photographs, that training images are seen as in evaluation."""
+    """Of trained and averaged weights."""
     printed = evaluate(run, "--features", "knn,linear")
     folder = run / "evaluation" / "best_features=knn,linear"
     state, source = load(run / "checkpoints" / "best.pt"), build_digits(8)
@@ -195,16 +195,19 @@ def test_features_are_judged_as_scikit_learn_judges_them(evaluate, call_tool, ru
         expected = 100 * np.array([knn, linear.score(scaler.transform(asked), right)])
         assert (found["knn_top1"], found["linear_top1"]) == pytest.approx(tuple(expected), abs=0.3)  # two images
     assert "knn_top1" in printed and rows(folder / "results.csv")[0]["linear_top1"]
+    code, _, error = call_tool(run, "--features", "knn", "--variant", "corrupted")
+    assert code == 2 and "--features: not with --variant corrupted, which has no training images" in error
+    code, _, error = call_tool(run, "--features", "knn,lin")
+    assert code == 2 and error == "error: --features knn,lin: allowed are knn, linear\n"
 
+
+@pytest.mark.slow
+def test_features_of_training_photographs_are_those_of_an_evaluation(evaluate, images, tmp_path):
     shutil.copytree(images / "val", images / "train")
     model = ("--model", "test_resnet", f"data.root={images}", "data.workers=0", "--output", tmp_path / "same")
     evaluate(saved_weights("test_resnet", tmp_path), *model, "--features", "linear")
     assert results(tmp_path / "same")[0]["linear_top1"] == 100  # each held-out image is a training image
     shutil.rmtree(images / "train")
-    code, _, error = call_tool(run, "--features", "knn", "--variant", "corrupted")
-    assert code == 2 and "--features: not with --variant corrupted, which has no training images" in error
-    code, _, error = call_tool(run, "--features", "knn,lin")
-    assert code == 2 and error == "error: --features knn,lin: allowed are knn, linear\n"
 
 
 def test_ratio_zero_is_the_main_model(evaluate, trained, tmp_path):
