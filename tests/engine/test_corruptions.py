@@ -80,6 +80,7 @@ def test_the_images_of_a_configuration_under_all_of_them(image_folder, folder_co
         corrupted(config)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_all_of_them(call, image_folder, tmp_path):
     own = ("--variant", "corrupted", "--output", tmp_path / "out", f"data.root={image_folder}", "data.workers=0")
     torch.manual_seed(0)

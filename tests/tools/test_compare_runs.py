@@ -261,6 +261,7 @@ def test_the_report_of_a_finished_study(study, capsys):
         run_study(study, jobs=1)
 
 
+@pytest.mark.slow
 def test_results_of_two_machines_are_not_paired(study, monkeypatch):
     """Seed 5 was begun on one machine and finished on another, which has all of it; seed 3 is left to any of them."""
     machines = {"one": {"plain": (80, 85)}, "two": {"plain": (90,), "drop path": (96,)}}
@@ -282,6 +283,7 @@ def test_results_of_two_machines_are_not_paired(study, monkeypatch):
     assert "- seed 5: two, two cores, torch two, timm two\n" in table and "2 are still to come" in table
 
 
+@pytest.mark.slow
 def test_a_longer_baseline_is_compared_with_what_computes_as_much(study):
     longer = '  "plain, longer": ["augsub.sub_models=[]", train.epochs=120]\n'
     study.write_text(STUDY.replace("  drop path:", f"{longer}  drop path:"))
@@ -344,6 +346,7 @@ def test_a_study_is_interrupted_and_continued(study, capsys):
     assert sorted(capsys.readouterr().err.splitlines()) == lines and "resumed" in first.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_failing_run_ends_the_study(study):
     Path("tiny.yaml").write_text(f"{Path('tiny.yaml').read_text()}optimizer: {{name: adamx}}\n")
     with pytest.raises(RunError, match=r"^runs/study/tiny_plain_seed5: optimizer.*adamx") as failed:

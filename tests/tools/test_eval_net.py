@@ -175,6 +175,7 @@ def test_a_run_is_evaluated_as_it_was_in_training(evaluate, train_net, run):
 FIGURES = ("top1", "top5", "eval_loss", "images", "balanced_accuracy")
 
 
+@pytest.mark.slow
 def test_features_are_judged_as_scikit_learn_judges_them(evaluate, call_tool, run, images, tmp_path):
     """Of trained and averaged weights."""
     printed = evaluate(run, "--features", "knn,linear")

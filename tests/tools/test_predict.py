@@ -73,7 +73,10 @@ def assert_right(folder: Path, rows: list[dict], top_k: int, flips: bool = False
         assert len(row) == 1 + 2 * top_k
 
 
-@pytest.mark.parametrize(("suffix", "flips"), [("csv", False), ("jsonl", True), ("parquet", False)])
+@pytest.mark.parametrize(
+    ("suffix", "flips"),
+    [("csv", False), *(pytest.param(*of, marks=pytest.mark.slow) for of in (("jsonl", True), ("parquet", False)))],
+)
 def test_a_run_on_a_folder_gives_timms_probabilities_and_goes_on_where_it_was(call, trained, tmp_path, suffix, flips):
     output, images = tmp_path / f"out.{suffix}", tmp_path / "images"
     shutil.copytree(trained / "images" / "val", images)
