@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,25 +105,19 @@ def run(arguments: argparse.Namespace) -> None:
         show(file)
     if arguments.show:
         return
-    import timm  # here: --help and --show need none of them
-    import torch
+    import torch  # here: --help and --show do without
+
+    from tools.machine import machine
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no such device")
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = processor[1].strip() if processor else platform.processor()
-    machine = {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else name,
-        "cores": str(os.cpu_count()),
-        **{"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    about = machine(arguments.device == "cuda")
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     command, lines = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]), []
     for of_case in measure(arguments, torch.device(arguments.device)):
         print(f"\n{table(of_case)}", flush=True)
         lines += of_case
-        content = to_json({"machine": machine, "command": command, "lines": lines}, indent=1)
+        content = to_json({"machine": about, "command": command, "lines": lines}, indent=1)
         with writing_errors(arguments.json):  # after every case: whatever ends the rest, these are there
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_text(arguments.json, content)

@@ -267,7 +267,7 @@ def test_results_of_two_machines_are_not_paired(study, monkeypatch):
     machines = {"one": {"plain": (80, 85)}, "two": {"plain": (90,), "drop path": (96,)}}
     for machine, of_ways in machines.items():
         monkeypatch.setattr(
-            results, "machine", lambda name=machine: dict.fromkeys(("device", "cores", "torch", "timm"), name)
+            results, "machine", lambda is_gpu, name=machine: dict.fromkeys(("device", "cores", "torch", "timm"), name)
         )
         for run in plan(load_study(study), study):
             top1 = dict(zip((5, 3), of_ways.get(run.way, ()), strict=False)).get(run.config.seed)

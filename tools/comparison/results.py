@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from engine.errors import InputError, first_line, writing_errors
 from engine.text import to_json, with_nan
 from engine.writers import Record
 from tools.comparison.runs import METRICS, OWN_KEYS, Run
+from tools.machine import machine
 
 DRAWN = ("epoch", "main_loss", "sub_loss", "main_grad_norm", "sub_grad_norm", *METRICS)  # of a run's records
 DIGITS = 5  # significant ones of what is drawn
@@ -54,18 +51,6 @@ class Result:
         return Run(Path(self.run), config, self.summary, self.records, self.machine, self.training_images)
 
 
-def machine() -> dict[str, str]:
-    """What a measured number depends on: device, cores, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = processor[1].strip() if processor else platform.processor()
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name,
-        "cores": str(os.cpu_count()),
-        **{"torch": torch.__version__, "timm": version("timm"), "python": platform.python_version()},
-    }
-
-
 def settings(config: Config) -> dict[str, Any]:
     """Keys whose values are not the defaults, but for seed and folder, and what may change on resuming."""
     left_out = (*OWN_KEYS, *marked(MAY_CHANGE))
@@ -78,7 +63,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def this_machine() -> str:
     """The machine, in one line."""
-    return "{device}, {cores} cores, torch {torch}, timm {timm}".format(**machine())
+    return "{device}, {cores} cores, torch {torch}, timm {timm}".format(**machine(torch.cuda.is_available()))
 
 
 def result_of(run: Run, planned: Config) -> Result:
