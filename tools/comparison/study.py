@@ -31,7 +31,7 @@ from engine.run_folder import RunFolder
 from engine.text import expanded, markdown_table
 from tools.analysis import analyze_configured
 from tools.comparison import runs as compared
-from tools.comparison.pictures import PICTURES
+from tools.comparison.pictures import PICTURES, every_way
 from tools.comparison.results import (
     Result,
     add_result,
@@ -282,7 +282,7 @@ def found_ways(study: Study, runs: Sequence[PlannedRun], results: Sequence[Resul
 
 def write_page(study: Study, by_config: Mapping[str, list[Way]], left: int, command: str) -> list[Path]:
     """Draw the pictures and write the page that shows them; all of them are returned."""
-    page, ways = Path(study.report), [way for of_config in by_config.values() for way in of_config]
+    page, ways = Path(study.report), every_way(by_config)
     check_comparable(ways, METRIC)
     pictures = {}  # what they show, by their path
     for name, (caption, draw) in PICTURES.items():
@@ -299,7 +299,7 @@ def fill_page(
     study: Study, by_config: Mapping[str, list[Way]], pictures: Mapping[Path, str], left: int, command: str
 ) -> str:
     """The report."""
-    facts, samples, ways = [], [], [way for of_config in by_config.values() for way in of_config]
+    facts, samples, ways = [], [], every_way(by_config)
     for base, (baseline, *_) in by_config.items():
         run, accuracy = baseline.first, statistics.fmean(baseline.values(METRIC))
         data, images = run.config.data, run.summary["images"]
