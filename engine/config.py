@@ -27,7 +27,11 @@ from engine.errors import InputError
 # ruff: noqa: UP006, UP007, UP045
 
 UNTRANSFORMED = ("digits", "synthetic")  # values of data.dataset whose images are used as they are
-BEST_BY = ("top1", "balanced_accuracy", "ema_top1", "ema_balanced_accuracy")  # values of evaluation.metric
+# The names under which a split is looked for: timm's, and test
+SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
+OF_SEVERAL_LABELS = ("map", "f1_macro", "f1_micro")  # values of evaluation.metric where an image may have several
+METRICS = ("top1", "balanced_accuracy", *OF_SEVERAL_LABELS)
+COLUMNS = ("path", "labels", "split", "image", "label")  # that data.columns may rename
 # keys of transform that null leaves to the model
 MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")
 # what null leaves to the model or to the data
@@ -144,10 +148,16 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where images come from. The number of classes is inferred."""
 
-    dataset: str = "folder"  # folder | digits | synthetic | a timm dataset name (hfds/…, torch/…)
+    # folder | table | wds (tar files) | parquet | digits | synthetic | a timm dataset name (hfds/…, torch/…)
+    dataset: str = "folder"
     root: Tunable[Optional[File]] = None  # folder with <train_split>/<class>/*.jpg and <eval_split>/<class>/*.jpg
-    train_split: str = "train"  # folder or split name of the training images
+    train_split: str = "train"  # folder or split name of the training images; of wds and parquet also files {00..99}
     eval_split: str = "validation"  # of a folder any of val, valid, validation, eval, evaluation, test
+    table: Tunable[Optional[File]] = None  # of dataset=table: a CSV or Parquet file with a row for each image
+    # a table's columns, where they are not called path, labels and split; labels may list columns with 0 and 1.
+    # Of Parquet data its columns, where they are not called image and label
+    columns: Dict[str, Any] = field(default_factory=dict)
+    label_separator: str = "|"  # between the labels of an image in a table
     classes: List[str] = field(default_factory=list)  # of all there are those to use, in their order; empty: all
     # of each class's training images, held out in place of eval_split: always the same ones, whatever the seed
     validation_share: Share = 0.0
@@ -158,6 +168,11 @@ class DataConfig(Section):
     repeats: Count = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
     # ram: all images are decoded once, before training, and kept
     cache: Tunable[Annotated[Optional[str], one_of("ram")]] = None
+    # decode JPEG files at 1/2, 1/4 or 1/8 of their size where a crop needs no more: faster, other pixels
+    draft_decoding: bool = False
+    exif_orientation: bool = False  # turn photographs as their camera says; timm does not
+    max_megapixels: Tunable[Positive] = 179.0  # larger images count as bad files; Pillow's own limit
+    patience: Tunable[Positive] = 60.0  # seconds without a byte after which a shard's URL or pipe is tried again
     workers: Tunable[NotNegativeInt] = 4  # loader processes per training process; 0 loads in the training process
     bad_files: Tunable[NotNegativeInt] = 0  # unreadable image files that a run may skip; one more stops it
     allow_mismatch: Tunable[bool] = False  # go on although classes or images are not those that the weights come from
@@ -333,8 +348,9 @@ class EvaluationConfig(Section):
     batch: Tunable[Count] = 256  # images at once per process
     # what --eval-only evaluates; null: the run's last one, else where it starts
     checkpoint: Tunable[Optional[File]] = None
-    # what makes a checkpoint the best one: accuracy of all images, or the mean over classes; ema_: of the average
-    metric: Annotated[str, one_of(*BEST_BY)] = "top1"
+    # what makes a checkpoint the best one: accuracy of all images (top1), or the mean over classes; of images with
+    # several labels map (mean average precision), f1_macro or f1_micro; ema_…: of the average
+    metric: Annotated[str, one_of(*METRICS, *(f"ema_{name}" for name in METRICS))] = "top1"
 
 
 @dataclass
@@ -427,6 +443,11 @@ def marked(mark: Mark, section: type[Section] | None = None, prefix: str = "") -
     return found
 
 
+def has_several_labels(config: Config) -> bool:
+    """Whether an image may have several labels, or none: `evaluation.metric` says so."""
+    return config.evaluation.metric.removeprefix("ema_") in OF_SEVERAL_LABELS
+
+
 def check(config: Config) -> None:
     """Raise InputError for the first value out of range, or keys that do not go together."""
     for problem in (*_out_of_range(config), *_contradictions(config)):
@@ -470,6 +491,18 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "loss.target_threshold: only loss.name = bce has a threshold"
     if config.loss.target_threshold is not None and config.loss.smoothing:
         yield "loss.target_threshold: goes with loss.smoothing = 0 only; smoothed targets of all classes pass it"
+    if has_several_labels(config):
+        metric = f"evaluation.metric = {config.evaluation.metric}"
+        if config.data.dataset in UNTRANSFORMED:
+            yield f"{metric}: data.dataset = {config.data.dataset} has one label of each image"
+        if config.loss.name != "bce":
+            yield f"{metric}: images with several labels need loss.name = bce, not {config.loss.name}"
+        if config.loss.smoothing:
+            yield f"{metric}: goes with loss.smoothing = 0 only"
+    if unknown := sorted(config.data.columns.keys() - set(COLUMNS)):
+        yield f"data.columns.{unknown[0]}: allowed is {', '.join(COLUMNS)}"
+    if config.data.draft_decoding and config.data.cache:
+        yield "data.draft_decoding: not with data.cache, for which images are decoded once and whole"
     if config.model.drop_path_shape == "uniform" and config.model.drop_path_rate is None:
         yield "model.drop_path_shape = uniform: needs model.drop_path_rate"
     if config.mixup.integer_pixels and config.data.dataset in UNTRANSFORMED:

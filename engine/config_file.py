@@ -76,7 +76,7 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-FREE = ("kwargs", "class_weights")  # whose keys are the user's
+FREE = ("kwargs", "class_weights", "columns")  # whose keys are the user's
 
 
 def leaves(config: Config | Mapping[str, Any]) -> dict[str, Any]:

@@ -295,7 +295,7 @@ def build_trainer(
     seed_all(config.seed)  # the initial weights are the same in all processes
     data = DataLoaders(config, source, process)
     bare_model = build_run_model(config, source, process, is_resumed)
-    mixup = build_mixup(config, source.num_classes, data.micro_batch, process.device)
+    mixup = build_mixup(config, source, data.micro_batch, process.device)
     weights = class_weights(config.loss, source)
     criterion = build_criterion(config.loss, soft_labels=mixup is not None, weights=weights).to(process.device)
     objective = build_objective(config, criterion)
@@ -373,7 +373,6 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     evaluation = Evaluation(
         config.evaluation.period * data.iterations_per_epoch,
         config.evaluation.metric,
-        num_classes=data.source.num_classes,
         average=ema.module if ema is not None and config.ema.evaluate else None,
     )
     saving = Checkpoint(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augsub
+from engine.data.images import IGNORED
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED
 from engine.distributed import Process
 from engine.errors import InputError, RunError
+from engine.multi_label import MultiLabelMetrics
 from engine.precision import Precision
 from engine.seeding import derive_seed, seed_all
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 WEIGHTS = {"": "trained", "ema_": "averaged"}  # by the prefix of their results
+MOST_CONFUSED = 25  # pairs of classes that are listed and drawn
 BINS = 15  # of confidence, of equal width; bin i holds (i / 15, (i + 1) / 15], as in Guo et al., arXiv 1706.04599
 
 
@@ -115,12 +118,40 @@ class Metrics:
         images, confidence, correct = self.calibration
         return float(100 * (correct - confidence).abs().sum() / images.sum())
 
+    def of_classes(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Of each class its `images`, and `top1` in percent, None without images."""
+        counts, hits = self.confusion.sum(dim=1).tolist(), self.confusion.diag().tolist()
+        return [
+            {"class": name, "images": int(count), "top1": round(100 * hit / count, 3) if count else None}
+            for name, count, hit in zip(names, counts, hits, strict=True)
+        ]
+
+    def details(self, names: Sequence[str]) -> dict[str, Any]:
+        """What results.json has beside the figures."""
+        calibration = zip(("images", "confidence_sum", "correct"), self.calibration.tolist(), strict=True)
+        confused = [
+            {"true": names[true], "predicted": names[predicted], "images": images}
+            for true, predicted, images in self.most_confused(MOST_CONFUSED)
+        ]
+        return {"calibration": dict(calibration), "most_confused": confused}
+
     def most_confused(self, number: int) -> list[tuple[int, int, int]]:
         """Pairs (true, predicted, images) of different classes, most images first; those without images left out."""
         mistakes = self.confusion - self.confusion.diag().diag()
         images, cells = mistakes.flatten().sort(descending=True, stable=True)
         pairs = zip(images[:number].tolist(), cells[:number].tolist(), strict=True)
         return [(*divmod(cell, len(mistakes)), int(count)) for count, cell in pairs if count]
+
+
+def metrics_for(source: DataSource, device: torch.device, is_detailed: bool = True) -> Metrics | MultiLabelMetrics:
+    """What counts the images of a source.
+
+    Args:
+        is_detailed: whether calibration and confusion are wanted too.
+    """
+    if source.has_several_labels:
+        return MultiLabelMetrics(device)
+    return Metrics(device, source) if is_detailed else Metrics(device, num_classes=source.num_classes)
 
 
 def _best_label(logits: Tensor, accepted: Tensor, labels: Tensor) -> Tensor:
@@ -137,11 +168,11 @@ def evaluate(
     precision: Precision,
     process: Process,
     name: str = "the model",
-    metrics: Metrics | None = None,
+    metrics: Metrics | MultiLabelMetrics | None = None,
     augmentation: augsub.SubModelAugmentation | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """The figures of `Metrics` on all images. All processes call it together.
+    """The figures of the metrics on all images. All processes call it together.
 
     Args:
         model: without distributed wrapper; its training mode is restored.
@@ -185,7 +216,7 @@ class Result:
     """
 
     prefix: str
-    metrics: Metrics
+    metrics: Metrics | MultiLabelMetrics
     parts: dict[str, dict[str, float]]
     augmentation: augsub.SubModelAugmentation | None = None
     probes: dict[str, float] = field(default_factory=dict)

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve
 from tabulate import tabulate
 
 from engine import atomic
+from engine.config import OF_SEVERAL_LABELS
 from engine.errors import writing_errors
-from engine.evaluation import BINS, Metrics, Result
+from engine.evaluation import BINS, MOST_CONFUSED, Metrics, Result
 from engine.figure import BLUE, OKABE_ITO, save
+from engine.multi_label import MultiLabelMetrics
 from engine.text import to_json
 
-MOST_CONFUSED = 25  # pairs of classes that are listed and drawn
 MATRIX_CLASSES = 30  # up to so many classes the matrix can be read
 LONGEST_TITLE, LONGEST_CLASS = 50, 24  # characters of the data's and of a class's name in a picture
 # Files of which there are some evaluations without
@@ -31,11 +32,13 @@ NOT_ALWAYS = (
     "ratios.png",
     "ema_confusion.png",
     "ema_calibration.png",
+    "precision_recall.png",
+    "ema_precision_recall.png",
 )
 # Columns of the terminal's tables; the files have more
 PRINTED = {
-    "results": ("weights", "images", "top1", "top5", "cross_entropy", "ece"),
-    "sub_models": ("weights", "sub_model", "ratio", "top1", "top5", "cross_entropy"),
+    "results": ("weights", "images", "top1", "top5", *OF_SEVERAL_LABELS, "cross_entropy", "ece"),
+    "sub_models": ("weights", "sub_model", "ratio", "top1", "top5", *OF_SEVERAL_LABELS, "cross_entropy"),
 }
 Row = dict[str, Any]
 
@@ -48,30 +51,29 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         cross_entropy = {"cross_entropy": round(figures["eval_loss"], 5)}
         if result.augmentation is not None:
             name, ratio = result.sub_model
-            row = {**weights, "sub_model": name, "ratio": ratio, **_accuracies(figures), **cross_entropy}
+            row = {**weights, "sub_model": name, "ratio": ratio, **_scores(figures), **cross_entropy}
             found["sub_models"].append(row)
             continue
-        model = {"model": evaluated["model"], "img_size": evaluated["image_size"], **_accuracies(figures)}
+        model = {"model": evaluated["model"], "img_size": evaluated["image_size"], **_scores(figures)}
         model["param_count"] = round(evaluated["parameters"] / 1e6, 2)  # millions, as there
         model |= {"crop_pct": evaluated["crop"], "interpolation": evaluated["interpolation"], **weights}
-        model |= {"images": figures["images"], **cross_entropy, "ece": round(figures["ece"], 3)}
-        model["balanced_accuracy"] = round(figures["balanced_accuracy"], 3)
+        model |= {"images": figures["images"], **cross_entropy}
+        model |= {name: round(figures[name], 3) for name in ("ece", "balanced_accuracy") if name in figures}
         model |= {f"{name}_top1": round(top1, 3) for name, top1 in result.probes.items()}
         found["results"].append(model)
-        counts, hits = result.metrics.confusion.sum(dim=1).tolist(), result.metrics.confusion.diag().tolist()
-        for name, count, hit in zip(evaluated["class_names"], counts, hits, strict=True):
-            top1 = round(100 * hit / count, 3) if count else None
-            found["classes"].append({**weights, "class": name, "images": int(count), "top1": top1})
+        found["classes"] += [{**weights, **row} for row in result.metrics.of_classes(evaluated["class_names"])]
         for place, part in result.parts.items() if len(result.parts) > 1 else ():
             corruption, severity = place.split("/")
-            row = {**weights, "corruption": corruption, "severity": severity, **_accuracies(part)}
+            row = {**weights, "corruption": corruption, "severity": severity, **_scores(part)}
             row["ece"] = round(part["ece"], 3)
             found["corruptions"].append(row)
     return found
 
 
-def _accuracies(figures: Mapping[str, float]) -> Row:
-    """Top-1 and top-5 in percent with their errors, three digits after the point, as timm writes them."""
+def _scores(figures: Mapping[str, float]) -> Row:
+    """Top-1 and top-5 in percent with their errors, as timm writes them, or what there is of several labels."""
+    if "map" in figures:
+        return {name: round(figures[name], 3) for name in OF_SEVERAL_LABELS}
     return {
         column: round(value, 3)
         for name in ("top1", "top5")
@@ -88,7 +90,9 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
     found = rows(evaluated, results)
     for name, columns in PRINTED.items():
         if found[name]:
-            own = [*columns, *(column for column in found[name][0] if column.endswith("_top1"))]
+            there = found[name][0]
+            own = [column for column in columns if column in there]
+            own += [column for column in there if column.endswith("_top1")]
             blocks.append(tabulate([[row[column] for column in own] for row in found[name]], headers=own))
     errors: dict[tuple[str, str], list[float]] = {}
     for row in found["corruptions"]:
@@ -122,6 +126,11 @@ def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result])
     for result in results:
         if result.augmentation is None:
             of_weights = f"{title}{', averaged weights' if result.prefix else ''}"
+            if isinstance(result.metrics, MultiLabelMetrics):
+                draw_precision_recall(
+                    result.metrics, names, of_weights, folder / f"{result.prefix}precision_recall.png"
+                )
+                continue
             draw_confusion(result.metrics, names, of_weights, folder / f"{result.prefix}confusion.png")
             draw_calibration(result.metrics, of_weights, folder / f"{result.prefix}calibration.png")
     draw_ratios(found, title, folder / "ratios.png")
@@ -137,18 +146,12 @@ def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
             name, ratio = result.sub_model
             content[-1]["sub_models"].append({"name": name, "ratio": ratio, "figures": metrics.figures()})
             continue
-        calibration = zip(("images", "confidence_sum", "correct"), metrics.calibration.tolist(), strict=True)
-        confused = metrics.most_confused(MOST_CONFUSED)
         content.append(
             {
                 "weights": result.weights,
                 **metrics.figures(),
                 **{f"{name}_top1": top1 for name, top1 in result.probes.items()},
-                "calibration": dict(calibration),
-                "most_confused": [
-                    {"true": names[true], "predicted": names[predicted], "images": images}
-                    for true, predicted, images in confused
-                ],
+                **metrics.details(names),
                 "sub_models": [],
             }
         )
@@ -189,6 +192,26 @@ def draw_confusion(metrics: Metrics, class_names: Sequence[str], title: str, pat
     save(figure, path)
 
 
+def draw_precision_recall(metrics: MultiLabelMetrics, class_names: Sequence[str], title: str, path: Path) -> None:
+    """Precision over recall of each of few classes; of many, the average precision of each over its images."""
+    figure, axes = plt.subplots(figsize=(6.4, 5), layout="constrained")
+    axes.set_title(title, fontsize="medium")
+    rows = [row for row in metrics.of_classes(class_names) if row["images"]]
+    if len(rows) <= len(OKABE_ITO):
+        for row, colour in zip(rows, OKABE_ITO, strict=False):
+            number = class_names.index(row["class"])
+            label = f"{row['class'][:LONGEST_CLASS]}, AP {row['ap']:.1f} %"
+            curve = precision_recall_curve(metrics.targets[:, number], metrics.probabilities[:, number])
+            axes.plot(curve[1], curve[0], drawstyle="steps-post", color=colour, label=label)
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
+        axes.legend(frameon=False, fontsize=8)
+    else:
+        axes.scatter([row["images"] for row in rows], [row["ap"] for row in rows], s=12, color=BLUE)
+        axes.set(xlabel="held-out images of the class", ylabel="average precision (%)", xscale="log", ylim=(0, 101))
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
 def draw_calibration(metrics: Metrics, title: str, path: Path) -> None:
     """Reliability diagram: accuracy over confidence above, where the images are below."""
     images, confidence, correct = metrics.calibration.cpu().numpy()
@@ -208,18 +231,20 @@ def draw_calibration(metrics: Metrics, title: str, path: Path) -> None:
 def draw_ratios(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> None:
     """Top-1 of sub-models over their ratio, if there are some that were evaluated at several ratios."""
     curves: dict[str, list[tuple[float, float]]] = {}
+    score = "map" if "map" in found["results"][0] else "top1"
     for row in found["sub_models"]:
         if row["ratio"] is not None:
-            curves.setdefault(f"{row['sub_model']}, {row['weights']} weights", []).append((row["ratio"], row["top1"]))
+            curves.setdefault(f"{row['sub_model']}, {row['weights']} weights", []).append((row["ratio"], row[score]))
     if not any(len(points) > 1 for points in curves.values()):
         return
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     axes.set_prop_cycle(color=OKABE_ITO, marker=list("os^DvPX"))
-    main = found["results"][0]["top1"]
+    main = found["results"][0][score]
     axes.axhline(main, color="gray", linestyle="--", marker="", label=f"main model, {main:.2f} %")
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), label=name)
-    axes.set(xlabel="ratio: share that the sub-model loses", ylabel="top-1 accuracy (%)")
+    what = {"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}[score]
+    axes.set(xlabel="ratio: share that the sub-model loses", ylabel=what)
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

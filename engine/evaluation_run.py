@@ -14,7 +14,7 @@ from torch import nn
 
 import augsub
 from engine.checkpoint import load, load_metadata
-from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config
+from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
 from engine.config_file import parse_config
 from engine.data.corruptions import corrupted
 from engine.data.datasets import build_source
@@ -24,7 +24,7 @@ from engine.data.source import DataSource, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
-from engine.evaluation import WEIGHTS, Metrics, Result, evaluate
+from engine.evaluation import WEIGHTS, Result, evaluate, metrics_for
 from engine.features import probe
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
@@ -154,6 +154,8 @@ def evaluate_weights(
         InputError: weights that are not complete, or of other classes; images that do not fit the model.
         RunError: a logit is NaN or infinite; `output` cannot be made.
     """
+    if has_several_labels(config) and (probes or variant is not None):
+        raise InputError("--variant, --features: are for images with one label, which evaluation.metric denies")
     if probes and variant is not None:
         raise InputError(f"--features: not with --variant {variant}, which has no training images")
     sources = held_out_sources(config, variant, with_training=bool(probes))
@@ -174,10 +176,10 @@ def evaluate_weights(
                 output.mkdir(parents=True, exist_ok=True)
         for augmentation in (None, *augmentations):
             sub_model = "" if augmentation is None else f"the sub-model {augmentation} of "
-            whole, parts = Metrics(process.device, source), {}
+            whole, parts = metrics_for(source, process.device), {}
             for name, loader in loaders.items():
                 label = f"{sub_model}the {WEIGHTS[prefix]} weights{name and f' on {name}'}"
-                part = Metrics(process.device, source)
+                part = metrics_for(source, process.device)
                 parts[name] = evaluate(model, loader, precision, process, label, part, augmentation, config.seed)
                 whole.add(part)
             found = {}

@@ -15,10 +15,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from engine.config import Config
-from engine.data.datasets import Images
+from engine.data.images import IGNORED, Images
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED
 from engine.data.transforms import build_transform
 from engine.distributed import Process
 from engine.errors import InputError

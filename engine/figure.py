@@ -46,7 +46,12 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
 # Of the curves of a run, in two panels: what is drawn by which name, in which colour
 CURVES = (
     {"main_loss": ("main model", BLUE), "sub_loss": ("sub-model", VERMILION)},
-    {"top1": ("main model", GREEN), "ema_top1": ("EMA of the main model", PURPLE)},
+    {
+        "top1": ("main model", GREEN),
+        "ema_top1": ("EMA of the main model", PURPLE),
+        "map": ("main model, mAP", GREEN),
+        "ema_map": ("EMA of the main model, mAP", PURPLE),
+    },
 )
 
 
@@ -65,7 +70,9 @@ def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
     losses.set(title="Training loss", xlabel="epoch", ylabel="loss", yscale="log")
     losses.yaxis.set_major_formatter("{x:g}")
     losses.yaxis.set_minor_formatter(LogFormatter())  # as plain numbers, where there are few
-    accuracy.set(title="Held-out accuracy", xlabel="epoch", ylabel="top-1 accuracy (%)")
+    is_map = any("map" in record for record in records)
+    accuracy.set(xlabel="epoch", ylabel="mean average precision (%)" if is_map else "top-1 accuracy (%)")
+    accuracy.set_title("Held-out images" if is_map else "Held-out accuracy")
     figure.suptitle(title)
     save(figure, path)
 

@@ -46,7 +46,8 @@ def class_weights(config: LossConfig, source: DataSource) -> Tensor | None:
         return None
     names = source.class_names
     if given == "balanced":
-        counts = np.bincount(source.train_labels, minlength=source.num_classes)
+        labels = source.train_labels
+        counts = labels.sum(axis=0) if labels.ndim > 1 else np.bincount(labels, minlength=source.num_classes)
         if not counts.all():
             raise InputError(f"loss.class_weights = balanced: class {names[counts.argmin()]} has no training image")
         return torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
@@ -62,7 +63,20 @@ def class_weights(config: LossConfig, source: DataSource) -> Tensor | None:
     return weights
 
 
-class IntegerMixup(Mixup):
+class MultiLabelMixup(Mixup):
+    """timm's, which mixes targets (B, K) of several labels as it mixes images, whatever its version.
+
+    For those its arguments are `num_classes` = B and no smoothing.
+    """
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if targets.ndim == 1:
+            return super().__call__(images, targets)
+        images, shares = super().__call__(images, torch.arange(len(images), device=images.device))
+        return images, shares @ targets  # (B, B) of each image in each mixture
+
+
+class IntegerMixup(MultiLabelMixup):
     """Mixup after which normalised pixels are whole numbers of 0 to 255 again.
 
     So they come out of timm's loader, which mixes images before it normalises them.
@@ -79,14 +93,14 @@ class IntegerMixup(Mixup):
         super().__init__(**kwargs)
         self._mean, self._std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        images, targets = super().__call__(images, labels)
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        images, targets = super().__call__(images, targets)
         pixels = ((images * self._std + self._mean) * self.BRIGHTEST).round()
         return (pixels / self.BRIGHTEST - self._mean) / self._std, targets
 
 
-def build_mixup(config: Config, num_classes: int, micro_batch: int, device: torch.device) -> Mixup | None:
-    """What mixes (images (B, C, H, W), labels (B,)) to (images, soft labels (B, K)), or None if it is off.
+def build_mixup(config: Config, source: DataSource, micro_batch: int, device: torch.device) -> Mixup | None:
+    """What mixes (images (B, C, H, W), labels (B,) or (B, K)) to (images, soft labels (B, K)), or None if it is off.
 
     Label smoothing moves into the soft labels.
 
@@ -103,7 +117,8 @@ def build_mixup(config: Config, num_classes: int, micro_batch: int, device: torc
         )
     names = ("mixup_alpha", "cutmix_alpha", "cutmix_minmax", "prob", "switch_prob", "mode", "correct_lam")
     arguments = {name: getattr(mixup, name) for name in names}
-    arguments |= {"label_smoothing": config.loss.smoothing, "num_classes": num_classes}
+    classes = micro_batch if source.has_several_labels else source.num_classes
+    arguments |= {"label_smoothing": config.loss.smoothing, "num_classes": classes}
     if mixup.integer_pixels:
         return IntegerMixup(config.transform.mean, config.transform.std, device, **arguments)
-    return Mixup(**arguments)
+    return MultiLabelMixup(**arguments)

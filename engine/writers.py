@@ -56,7 +56,7 @@ class LogWriter(Writer):
         iteration, max_iterations: steps already done, and steps of the whole run.
     """
 
-    SHOWN = ("main_loss", "sub_loss", "grad_norm", "top1", "ema_top1")
+    SHOWN = ("main_loss", "sub_loss", "grad_norm", "top1", "ema_top1", "map", "ema_map")
 
     def __init__(self, iteration: int, max_iterations: int) -> None:
         self._first, self._last = iteration, max_iterations
@@ -158,8 +158,6 @@ class TensorBoardWriter(Writer):
     What an interrupted run wrote after `iteration` is hidden.
     """
 
-    RESULTS = ("top1", "main_loss")  # beside which the HPARAMS page shows the configuration
-
     def __init__(self, config: Config, folder: Path, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, needed on one process only
         from torch.utils.tensorboard.summary import hparams
@@ -167,7 +165,8 @@ class TensorBoardWriter(Writer):
         self._writer = SummaryWriter(str(folder), purge_step=iteration + 1)
         self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", iteration)
         plain = {key: str(value) if isinstance(value, list | dict) else value for key, value in leaves(config).items()}
-        for summary in hparams(plain, dict.fromkeys(self.RESULTS)):  # add_hparams would make a run of its own of them
+        results = dict.fromkeys((config.evaluation.metric, "main_loss"))  # beside which the page HPARAMS shows it
+        for summary in hparams(plain, results):  # add_hparams would make a run of its own of them
             self._writer.file_writer.add_summary(summary)
 
     def write(self, record: Record) -> None:

@@ -22,10 +22,10 @@ from engine import atomic
 from engine.checkpoint import load, load_metadata
 from engine.config import UNTRANSFORMED, Config
 from engine.config_file import parse_config
-from engine.data.datasets import ImageFiles, Images, images_below, natural_order
+from engine.data.files import ImageFiles, images_below, natural_order, parquet, read_table
+from engine.data.images import IGNORED, Decoding, Images
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED
 from engine.data.transforms import build_transform
 from engine.defaults import build_precision, complete
 from engine.distributed import Process
@@ -163,27 +163,6 @@ def image_paths(places: Sequence[Path]) -> list[str]:
     return list(found)
 
 
-def read_table(file: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a file by name of their columns; InputError if it cannot be read or one of the columns is missing."""
-    with input_errors(str(file)):
-        if file.suffix == ".parquet":
-            rows = _parquet().read_table(file).to_pylist()
-        elif file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-        else:
-            rows = list(csv.DictReader(io.StringIO(file.read_text())))
-    for column in columns if rows else ():
-        if column not in rows[0]:
-            raise InputError(f"{file}: has no column {column}, but {', '.join(map(str, rows[0]))}")
-    return rows
-
-
-def _parquet() -> Any:
-    with input_errors("Parquet needs another package, pip install 'augsub[parquet]'"):
-        from pyarrow import parquet
-    return parquet
-
-
 class Predictions:
     """The rows of images, in one file at the end; until then each process adds to a file of its own beside it.
 
@@ -235,7 +214,7 @@ class Predictions:
                 import pyarrow
 
                 with atomic.new_content(self._file) as opened:
-                    _parquet().write_table(pyarrow.Table.from_pylist(rows), opened)
+                    parquet().write_table(pyarrow.Table.from_pylist(rows), opened)
             else:
                 atomic.write_text(self._file, _as_csv(rows) if self._file.suffix == ".csv" else _as_lines(rows))
         for part in self._parts():
@@ -286,9 +265,11 @@ def predict(
     config, names = predictor.config, predictor.class_names
     if not paths:
         return
-    transform = build_transform(config.transform, config.data.image_size, is_training=False)
+    transform = build_transform(config.transform, config.data.image_size, False, config.data.draft_decoding)
     files = ImageFiles("", [(path, number) for number, path in enumerate(paths)], {})
-    source = DataSource(None, Images(files, transform, "held-out"), len(names), in_chans=3, class_names=names)
+    decoding = Decoding(config.data.exif_orientation, config.data.max_megapixels)
+    held_out = Images(files, transform, "held-out", decoding=decoding)
+    source = DataSource(None, held_out, len(names), in_chans=3, class_names=names)
     batches = Batches(config, source, process, BadFiles(config.data.bad_files))
     model, precision = predictor.model.to(process.device).eval(), build_precision(config, process)
     for images, numbers in tqdm(batches, unit="batch", disable=None if process.is_main else True):

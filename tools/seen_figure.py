@@ -26,7 +26,8 @@ from torch.utils.data import default_collate
 import augsub
 from engine import atomic
 from engine.config import Config, TransformConfig
-from engine.data.datasets import UnreadableImage, decode, is_image, natural_order
+from engine.data.files import is_image, natural_order
+from engine.data.images import UnreadableImage, decode
 from engine.data.source import IMAGENET, DataSource
 from engine.data.transforms import Delivery, Normalise, build_transform, normalisation
 from engine.defaults import create_configured_model

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from engine.config import Config
-from engine.data.datasets import Images, build_source
+from engine.data.datasets import build_source
+from engine.data.images import Images
 from engine.data.source import DataSource
 from engine.errors import InputError
 

@@ -33,9 +33,10 @@ import torch
 from timm.data import ImageNetInfo
 
 from engine.config import Config
-from engine.data.datasets import ImageFiles, Images, image_folder, images_below, root_of, split_folder
+from engine.data.datasets import root_of
+from engine.data.files import ImageFiles, image_folder, images_below, split_folder
+from engine.data.images import IGNORED, Images
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED
 from engine.data.transforms import build_transform
 from engine.errors import InputError
 

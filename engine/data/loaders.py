@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from engine.config import Config, TrainConfig
-from engine.data.datasets import Images, UnreadableImage
+from engine.data.images import IGNORED, Images, UnreadableImage
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED, SeededDataset, TrainingOrder, held_out_order, sampling_weights
+from engine.data.stream import SeededDataset, TrainingOrder, held_out_order, sampling_weights
 from engine.data.transforms import Delivery, normalisation
 from engine.distributed import Process
 from engine.errors import InputError, RunError, first_line
@@ -29,7 +29,7 @@ from engine.train_loop import HookBase
 LOGGER = logging.getLogger("engine")
 STEPS_PER_EPOCH = 16  # that small data should have at least
 SMALLEST, LARGEST = 8, 64  # images per process: enough for BatchNorm, and a first guess at what fits into memory
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) and labels (B,)
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) and targets: labels (B,), or of several ones (B, K) of 0 and 1
 PATIENCE = 2.0  # seconds between a connection that broke and the notice that the process behind it is dead
 
 
@@ -86,6 +86,7 @@ class DataLoaders:
         self.iterations_per_epoch = images // train.global_batch
         self.max_iterations = min(train.epochs * self.iterations_per_epoch, train.max_iters or sys.maxsize)
         self.bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
+        self.bad_files.record(source.damaged)
         self.held_out = Batches(config, source, process, self.bad_files)
 
     def train_from(self, iteration: int) -> Generator[Batch]:
@@ -102,6 +103,7 @@ class DataLoaders:
             first_iteration=iteration,
             last_iteration=self.max_iterations,
             weights=None if sampling is None else sampling_weights(self.source.train_labels, sampling),
+            shards=self.source.train_shards,
         )
         return iter(Batches(self._config, self.source, self._process, self.bad_files, order))
 
@@ -200,8 +202,8 @@ class Batches(Iterable[Batch]):
         blank = torch.zeros(source.image_shape(config.data.image_size))
         self._dataset = SeededDataset(
             images,
-            attempts=config.data.bad_files + 1 if self._is_training else 1,
-            blank=blank if normalisation(config)[0] is None else blank.byte(),
+            config.data.bad_files if self._is_training else None,
+            (blank if normalisation(config)[0] is None else blank.byte(), source.no_target),
         )
         self._deliver = Delivery(config, process.device, self._is_training)
         self._loader = DataLoader(

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from engine.config import Config
+from engine.data.images import IGNORED
 from engine.errors import InputError
 from engine.seeding import derive_seed
 
@@ -38,6 +39,7 @@ class DataSource:
         num_classes: outputs of the model.
         class_names: by label; their numbers if none are given.
         candidates: numbers of the model's classes among which it chooses, in the order of the labels; None: all.
+        has_several_labels: whether an image may have several labels, or none: targets are (K,) of 0 and 1.
         accepted: (N, M) all right classes of N images, filled up with IGNORED, of which labels are rows; None: labels
             are the classes.
     """
@@ -49,6 +51,7 @@ class DataSource:
     class_names: Sequence[str] = ()
     candidates: Sequence[int] | None = None
     accepted: Tensor | None = None
+    has_several_labels: bool = False
 
     def __post_init__(self) -> None:
         self.class_names = tuple(self.class_names or map(str, range(self.num_classes)))
@@ -66,9 +69,25 @@ class DataSource:
             if (found := getattr(dataset, "left_out", None))
         }
 
+    @property
+    def no_target(self) -> Tensor | int:
+        """The target of what is no image, IGNORED throughout."""
+        return torch.full((self.num_classes,), float(IGNORED)) if self.has_several_labels else IGNORED
+
+    @property
+    def damaged(self) -> list[tuple[str, str]]:
+        """Shards that cannot be read to their end, and why."""
+        return [found for dataset in self._splits.values() for found in getattr(dataset, "damaged", ())]
+
+    @property
+    def train_shards(self) -> Tensor | None:
+        """In which shard each training image lies, (N,); None if they can be read in any order."""
+        shards = getattr(self.train, "shards", None)
+        return None if shards is None else torch.from_numpy(shards)
+
     @cached_property
     def train_labels(self) -> np.ndarray:
-        """The labels (N,) of the training images; InputError if the data set does not list them."""
+        """The labels (N,) of the training images, or their targets (N, K); InputError if the data set lists none."""
         dataset = self.train
         labels = dataset.tensors[1].numpy() if isinstance(dataset, TensorDataset) else dataset.labels
         if len(labels) != len(dataset):

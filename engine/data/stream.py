@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from engine.data.datasets import UnreadableImage
+from engine.data.images import UnreadableImage
 from engine.seeding import derive_seed, preserved_generators, seed_cpu
 
-IGNORED = -1  # label of what is no image: it fills a share, or stands for a file that cannot be read
+STREAMS = 16  # shards of which an epoch takes images in turn; so many are open in a process
 
 
 class SampleKey(NamedTuple):
@@ -43,6 +43,7 @@ class TrainingOrder(Sampler[list[SampleKey]]):
         repeats: copies of an image, each with a random transform of its own.
         micro_batch: images at once in one process; processes * accumulation of them make a global batch.
         weights: of the images, (N,): an epoch is drawn by them with replacement; None: a permutation.
+        shards: in which shard each image lies, (N,); None: they can be read in any order.
     """
 
     num_samples: int
@@ -55,6 +56,7 @@ class TrainingOrder(Sampler[list[SampleKey]]):
     first_iteration: int
     last_iteration: int
     weights: Tensor | None = None
+    shards: Tensor | None = None
 
     @property
     def parts(self) -> int:
@@ -76,6 +78,8 @@ class TrainingOrder(Sampler[list[SampleKey]]):
         else:  # torch.multinomial takes no more than 2**24 images
             ends = self.weights.cumsum(0)
             shuffled = torch.searchsorted(ends, ends[-1] * torch.rand(count, generator=generator, dtype=ends.dtype))
+        if self.shards is not None:
+            shuffled = shuffled[order_by_shards(self.shards[shuffled], generator)]
         return shuffled.repeat_interleave(self.repeats)[:length].tolist()
 
     def __len__(self) -> int:
@@ -92,6 +96,27 @@ class TrainingOrder(Sampler[list[SampleKey]]):
             for part in range(self.accumulation):
                 positions = range(first + part * self.world_size + self.rank, end, self.parts)
                 yield [SampleKey(images[p], derive_seed(self.seed, epoch, p)) for p in positions]
+
+
+def order_by_shards(shards: Tensor, generator: torch.Generator) -> Tensor:
+    """An order of images, (N,), in which few shards are read at a time.
+
+    Shards in a random order are dealt out to streams, and streams take turns, each as often as it has images: so the
+    longer ones end with the others. Images of one shard keep their order. It follows from shards and generator alone.
+
+    Args:
+        shards: the shard of each image, (N,), images in a random order.
+    """
+    _, shards = shards.unique(return_inverse=True)
+    count = int(shards.max()) + 1
+    places = torch.randperm(count, generator=generator)[shards]  # of the images' shards in the epoch
+    streams = places % min(STREAMS, count)
+    by_shard = places.argsort(stable=True)
+    by_stream = by_shard[streams[by_shard].argsort(stable=True)]
+    lengths = streams.bincount()
+    number = torch.arange(len(shards)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # in its stream
+    time = (number.double() + 0.5) / lengths.repeat_interleave(lengths)
+    return by_stream[time.argsort(stable=True)]
 
 
 def held_out_order(num_images: int, rank: int, world_size: int, batch: int) -> list[list[SampleKey]]:
@@ -117,12 +142,12 @@ class SeededDataset(Dataset):
     An image that cannot be read is replaced by the next one that can, under the same seed.
 
     Args:
-        attempts: images that are tried for one sample; at 1 nothing is replaced.
-        blank: stands with the label IGNORED for what is no image, (C, H, W).
+        bad_files: that may be met for one sample; None: nothing is replaced.
+        blank: stands for what is no image, (C, H, W), with its target, IGNORED throughout.
     """
 
-    def __init__(self, dataset: Dataset, attempts: int, blank: Tensor) -> None:
-        self._dataset, self._attempts, self._blank = dataset, attempts, blank
+    def __init__(self, dataset: Dataset, bad_files: int | None, blank: tuple[Tensor, Any]) -> None:
+        self._dataset, self._bad_files, self._blank = dataset, bad_files, blank
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Any]:
         """A pair for each key, and after them the bad files met."""
@@ -130,13 +155,16 @@ class SeededDataset(Dataset):
         with preserved_generators():  # with 0 workers these are also the training process's generators
             return [self._item(key, bad_files) for key in keys] + bad_files
 
-    def _item(self, key: SampleKey, bad_files: list[UnreadableImage]) -> tuple[Any, int]:
-        count = len(self._dataset)
+    def _item(self, key: SampleKey, bad_files: list[UnreadableImage]) -> tuple[Any, Any]:
+        count, met = len(self._dataset), set()  # a whole shard is one bad file
         seed_cpu(key.seed)
-        for attempt in range(self._attempts if key.index < count else 0):  # a file that fails draws nothing
+        for index in range(key.index, key.index + count if key.index < count else 0):  # one that fails draws nothing
             try:
-                image, label = self._dataset[(key.index + attempt) % count]
-                return image, int(label)
+                image, target = self._dataset[index % count]
+                return image, target if isinstance(target, Tensor) else int(target)
             except UnreadableImage as error:
                 bad_files.append(UnreadableImage(*error.args))  # without its traceback
-        return self._blank, IGNORED
+                met.add(error.args)
+                if self._bad_files is None or len(met) > self._bad_files:
+                    break
+        return self._blank

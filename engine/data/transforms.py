@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torchvision.transforms.functional import pil_modes_mapping
 
 from engine.config import UNTRANSFORMED, Config, TransformConfig
+from engine.data.images import Needed
 from engine.errors import input_errors
 
 POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
@@ -32,9 +37,64 @@ def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-def build_transform(transform: TransformConfig, image_size: int, is_training: bool) -> Callable[[Image.Image], Tensor]:
+class ReducedCrop:
+    """timm's random resized crop, of an image of which no more is decoded than it needs.
+
+    Args:
+        crop: timm's.
+    """
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self._crop = crop
+
+    def needed(self, size: tuple[int, int]) -> Needed:
+        """Draws which part of an image of (width, height) pixels is looked at."""
+        blank = torch.empty((0, *size[::-1]))  # which has a size
+        top, left, height, width = self._crop.get_params(blank, self._crop.scale, self._crop.ratio)
+        box = (left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
+        return Needed(largest_divisor((width, height), self._crop.size), box)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The part that `needed` has drawn, in the size of the output."""
+        modes = self._crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
+        box = [share * side for share, side in zip(image.info[Needed.BOX], image.size * 2, strict=True)]
+        return image.resize(self._crop.size[::-1], pil_modes_mapping[mode], box)
+
+
+class ReducedResize:
+    """timm's first step in evaluation, a resize, of an image that is decoded at no more than the size it needs.
+
+    Args:
+        resize: timm's or torchvision's.
+        side: of the output before it is cropped, pixels.
+    """
+
+    def __init__(self, resize: Callable[[Image.Image], Image.Image], side: int) -> None:
+        self._resize, self._side = resize, side
+
+    def needed(self, size: tuple[int, int]) -> Needed:
+        """What an image of (width, height) pixels may be reduced to."""
+        return Needed(largest_divisor(size, (self._side, self._side)))
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self._resize(image)
+
+
+def largest_divisor(size: Sequence[int], wanted: Sequence[int]) -> int:
+    """By what sides may be divided, 1, 2, 4 or 8, so that none is shorter than is wanted."""
+    return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or min(size) >= divisor * max(wanted))
+
+
+def build_transform(
+    transform: TransformConfig, image_size: int, is_training: bool, is_reduced: bool = False
+) -> Callable[[Image.Image], Tensor]:
     """To (C, H, W) uint8: random crop and flips, then colours; in evaluation the shorter side is resized to
-    image_size / eval_crop, and the centre cropped."""
+    image_size / eval_crop, and the centre cropped.
+
+    Args:
+        is_reduced: whether its first step says what it needs of a JPEG, so that less is decoded.
+    """
     training = {
         "scale": tuple(transform.scale),
         "ratio": tuple(transform.ratio),
@@ -58,6 +118,9 @@ def build_transform(transform: TransformConfig, image_size: int, is_training: bo
         for operation in (*getattr(part, "ops", ()), *(op for policy in getattr(part, "policy", ()) for op in policy)):
             if operation.name in POSTERIZING:
                 operation.aug_fn = posterize
+    if is_reduced:
+        first, side = built.transforms[0], math.ceil(image_size / (transform.eval_crop or 1))
+        built.transforms[0] = ReducedCrop(first) if is_training else ReducedResize(first, side)
     return built
 
 

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from engine import atomic
 from engine.config import Config
 from engine.data.transforms import normalisation
-from engine.evaluation import WEIGHTS, Metrics, evaluate
+from engine.evaluation import WEIGHTS, evaluate, metrics_for
 from engine.figure import draw_curves
 from engine.run_folder import RunFolder
 from engine.text import text_table, to_json
@@ -32,6 +32,10 @@ from engine.writers import Record, Writer, open_writers, read_lines, require_wan
 from models.pictures import record, render, render_main
 
 LOGGER = logging.getLogger("engine")
+SHOWN = {
+    "top1": "top-1", "top5": "top-5", "map": "mAP", "f1_macro": "macro F1", "f1_micro": "micro F1",
+    "ema_top1": "top-1, EMA", "ema_map": "mAP, EMA",
+}  # fmt: skip
 MIB = 1024**2
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss, see getrusage(2)
 
@@ -42,7 +46,6 @@ class Evaluation(HookBase):
 
     period: int
     metric: str  # of which the best value is kept
-    num_classes: int = 0  # for the mean over classes; 0: unknown
     average: nn.Module | None = None  # moving average of the weights, evaluated too; its results are called ema_...
     best: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
@@ -70,7 +73,7 @@ class Evaluation(HookBase):
             # each process has seen other images; of an average, those of the main process: they are what is saved
             distribute_bn(model, trainer.process.world_size, reduce=prefix != "ema_")
         name = f"the {WEIGHTS[prefix]} weights after iteration {trainer.iteration}"
-        metrics = Metrics(trainer.process.device, num_classes=self.num_classes)
+        metrics = metrics_for(trainer.data.source, trainer.process.device, is_detailed=False)
         found = evaluate(model, trainer.data.held_out, trainer.precision, trainer.process, name, metrics)
         return {prefix + name: value for name, value in found.items()}
 
@@ -258,11 +261,10 @@ class Report(HookBase):
         rows = [
             ("main loss", f"{summary['main_loss']:.4f}"),
             ("sub loss", f"{summary['sub_loss']:.4f}" if "sub_loss" in summary else "no sub-model"),
-            ("held-out top-1", f"{summary['top1']:.2f} % of {summary['images']} images"),
-            ("held-out top-5", f"{summary['top5']:.2f} %"),
         ]
-        if "ema_top1" in summary:
-            rows.append(("held-out top-1, EMA", f"{summary['ema_top1']:.2f} %"))
+        shown = [(name, text) for name, text in SHOWN.items() if name in summary]
+        rows += [(f"held-out {text}", f"{summary[name]:.2f} %") for name, text in shown]
+        rows[2] = (rows[2][0], f"{rows[2][1]} of {summary['images']} images")
         skipped = [("bad files skipped", f"{summary['bad_files']} (named in {self._folder.log.name})")]
         return [
             *rows,

@@ -12,8 +12,8 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss,
 from torch import nn
 
 import augsub
+from engine.data.images import IGNORED
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED
 from engine.distributed import Process
 from engine.errors import RunError
 from engine.evaluation import Metrics, Result, evaluate

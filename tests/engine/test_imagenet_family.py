@@ -16,9 +16,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config
 from engine.data.imagenet_family import VARIANT_SETTINGS, open_variant
+from engine.data.images import IGNORED
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource
-from engine.data.stream import IGNORED
 from engine.data.transforms import Normalise
 from engine.distributed import Process
 from engine.errors import InputError

@@ -29,6 +29,9 @@ METRICS = {
     "ema_top5": "top-5 accuracy of the EMA",
     "balanced_accuracy": "mean accuracy of the classes",
     "corrupted_top1": "top-1 accuracy under corruptions",
+    "map": "mean average precision",
+    "f1_macro": "macro F1",
+    "f1_micro": "micro F1",
 }  # on held-out images, in percent
 CAPTION = (
     "Mean ± standard error over seeds, of the last evaluation and the last logged training loss of the main model: "

@@ -1,0 +1,240 @@
+"""Image files on the disk: which ones there are, in which order; in class folders, or named by a table."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from engine.config import SPLIT_NAMES
+from engine.errors import InputError, input_errors
+
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these, and decodes none by itself
+SHOWN = 3  # names in a message
+FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "False": False, "True": True}  # as files write them
+Row = dict[str, Any]
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of all files that Pillow decodes here, in lower case, with their dot."""
+    Image.init()
+    decoded = (Image.OPEN.keys() | {"MPO"}) - NOT_DECODED  # MPO: two photographs, which the JPEG reader opens
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in decoded)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of that name holds an image, by its suffix in any case; hidden ones do not count."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Sorting key: numbers by their value, letters whatever their case, and where that ties character by character.
+
+    timm's key, of which this is a refinement, leaves `A` and `a`, or `1` and `01`, in the order of a set, which differs
+    between processes, and takes characters like `²` for numbers.
+    """
+    pieces = re.split(r"(\d+)", name.lower())
+    return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], name
+
+
+def images_below(folder: Path, left_out: Counter[str]) -> Iterator[str]:
+    """Paths of the images at any depth; `left_out` counts other files by suffix, and what is hidden."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        left_out.update("hidden" for name in folders + names if name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if is_image(name):
+                yield os.path.join(place, name)
+            elif not name.startswith("."):
+                left_out[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+
+
+@dataclass
+class ImageFiles:
+    """Image files with labels: pairs (open file, label) by number.
+
+    Attributes:
+        root: where they lie.
+        samples: pairs (path, label), or where images have several labels, or none, (path, tuple of labels).
+        class_to_idx: labels by name of their class.
+        left_out: how many files and hidden folders beside the images were left out, by suffix.
+    """
+
+    root: str
+    samples: list[tuple[str, Any]]
+    class_to_idx: Mapping[str, int]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, Any]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    @property
+    def labels(self) -> list[Any]:
+        """Of all images, in their order."""
+        return [label for _, label in self.samples]
+
+    def name_of(self, index: int) -> str:
+        """What a message calls an image."""
+        return self.samples[index][0]
+
+    def path_of(self, index: int) -> str:
+        """The path of an image from `root` on."""
+        return self.samples[index][0].removeprefix(self.root)
+
+
+def image_folder(root: Path, names: Sequence[str] = ()) -> ImageFiles:
+    """The images directly in class folders.
+
+    Images are numbered in the natural order of their paths, classes in that of their names, which is timm's order where
+    timm has one.
+
+    Args:
+        names: of the class folders in their order, if that is known: all must be there, and no others.
+
+    Raises:
+        InputError: no class folders, one without an image, or an image that does not lie directly in one.
+    """
+    folders = (path.name for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+    classes = {name: label for label, name in enumerate(names or sorted(folders, key=natural_order))}
+    if not classes:
+        raise InputError(f"{root}: has no class folders")
+    labels = {os.path.join(root, name): label for name, label in classes.items()}
+    files = ImageFiles(str(root), [], classes)
+    for path in images_below(root, files.left_out):
+        folder = os.path.dirname(path)
+        if folder not in labels:
+            some = f"{', '.join([*classes][:3])} … ({len(classes)})"
+            raise InputError(f"{path}: an image must lie directly in a class folder of {root}: {some}")
+        files.samples.append((path, labels[folder]))
+    filled = {label for _, label in files.samples}
+    for folder, label in labels.items():
+        if label not in filled:
+            raise InputError(f"{folder}: the class folder holds no image")
+    files.samples.sort(key=lambda sample: natural_order(sample[0]))
+    return files
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """The folder of a split, under the first of its names that is there."""
+    return next((root / name for name in split_names(split) if (root / name).is_dir()), None)
+
+
+def split_names(split: str) -> list[str]:
+    """Under which names a split is looked for, its own first."""
+    synonyms = next((names for names in SPLIT_NAMES if split in names), ())
+    return list(dict.fromkeys((split, *synonyms)))
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a .csv, .parquet or .jsonl file by name of their columns.
+
+    Raises:
+        InputError: it cannot be read, or one of the columns is missing.
+    """
+    with input_errors(str(file)):
+        if file.suffix == ".parquet":
+            rows = parquet().read_table(file).to_pylist()
+        elif file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))))
+    for column in columns if rows else ():
+        if column not in rows[0]:
+            raise InputError(f"{file}: has no column {column}, but {', '.join(map(str, rows[0]))}")
+    return rows
+
+
+def parquet() -> Any:
+    """pyarrow's module of that name, InputError where it is not installed."""
+    with input_errors("Parquet needs another package, pip install 'augsub[parquet]'"):
+        from pyarrow import parquet
+    return parquet
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table says of images.
+
+    Attributes:
+        file: it lies in.
+        root: that paths are relative to.
+        samples: pairs (path, tuple of labels), one for each row.
+        splits: of the rows; None where there is no such column.
+        class_to_idx: labels by name of their class.
+    """
+
+    file: Path
+    root: str
+    samples: list[tuple[str, tuple[int, ...]]]
+    splits: list[str | None]
+    class_to_idx: Mapping[str, int]
+
+    def files_of(self, split: str | None) -> ImageFiles:
+        """The images of a split under any of its names; None: of all rows.
+
+        Raises:
+            InputError: there is none.
+        """
+        names = [] if split is None else split_names(split)
+        own = [
+            sample for sample, of_row in zip(self.samples, self.splits, strict=True) if split is None or of_row in names
+        ]
+        if not own:
+            there = ", ".join(sorted({str(name) for name in self.splits if name is not None})) or "no column tells it"
+            raise InputError(f"data.table = {self.file}: no row of the split {split} ({', '.join(names)}), but {there}")
+        return ImageFiles(self.root, own, self.class_to_idx)
+
+
+def image_table(file: Path, root: Path, path: str, labels: str | tuple[str, ...], split: str, separator: str) -> Table:
+    """The images of a table, checked as a whole.
+
+    Args:
+        root: to which paths are relative.
+        path, labels, split: the names of columns; of several ones for the labels each is a class, with 0 or 1.
+        separator: between the labels of an image in one column.
+
+    Raises:
+        InputError: a column or a file is missing, a path comes twice, or a column of a class holds something else.
+    """
+    one_column = isinstance(labels, str)
+    rows = read_table(file, [path, *([labels] if one_column else labels)])
+    if not rows:
+        raise InputError(f"{file}: holds no row")
+    paths = [os.path.join(root, str(row[path])) for row in rows]
+    twice = [name for name, count in Counter(paths).items() if count > 1]
+    _refuse(file, "images come twice", twice)
+    _refuse(file, "files are missing", [name for name in paths if not os.path.isfile(name)])
+    if one_column:
+        words = [[word.strip() for word in str(row[labels] or "").split(separator)] for row in rows]
+        of_images = [[word for word in dict.fromkeys(own) if word] for own in words]
+        classes = sorted({word for own in of_images for word in own}, key=natural_order)
+    else:
+        wrong = [
+            f"{row[path]} ({name} = {row[name]})" for row in rows for name in labels if str(row[name]) not in FLAGS
+        ]
+        _refuse(file, "values are neither 0 nor 1", wrong)
+        of_images, classes = [[name for name in labels if FLAGS[str(row[name])]] for row in rows], [*labels]
+    number = {name: place for place, name in enumerate(classes)}
+    samples = [(name, tuple(number[word] for word in own)) for name, own in zip(paths, of_images, strict=True)]
+    return Table(file, str(root), samples, [row.get(split) for row in rows], number)
+
+
+def _refuse(file: Path, problem: str, found: Sequence[str]) -> None:
+    if found:
+        more = ", …" if len(found) > SHOWN else ""
+        raise InputError(f"data.table = {file}: {len(found)} {problem}: {', '.join(found[:SHOWN])}{more}")

@@ -1,0 +1,286 @@
+"""Tar files as WebDataset has them, read at any place: members of one name up to its first point are a sample.
+
+A sample has an image, and in .cls the number of its class, or several numbers. Where each image lies is known from an
+index beside the shards, which `tools/prepare_data.py` writes, or found out once and kept in `cache_folder()`. So an
+epoch's order can be a function of seed and epoch (engine/data/stream.py), and a run goes on without reading what it has
+seen. A shard that lies elsewhere is copied as a whole when the first of its images is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from engine import atomic
+from engine.config import DataConfig
+from engine.data.files import is_image
+from engine.data.images import UnreadableImage
+from engine.data.remote import PIPE, Copies, cache_folder, fetch, is_remote, split_places
+from engine.data.stream import STREAMS
+from engine.errors import InputError, first_line
+
+INDEX = "index.npz"
+LABEL = "cls"  # the suffix of a sample's label
+
+
+class Shard(NamedTuple):
+    """What is known of a shard.
+
+    Attributes:
+        size: bytes of the file.
+        images: first byte and number of bytes of each image, (n, 2) int64.
+        counts: labels of each image, (n,).
+        labels: of all images one after the other.
+        problem: why it ends before it should; empty if it does not.
+    """
+
+    size: int
+    images: np.ndarray
+    counts: np.ndarray
+    labels: np.ndarray
+    problem: str = ""
+
+
+@dataclass
+class Index:
+    """Shards by their names, and the names of the classes if they are known."""
+
+    shards: dict[str, Shard]
+    classes: Sequence[str] = ()
+
+    def save(self, file: Path) -> None:
+        """Write it as arrays of numpy's."""
+        names, shards = [*self.shards], [*self.shards.values()]
+        arrays = {
+            "names": np.array(names),
+            "sizes": np.array([shard.size for shard in shards]),
+            "problems": np.array([shard.problem for shard in shards]),
+            "lengths": np.array([len(shard.images) for shard in shards]),
+            "images": np.concatenate([shard.images for shard in shards]),
+            "counts": np.concatenate([shard.counts for shard in shards]),
+            "labels": np.concatenate([shard.labels for shard in shards]),
+            "classes": np.array(self.classes, dtype=str),
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.new_content(file) as opened:
+            np.savez(opened, **arrays)
+
+    @classmethod
+    def load(cls, file: Path) -> Index:
+        """Read it; InputError if it is none."""
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                arrays = {name: saved[name] for name in saved.files}
+            ends = arrays["lengths"].cumsum()
+            images, counts = (np.split(arrays[name], ends[:-1]) for name in ("images", "counts"))
+            labels = np.split(arrays["labels"], np.cumsum([part.sum() for part in counts])[:-1])
+            parts = zip(arrays["sizes"].tolist(), images, counts, labels, arrays["problems"].tolist(), strict=True)
+            shards = dict(zip(arrays["names"].tolist(), (Shard(*part) for part in parts), strict=True))
+        except Exception as error:  # numpy's, zip's, of missing arrays
+            raise InputError(f"{file}: is no index of shards: {first_line(error)}") from error
+        return cls(shards, arrays["classes"].tolist())
+
+
+def scan(file: Path, name: str) -> Shard:
+    """Look through a shard; what is whole before a tar file ends too early counts.
+
+    Raises:
+        InputError: a sample without a label, or one that is no number.
+    """
+    images: list[tuple[int, int]] = []
+    labels: list[list[int]] = []
+    sample: dict[str, Any] = {}
+
+    def finish() -> None:
+        if "image" in sample:
+            if LABEL not in sample:
+                raise InputError(f"{name}: sample {sample['key']} has no label, a member {sample['key']}.{LABEL}")
+            images.append(sample["image"])
+            labels.append(sample[LABEL])
+
+    problem, size = "", os.path.getsize(file)
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                folder, base = os.path.split(member.name)
+                key, _, suffix = base.partition(".")
+                key = os.path.join(folder, key)
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{key} is cut off")
+                if key != sample.get("key"):
+                    finish()
+                    sample = {"key": key}
+                if suffix == LABEL:
+                    sample[LABEL] = _numbers(tar.extractfile(member), f"{name}: {member.name}")
+                elif "image" not in sample and is_image(base):
+                    sample["image"] = member.offset_data, member.size
+            finish()
+    except tarfile.ReadError as error:
+        problem = f"the tar file ends early or is damaged after {len(images)} samples: {first_line(error)}"
+    return Shard(
+        size,
+        np.array(images, dtype=np.int64).reshape(-1, 2),
+        np.array([len(own) for own in labels], dtype=np.int64),
+        np.array([label for own in labels for label in own], dtype=np.int64),
+        problem,
+    )
+
+
+def _numbers(member: BinaryIO | None, place: str) -> list[int]:
+    text = "" if member is None else member.read().decode(errors="replace")
+    try:
+        numbers = [int(word) for word in text.split()]
+    except ValueError:
+        numbers = [-1]
+    if any(number < 0 for number in numbers):
+        raise InputError(f"{place}: {text[:40]!r} is no label: allowed are numbers of classes from 0 on")
+    return numbers
+
+
+def open_shards(data: DataConfig, split: str) -> Shards:
+    """The images of a split; InputError: no shards, or labels beyond the classes."""
+    places = split_places(data, split, ".tar")
+    copies = Copies.of(places, 2 * STREAMS, data.patience)
+    return Shards(places, index_of(places, copies), copies)
+
+
+def index_of(places: Sequence[str], copies: Copies) -> Index:
+    """The index beside the shards, else the one that an earlier run has kept, else a new one, which is kept."""
+    beside = _beside(places, copies)
+    if beside is not None and all(name_of(place) in beside.shards for place in places):
+        return Index({place: beside.shards[name_of(place)] for place in places}, beside.classes)
+    state = [(place, None if is_remote(place) else _state(place)) for place in places]
+    kept = cache_folder() / "indices" / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.npz"
+    if kept.exists():
+        return Index.load(kept)
+    found: dict[str, Shard] = {}
+    for place in tqdm(places, desc="counting the samples of shards", unit="shard", disable=None, leave=False):
+        try:
+            found[place] = scan(copies.get(place), place)
+        except OSError as error:
+            nothing = np.zeros(0, np.int64)
+            found[place] = Shard(0, nothing.reshape(0, 2), nothing, nothing, error.strerror or str(error))
+    index = Index(found)
+    if not any(shard.problem and is_remote(place) for place, shard in found.items()):  # which may be there another time
+        index.save(kept)
+    return index
+
+
+def _beside(places: Sequence[str], copies: Copies) -> Index | None:
+    folder = os.path.dirname(places[0])
+    if places[0].startswith(PIPE):
+        return None
+    if not is_remote(folder):
+        file = Path(folder, INDEX)
+        return Index.load(file) if file.exists() else None
+    copies.folder.mkdir(parents=True, exist_ok=True)
+    file = copies.folder / f"beside-{INDEX}"
+    if not file.exists():
+        try:
+            fetch(f"{folder}/{INDEX}", file, copies.patience, attempts=1)
+        except OSError:
+            return None
+    return Index.load(file)
+
+
+def name_of(place: str) -> str:
+    """The name of a shard in its folder."""
+    return place.rpartition("/")[2]
+
+
+def _state(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+class Shards:
+    """Images in shards: pairs (their bytes as a file, label or tuple of labels) by number.
+
+    Attributes:
+        shards: in which shard each image lies, (N,).
+        labels: of all images; tuples where one of them has other than one.
+        class_to_idx: labels by name of their class.
+        has_numbers_alone: whether classes have no other names than their numbers.
+        damaged: shards that end early, or cannot be had, and why.
+    """
+
+    def __init__(self, places: Sequence[str], index: Index, copies: Copies) -> None:
+        self._places, self._copies = [*places], copies
+        known = [index.shards[place] for place in places]
+        self.damaged = [(place, shard.problem) for place, shard in index.shards.items() if shard.problem]
+        self.shards = np.repeat(np.arange(len(known)), [len(shard.images) for shard in known])
+        self._sizes = [shard.size for shard in known]
+        self._images = np.concatenate([shard.images for shard in known])
+        counts, flat = (np.concatenate([getattr(shard, name) for shard in known]) for name in ("counts", "labels"))
+        if (counts == 1).all():
+            self.labels: Sequence[Any] = flat
+        else:
+            self.labels = [tuple(part.tolist()) for part in np.split(flat, counts.cumsum()[:-1])]
+        self.has_numbers_alone = not len(index.classes)
+        classes = index.classes or [str(number) for number in range(flat.max(initial=-1) + 1)]
+        if len(flat) and flat.max() >= len(classes):
+            raise InputError(f"{places[0]} …: the label {flat.max()} is beyond the {len(classes)} classes of the index")
+        self.class_to_idx: Mapping[str, int] = {name: number for number, name in enumerate(classes)}
+        self._opened: OrderedDict[int, BinaryIO | str] = OrderedDict()  # or why that cannot be
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, number: int) -> tuple[BinaryIO, Any]:
+        shard = int(self.shards[number])
+        start, size = self._images[number].tolist()
+        content = os.pread(self._open(shard).fileno(), size, start)
+        return io.BytesIO(content), self.labels[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": OrderedDict()}  # another process opens its own files
+
+    def name_of(self, number: int) -> str:
+        """What a message calls an image."""
+        shard = int(self.shards[number])
+        return f"{self._places[shard]}: image {number - int(self._first[shard])}"
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """The number of each shard's first image."""
+        return np.searchsorted(self.shards, np.arange(len(self._places)))
+
+    def _open(self, shard: int) -> BinaryIO:
+        """A shard's file: one of each stream is open at a time."""
+        file = self._opened.get(shard)
+        if file is None:
+            file = self._opened[shard] = self._tried(shard)
+            while len(self._opened) > STREAMS:
+                _, oldest = self._opened.popitem(last=False)
+                if not isinstance(oldest, str):
+                    oldest.close()
+        self._opened.move_to_end(shard)
+        if isinstance(file, str):
+            raise UnreadableImage(self._places[shard], file)
+        return file
+
+    def _tried(self, shard: int) -> BinaryIO | str:
+        try:
+            file = open(self._copies.get(self._places[shard]), "rb")  # noqa: SIM115  (closed in _open)
+        except OSError as error:
+            return error.strerror or str(error)
+        size = os.fstat(file.fileno()).st_size
+        if size != self._sizes[shard]:
+            file.close()
+            return f"has {size} bytes, its index says {self._sizes[shard]}: it was cut short, or changed since"
+        return file

@@ -1,0 +1,169 @@
+"""What prepare_data.py does: splits of images with labels, their shards and the index of these, smaller images."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from engine import atomic
+from engine.config_file import parse_config
+from engine.data.datasets import open_table
+from engine.data.files import ImageFiles, image_folder, split_folder, split_names
+from engine.data.images import decode, several
+from engine.data.shards import INDEX, LABEL, Index, scan
+from engine.errors import InputError, first_line, writing_errors
+from engine.text import to_json
+
+SPLITS = ("train", "val")
+INFO = "_info.json"  # under this name timm looks for the lengths of shards
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """Makes an image's shorter side at most `side` pixels, as a JPEG of some quality."""
+
+    side: int
+    quality: int
+
+    def __call__(self, file: Path) -> bytes:
+        """The resized image; InputError if there is none in the file."""
+        try:
+            with file.open("rb") as opened:
+                image = decode(opened)
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            raise InputError(f"{file}: cannot be read: {first_line(error)}") from error
+        scale = self.side / min(image.size)
+        if scale < 1:
+            image = image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.BICUBIC)
+        content = io.BytesIO()
+        image.save(content, "JPEG", quality=self.quality)
+        return content.getvalue()
+
+
+def open_splits(source: Path, overrides: Sequence[str]) -> tuple[list[str], dict[str, ImageFiles]]:
+    """Names of the classes, and the images of each split that there is.
+
+    Raises:
+        InputError: neither a folder of splits nor a table, or none of the splits.
+    """
+    splits: dict[str, ImageFiles] = {}
+    if source.is_dir():
+        folders = {split: split_folder(source, split) for split in SPLITS}
+        splits = {split: image_folder(folder) for split, folder in folders.items() if folder is not None}
+    elif source.is_file():
+        data = parse_config("", str(source), [f"data.table={to_json(str(source))}", *overrides]).data
+        table = open_table(data)
+        there = [split for split in SPLITS if not {*split_names(split)}.isdisjoint(table.splits)]
+        splits = {split: table.files_of(split) for split in there}
+    if not splits:
+        raise InputError(f"{source}: neither a folder with train/<class> or val/<class>, nor a table with a split")
+    classes = {split: [*files.class_to_idx] for split, files in splits.items()}
+    if len({*map(tuple, classes.values())}) > 1:
+        raise InputError(f"{source}: the splits have different classes")
+    return next(iter(classes.values())), splits
+
+
+def write_shards(
+    splits: Mapping[str, ImageFiles],
+    classes: Sequence[str],
+    target: Path,
+    samples: int,
+    resizing: Resizing | None,
+    jobs: int,
+) -> list[str]:
+    """Write shards of all splits, an index of where their images lie, and their lengths as timm reads them.
+
+    Returns:
+        A line for each split.
+
+    Raises:
+        InputError: an image that is to be resized cannot be read.
+        RunError: something cannot be written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    work: dict[Path, list[tuple[str, Any]]] = {}
+    for split, files in splits.items():
+        order = np.random.default_rng(0).permutation(len(files))
+        for number in range(math.ceil(len(order) / samples)):
+            own = order[number * samples : (number + 1) * samples]
+            work[target / f"{split}-{number:05d}.tar"] = [files.samples[place] for place in own]
+    first_keys = {path: int(path.stem.rpartition("-")[2]) * samples for path in work}
+    arguments = [(path, first_keys[path], own) for path, own in work.items()]
+    with writing_errors(target):
+        for _ in _in_parallel(partial(_write_shard, resizing), arguments, jobs, "shard"):
+            pass
+        index = Index({path.name: scan(path, str(path)) for path in work}, classes)
+        lengths: dict[str, dict[str, int]] = {split: {} for split in splits}
+        for name, shard in index.shards.items():
+            lengths[name.rpartition("-")[0]][name] = len(shard.images)
+        about = [
+            {"name": split, "num_samples": sum(own.values()), "filenames": [*own], "shard_lengths": [*own.values()]}
+            for split, own in lengths.items()
+        ]
+        atomic.write_text(target / INFO, to_json({"splits": {split["name"]: split for split in about}}, indent=2))
+        index.save(target / INDEX)
+    return [f"{split['name']}: {split['num_samples']} images in {len(split['filenames'])} shards" for split in about]
+
+
+def _write_shard(resizing: Resizing | None, arguments: tuple[Path, int, Sequence[tuple[str, Any]]]) -> None:
+    path, first, samples = arguments
+    with atomic.new_content(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, (image, label) in enumerate(samples, start=first):
+            content = Path(image).read_bytes() if resizing is None else resizing(Path(image))
+            suffix = os.path.splitext(image)[1].lower() if resizing is None else ".jpg"
+            numbers = " ".join(map(str, several(label)))
+            for name, member in ((f"{key:08d}{suffix}", content), (f"{key:08d}.{LABEL}", numbers.encode())):
+                about = tarfile.TarInfo(name)  # without time and owner: the same images are the same shard
+                about.size = len(member)
+                tar.addfile(about, io.BytesIO(member))
+
+
+def write_folder(
+    splits: Mapping[str, ImageFiles], classes: Sequence[str], target: Path, resizing: Resizing, jobs: int
+) -> list[str]:
+    """Write resized images as <split>/<class>/<name>.jpg, two of one name with the number of their place.
+
+    Returns:
+        A line for each split.
+
+    Raises:
+        InputError: an image cannot be read, or has other than one label.
+        RunError: something cannot be written.
+    """
+    work: dict[Path, str] = {}
+    for split, files in splits.items():
+        for number, (path, label) in enumerate(files.samples):
+            if len(several(label)) != 1:
+                raise InputError(f"{path}: has {len(several(label))} labels: class folders need one, use shards")
+            folder = target / split / classes[several(label)[0]]
+            copy = folder / f"{Path(path).stem}.jpg"
+            work[folder / f"{copy.stem}-{number}.jpg" if copy in work else copy] = path
+    with writing_errors(target):
+        for folder in {path.parent for path in work}:
+            folder.mkdir(parents=True, exist_ok=True)
+        for _ in _in_parallel(partial(_write_image, resizing), [*work.items()], jobs, "image"):
+            pass
+    return [f"{split}: {len(files)} images" for split, files in splits.items()]
+
+
+def _write_image(resizing: Resizing, arguments: tuple[Path, str]) -> None:
+    path, source = arguments
+    path.write_bytes(resizing(Path(source)))
+
+
+def _in_parallel(work: Callable[[Any], None], arguments: Sequence[Any], jobs: int, unit: str) -> Iterator[None]:
+    with ProcessPoolExecutor(jobs) as pool:
+        found: Iterable[None] = pool.map(work, arguments, chunksize=max(1, min(64, len(arguments) // (4 * jobs))))
+        yield from tqdm(found, total=len(arguments), unit=unit, disable=None)
