@@ -17,6 +17,7 @@ TRAINERS = {
 }
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 PARQUET = ["pyarrow"]
+SHARDS = ["webdataset", "fsspec", "aiohttp"]
 DEVELOP = [
     "mkdocs-material",
     "mkdocstrings[python]",
@@ -44,12 +45,14 @@ setup(
         **TRAINERS,
         "onnx": ONNX,
         "parquet": PARQUET,
+        "shards": SHARDS,
         "train": TRAIN,
         "dev": [
             *TRAIN,
             *sorted({package for packages in TRAINERS.values() for package in packages}),
             *ONNX,
             *PARQUET,
+            *SHARDS,
             *DEVELOP,
         ],
     },

@@ -146,6 +146,8 @@ def read_table(file: Path, columns: Sequence[str]) -> list[Row]:
     Raises:
         InputError: it cannot be read, or one of the columns is missing.
     """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
     with input_errors(str(file)):
         if file.suffix == ".parquet":
             rows = parquet().read_table(file).to_pylist()

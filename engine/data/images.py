@@ -156,7 +156,8 @@ class Images(Dataset):
 
     def _target(self, label: Any) -> int | Tensor:
         if self._num_classes is None:
-            return self._labels.get(int(label), int(label))
+            number = int(*several(label))
+            return self._labels.get(number, number)
         target = torch.zeros(self._num_classes)
         target[[self._labels.get(int(one), int(one)) for one in several(label)]] = 1
         return target

@@ -58,9 +58,7 @@ class ParquetImages:
             except Exception as error:  # pyarrow's, or of as many packages as there are protocols
                 raise InputError(f"{place}: cannot be read as Parquet: {first_line(error)}") from error
             if missing:
-                raise InputError(
-                    f"{place}: has no column {missing[0]}, but {', '.join(schema.names)}; see data.columns"
-                )
+                raise InputError(f"{place}: has no column {missing[0]} (data.columns), but {', '.join(schema.names)}")
             self._groups += [(place, number) for number in range(metadata.num_row_groups)]
             lengths += [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
             self._names = self._names or _class_names(schema.metadata or {}, label)

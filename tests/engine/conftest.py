@@ -15,7 +15,7 @@ def folder_config() -> Callable[..., Config]:
 
     def make(root: object, **data: object) -> Config:
         config = Config()
-        vars(config.data).update(root=str(root), image_size=16, workers=0, **data)
+        vars(config.data).update({"root": str(root), "image_size": 16, "workers": 0, **data})
         config.transform.auto_augment = "rand-m9-mstd0.5-inc1"
         config.train.global_batch, config.train.epochs, config.evaluation.batch = 8, 3, 4
         return config

@@ -81,12 +81,18 @@ OBJECTIVES = {
     "teacher": lambda: masksub(
         augsub.SubModel("masking", ratio=0.5, learn_from="augmented_teacher"), main_weight=0, teacher=a_teacher()
     ),
+    "several labels": lambda: augsub.SubModelObjective(nn.BCEWithLogitsLoss(), [augsub.SubModel("masking", ratio=0.5)]),
     "CoSub": lambda: augsub.CoSubObjective(nn.CrossEntropyLoss(), [augsub.SubModel(PATHS)] * 2),
     "R-Drop": lambda: augsub.RDropObjective(nn.CrossEntropyLoss(), [augsub.SubModel("dropout", ratio=0.1)] * 2),
 }
 
 
-SLOW = ("shares", "teacher", "CoSub", "R-Drop")  # all but the default
+SLOW = ("shares", "teacher", "CoSub", "R-Drop", "several labels")  # all but the default
+
+
+def with_their_neighbours(labels: Tensor) -> Tensor:
+    """Targets (B, 10) of images with two labels each."""
+    return nn.functional.one_hot(labels, 10).float() + nn.functional.one_hot((labels + 1) % 10, 10)
 
 
 @pytest.fixture(
@@ -106,8 +112,14 @@ def ours(request, tmp_path_factory) -> tuple[str, dict[str, Tensor], TensorDatas
     batches = trainer.data.train_from(0)
     images, labels = zip(*(next(batches) for _ in range(STEPS)), strict=True)
     batches.close()
+    targets = torch.cat(labels)
+    if request.param == "several labels":
+        trainer.mix, targets = (
+            lambda images, labels: (images, with_their_neighbours(labels)),
+            with_their_neighbours(targets),
+        )
     trainer.train()
-    return request.param, first, TensorDataset(torch.cat(images), torch.cat(labels)), trainer.bare_model.state_dict()
+    return request.param, first, TensorDataset(torch.cat(images), targets), trainer.bare_model.state_dict()
 
 
 def patched_vit() -> nn.Module:

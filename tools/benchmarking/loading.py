@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
+from engine.config import TransformConfig
 from engine.config_file import load_config
 from engine.data.datasets import build_source
 from engine.data.loaders import DataLoaders
@@ -35,6 +36,7 @@ def measure_loading(images: int, batch: int, workers: int, rounds: int, device: 
             is_training=True,
             re_prob=ERASING,
             re_mode="pixel",
+            interpolation=TransformConfig.interpolation,  # timm's own choice is the cheaper bilinear
             num_workers=workers,
             device=device,
             pin_memory=device.type == "cuda",
