@@ -15,7 +15,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.config import FILE, FILLED_IN, MAY_CHANGE, Config, SubModelConfig, check, marked
+from engine.config import FILLED_IN, Config, SubModelConfig, check, marked
+from engine.config_rules import FILE, MAY_CHANGE
 from engine.errors import InputError
 from engine.text import expanded, readable_name
 from engine.typed_yaml import inside, read, read_value

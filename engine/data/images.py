@@ -23,7 +23,6 @@ from engine.text import readable_size
 IGNORED = -1  # label of what is no image: it fills a share, or stands for a file that cannot be read
 LABELS = ("labels", "targets", "_labels")  # where data sets have them
 LAST_UPRIGHT = 4  # EXIF's orientations above it change width and height
-Image.MAX_IMAGE_PIXELS = None  # data.max_megapixels is asked before anything is decoded, and says so in one line
 
 
 class UnreadableImage(Exception):
@@ -75,6 +74,7 @@ def decode(
     Raises:
         ValueError: more pixels than allowed; on damaged bytes Pillow's decoders raise whatever they stumble over.
     """
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning and at twice as many an error
     image = source if isinstance(source, Image.Image) else Image.open(source)
     width, height = image.size
     if width * height > decoding.max_megapixels * 1e6:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 from collections import OrderedDict
@@ -30,6 +29,7 @@ from engine.data.images import UnreadableImage
 from engine.data.remote import PIPE, Copies, cache_folder, fetch, is_remote, split_places
 from engine.data.stream import STREAMS
 from engine.errors import InputError, first_line
+from engine.text import to_json
 
 INDEX = "index.npz"
 LABEL = "cls"  # the suffix of a sample's label
@@ -162,7 +162,7 @@ def index_of(places: Sequence[str], copies: Copies) -> Index:
     if beside is not None and all(name_of(place) in beside.shards for place in places):
         return Index({place: beside.shards[name_of(place)] for place in places}, beside.classes)
     state = [(place, None if is_remote(place) else _state(place)) for place in places]
-    kept = cache_folder() / "indices" / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.npz"
+    kept = cache_folder() / "indices" / f"{hashlib.sha256(to_json(state).encode()).hexdigest()[:24]}.npz"
     if kept.exists():
         return Index.load(kept)
     found: dict[str, Shard] = {}

@@ -161,7 +161,7 @@ class SeededDataset(Dataset):
         for index in range(key.index, key.index + count if key.index < count else 0):  # one that fails draws nothing
             try:
                 image, target = self._dataset[index % count]
-                return image, target if isinstance(target, Tensor) else int(target)
+                return image, target if np.ndim(target) else int(target)
             except UnreadableImage as error:
                 bad_files.append(UnreadableImage(*error.args))  # without its traceback
                 met.add(error.args)

@@ -7,8 +7,9 @@ from functools import reduce
 
 import pytest
 
-from engine.config import FILE, Config, marked
+from engine.config import Config, marked
 from engine.config_file import CONFIGS, changes_on_resume, load_config, parse_config, saved_content, to_yaml
+from engine.config_rules import FILE
 from engine.defaults import complete
 from engine.errors import InputError
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from engine.checkpoint import CheckpointStore, load
 from engine.config import Config, LogConfig, TrainConfig
+from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import NonFiniteLossError, Preempted
 from engine.evaluation import evaluate
@@ -42,7 +43,7 @@ class Loop(TrainerBase):
         self.bare_model = nn.Linear(3, 3, bias=False)
         nn.init.zeros_(self.bare_model.weight)
         self.process, self.precision = ALONE, Precision(amp, CPU, loss_scale=scale)
-        self.data = SimpleNamespace(held_out=[(IMAGES, LABELS)])
+        self.data = SimpleNamespace(held_out=[(IMAGES, LABELS)], source=DataSource(None, None, 10, 3))
         self.results: dict[str, float] = {}
 
     @property

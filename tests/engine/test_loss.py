@@ -17,6 +17,8 @@ from engine.errors import InputError
 from engine.hooks.training import StopMixing
 from engine.loss import build_criterion, build_mixup, class_weights
 
+CLASSES = DataSource(None, None, num_classes=5, in_chans=3)
+
 CPU = torch.device("cpu")
 
 
@@ -33,7 +35,7 @@ def test_smoothed_cross_entropy_without_mixup():
 
 
 def test_mixup_gives_soft_labels_that_its_loss_takes():
-    mixup = build_mixup(config(mixup_alpha=0.8, cutmix_alpha=1.0), num_classes=5, micro_batch=4, device=CPU)
+    mixup = build_mixup(config(mixup_alpha=0.8, cutmix_alpha=1.0), source=CLASSES, micro_batch=4, device=CPU)
     _images, targets = mixup(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
     logits = torch.randn(4, 5)
@@ -90,11 +92,11 @@ def test_weights_by_name_and_what_is_wrong_with_them():
 
 
 def test_mixup_is_off_without_alphas_and_needs_pairs():
-    assert build_mixup(config(), num_classes=5, micro_batch=3, device=CPU) is None
-    boxes = build_mixup(config(cutmix_minmax=[0.2, 0.8]), num_classes=5, micro_batch=4, device=CPU)
+    assert build_mixup(config(), source=CLASSES, micro_batch=3, device=CPU) is None
+    boxes = build_mixup(config(cutmix_minmax=[0.2, 0.8]), source=CLASSES, micro_batch=4, device=CPU)
     assert boxes.cutmix_minmax == [0.2, 0.8]
     with pytest.raises(InputError, match="even number of images"):
-        build_mixup(config(mixup_alpha=0.8), num_classes=5, micro_batch=3, device=CPU)
+        build_mixup(config(mixup_alpha=0.8), source=CLASSES, micro_batch=3, device=CPU)
 
 
 def test_integer_pixels_are_those_of_mixing_before_normalisation():
@@ -102,7 +104,7 @@ def test_integer_pixels_are_those_of_mixing_before_normalisation():
     mean, std = (torch.tensor(values)[:, None, None] for values in (settings.transform.mean, settings.transform.std))
     pixels = torch.randint(0, 256, (4, 3, 8, 8)).float()
     np.random.seed(3)
-    mixed, targets = build_mixup(settings, 5, 4, CPU)((pixels / 255 - mean) / std, torch.tensor([0, 1, 2, 3]))
+    mixed, targets = build_mixup(settings, CLASSES, 4, CPU)((pixels / 255 - mean) / std, torch.tensor([0, 1, 2, 3]))
     weight = targets[0, 0]
     assert 0 < weight < 1
     expected = (weight * pixels + (1 - weight) * pixels.flip(0)).round()
@@ -110,7 +112,7 @@ def test_integer_pixels_are_those_of_mixing_before_normalisation():
 
 
 def test_mixing_stops_at_an_epoch_and_labels_stay_smoothed():
-    mixup = build_mixup(config(mixup_alpha=0.8), num_classes=5, micro_batch=4, device=CPU)
+    mixup = build_mixup(config(mixup_alpha=0.8), source=CLASSES, micro_batch=4, device=CPU)
     hook = StopMixing(mixup, epoch=2)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     for epoch, mixes in ((0.0, True), (1.9, True), (2.0, False), (5.5, False)):

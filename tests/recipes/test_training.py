@@ -35,7 +35,7 @@ def test_loss(recipe):
     torch.manual_seed(0), np.random.seed(0)
     brightness = torch.tensor([-1.5, -0.5, 0.5, 2.0])
     images, labels = brightness[:, None, None, None].expand(4, 3, 32, 32).clone(), torch.tensor([3, 700, 41, 999])
-    mixup = build_mixup(config, CLASSES, micro_batch=4, device=CPU)
+    mixup = build_mixup(config, DataSource(None, None, CLASSES, 3), micro_batch=4, device=CPU)
     assert (mixup is None) == (facts["mix"]["mixup_alpha"] == 0)
     mixed, targets = (images, labels) if mixup is None else mixup(images, labels)
     expected_targets = published_targets(facts, mixed, labels, targets, brightness)
@@ -216,7 +216,10 @@ def test_hyper_parameters(recipe):
     assert mixup.correct_lam == mix.get("correct_lambda_for_clipped_box", True)
     assert mixup.off_epoch is None and mix["off_epoch"] in (None, "0, meaning never switched off")
     assert mixup.integer_pixels == ("uint8" in mix.get("where", ""))
-    assert isinstance(build_mixup(config, CLASSES, 2, CPU), IntegerMixup) == mixup.integer_pixels
+    assert (
+        isinstance(build_mixup(config, DataSource(None, None, CLASSES, 3), 2, CPU), IntegerMixup)
+        == mixup.integer_pixels
+    )
     assert config.loss.smoothing == facts["loss"]["label_smoothing"]
     assert config.ema.enabled == ema["kept"]
     if ema["kept"]:

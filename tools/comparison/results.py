@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from engine import atomic
-from engine.config import MAY_CHANGE, Config, marked
+from engine.config import Config, marked
 from engine.config_file import differences
+from engine.config_rules import MAY_CHANGE
 from engine.data.datasets import build_source
 from engine.errors import InputError, first_line, writing_errors
 from engine.text import to_json, with_nan
