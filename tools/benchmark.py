@@ -49,6 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
+    parser.add_argument("--images", type=as_path, metavar="FOLDER", help="train/<class> to load instead of made ones")
     parser.add_argument("--json", type=as_path, default=Path("runs/benchmark.json"), help="file to write")
     parser.add_argument("--show", nargs="+", type=as_path, metavar="FILE", help="print such files as Markdown instead")
     return parser.parse_args(arguments)
@@ -73,7 +74,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
             elif part == "memory":
                 yield measure_memory(config, device)
     if "data" in arguments.parts:
-        yield measure_loading(192 if arguments.quick else 1024, 64, arguments.workers, rounds, device)
+        images = 192 if arguments.quick else 1024
+        yield from measure_loading(images, 64, arguments.workers, rounds, device, arguments.images)
 
 
 def table(lines: Sequence[Mapping[str, Any]], style: str = "simple") -> str:

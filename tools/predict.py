@@ -4,16 +4,17 @@
     python tools/predict.py vit_small_patch16_224.augreg_in1k cat.jpg        # printed
     python tools/predict.py model.onnx photos --output out.jsonl
     python tools/predict.py model.safetensors table.csv --model resnet50 --output out.parquet
-    torchrun --nproc_per_node=8 tools/predict.py runs/mine photos --output out.csv
+    torchrun --nproc_per_node=8 tools/predict.py runs/mine 'shards/val-*.tar' --output out.csv
 
-A table, .csv or .parquet, names images in its column `path`, relative to its own folder. What is in the output already
-is not predicted again; what was interrupted goes on. Probabilities are a softmax's, or of a run by binary cross-entropy
-a sigmoid's.
+A table, .csv or .parquet, names images in its column `path`, relative to its own folder; shards are tar files or URLs
+of such. What is in the output already is not predicted again; what was interrupted goes on. Probabilities are a
+softmax's, or of a run by binary cross-entropy a sigmoid's.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,6 +31,7 @@ from engine.errors import InputError, memory_errors
 from engine.text import expanded
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
+OVERRIDE = re.compile(r"[\w.]+=")  # no URL begins so
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "what", type=expanded, metavar="WHAT", help="run, checkpoint, file of weights, .onnx, timm model"
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGES", help="files, folders, tables; key=value of the configuration"
+        "images", nargs="+", metavar="IMAGES", help="files, folders, tables, or shards; key=value of the configuration"
     )
     parser.add_argument("--model", type=expanded, metavar="NAME", help="timm model of a file of weights")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes of each image (default 5)")
@@ -57,13 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
     # here: these bring torch and timm, for which a typo need not wait
     from engine.data.loaders import worker_deaths
     from engine.distributed import process_group
-    from tools.predicting import Predictions, image_paths, load_predictor, predict
+    from tools.predicting import Predictions, load_predictor, open_images, predict
 
     if launched_rank() == 0:
         log_to_terminal()
-    overrides = [word for word in arguments.images if "=" in word and not as_path(word).exists()]
-    paths = image_paths([as_path(word) for word in arguments.images if word not in overrides])
+    overrides = [word for word in arguments.images if OVERRIDE.match(word) and not as_path(word).exists()]
     predictor = load_predictor(arguments.what, arguments.model, overrides)
+    images = open_images([word for word in arguments.images if word not in overrides], predictor.config.data.patience)
     predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)))
     config = predictor.config
     with (
@@ -71,10 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         worker_deaths(config.data.workers),
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
-        predict(predictor, predictions.missing(paths), predictions, process, arguments.flips)
+        predict(predictor, images, predictions, process, arguments.flips)
         process.barrier()
         if process.is_main:
-            print(predictions.finish(paths))
+            print(predictions.finish([images.name_of(number) for number in range(len(images))]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tabulate import tabulate
@@ -20,11 +20,14 @@ from tqdm import tqdm
 
 from engine import atomic
 from engine.checkpoint import load, load_metadata
+from engine.command_line import as_path
 from engine.config import UNTRANSFORMED, Config
 from engine.config_file import parse_config
 from engine.data.files import ImageFiles, images_below, natural_order, parquet, read_table
 from engine.data.images import IGNORED, Decoding, Images
 from engine.data.loaders import BadFiles, Batches
+from engine.data.remote import expand, is_remote
+from engine.data.shards import Shards, shards_at
 from engine.data.source import DataSource
 from engine.data.transforms import build_transform
 from engine.defaults import build_precision, complete
@@ -37,6 +40,7 @@ from models.weights import head_tensors, load_weights
 from tools.exporting import METADATA, load_exported
 
 TABLES = (".csv", ".parquet")
+SHARD = ".tar"
 IMAGENET_CLASSES = 1000
 Row = dict[str, Any]  # path, class_1, probability_1, class_2 …
 
@@ -146,10 +150,42 @@ def _names_of(model: nn.Module) -> list[str]:
     return [str(number) for number in range(model.num_classes)]
 
 
-def image_paths(places: Sequence[Path]) -> list[str]:
-    """The images that a command line names, each once: files, those in folders at any depth, those in tables."""
+@dataclass(frozen=True)
+class Numbered:
+    """Images of any data set, each with its number as its label: pairs (open file, number) by number."""
+
+    items: ImageFiles | Shards
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> tuple[BinaryIO, int]:
+        return self.items[number][0], number
+
+    def name_of(self, number: int) -> str:
+        """The path of an image, or its place in a shard."""
+        return self.items.name_of(number)
+
+
+def open_images(places: Sequence[str], patience: float) -> Numbered:
+    """The images that a command line names, each once: files, those in folders at any depth, in tables, or in shards.
+
+    Args:
+        patience: seconds without a byte after which the URL of a shard is tried again.
+
+    Raises:
+        InputError: nothing of that name, no image there, or shards beside something else.
+    """
+    are_shards = [place.endswith(SHARD) or is_remote(place) for place in places]
+    if any(are_shards):
+        if not all(are_shards):
+            raise InputError(f"{', '.join(places)}: shards go by themselves, without other files")
+        shards = [name for place in places for name in expand(place)]
+        if not shards:
+            raise InputError(f"{', '.join(places)}: matches nothing")
+        return Numbered(shards_at(shards, patience, needs_labels=False))
     found: dict[str, None] = {}
-    for place in places:
+    for place in map(as_path, places):
         if place.is_dir():
             found |= dict.fromkeys(sorted(images_below(place, Counter()), key=natural_order))
         elif not place.exists():
@@ -159,8 +195,8 @@ def image_paths(places: Sequence[Path]) -> list[str]:
         else:
             found[str(place)] = None
     if not found:
-        raise InputError(f"{', '.join(map(str, places)) or 'IMAGES'}: no image there")
-    return list(found)
+        raise InputError(f"{', '.join(places) or 'IMAGES'}: no image there")
+    return Numbered(ImageFiles("", [(path, number) for number, path in enumerate(found)], {}))
 
 
 class Predictions:
@@ -255,33 +291,35 @@ def _as_csv(rows: Sequence[Row]) -> str:
 
 @torch.inference_mode()
 def predict(
-    predictor: Predictor, paths: Sequence[str], predictions: Predictions, process: Process, flips: bool = False
+    predictor: Predictor, images: Numbered, predictions: Predictions, process: Process, flips: bool = False
 ) -> None:
-    """Predict this process's share of some images. All processes must call it together.
+    """Predict this process's share of the images of which there are no rows. All processes must call it together.
 
     Raises:
         InputError: more unreadable images than `data.bad_files` allows.
     """
     config, names = predictor.config, predictor.class_names
-    if not paths:
+    names_of = [images.name_of(number) for number in range(len(images))]
+    missing = set(predictions.missing(names_of))
+    chosen = [number for number, name in enumerate(names_of) if name in missing]
+    if not chosen:
         return
     transform = build_transform(config.transform, config.data.image_size, False, config.data.draft_decoding)
-    files = ImageFiles("", [(path, number) for number, path in enumerate(paths)], {})
     decoding = Decoding(config.data.exif_orientation, config.data.max_megapixels)
-    held_out = Images(files, transform, "held-out", decoding=decoding)
+    held_out = Images(images, transform, "held-out", chosen, decoding=decoding)
     source = DataSource(None, held_out, len(names), in_chans=3, class_names=names)
     batches = Batches(config, source, process, BadFiles(config.data.bad_files))
     model, precision = predictor.model.to(process.device).eval(), build_precision(config, process)
-    for images, numbers in tqdm(batches, unit="batch", disable=None if process.is_main else True):
+    for batch, numbers in tqdm(batches, unit="batch", disable=None if process.is_main else True):
         with precision.autocast():
-            probabilities = predictor.probabilities(model(images).float())
+            probabilities = predictor.probabilities(model(batch).float())
             if flips:
-                probabilities = (probabilities + predictor.probabilities(model(images.flip(-1)).float())) / 2
+                probabilities = (probabilities + predictor.probabilities(model(batch.flip(-1)).float())) / 2
         best = probabilities.topk(min(predictions.top_k, len(names)), dim=1)
         rows = []
         for number, values, classes in zip(numbers.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
             if number != IGNORED:
-                row: Row = {"path": paths[number]}
+                row: Row = {"path": names_of[number]}
                 for rank, (value, label) in enumerate(zip(values, classes, strict=True), start=1):
                     row |= {f"class_{rank}": names[label], f"probability_{rank}": round(value, 6)}
                 rows.append(row)

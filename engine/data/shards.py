@@ -93,11 +93,11 @@ class Index:
         return cls(shards, arrays["classes"].tolist())
 
 
-def scan(file: Path, name: str) -> Shard:
+def scan(file: Path, name: str, needs_labels: bool = True) -> Shard:
     """Look through a shard; what is whole before a tar file ends too early counts.
 
     Raises:
-        InputError: a sample without a label, or one that is no number.
+        InputError: a sample without a label where they are needed, or one that is no number.
     """
     images: list[tuple[int, int]] = []
     labels: list[list[int]] = []
@@ -105,10 +105,10 @@ def scan(file: Path, name: str) -> Shard:
 
     def finish() -> None:
         if "image" in sample:
-            if LABEL not in sample:
+            if needs_labels and LABEL not in sample:
                 raise InputError(f"{name}: sample {sample['key']} has no label, a member {sample['key']}.{LABEL}")
             images.append(sample["image"])
-            labels.append(sample[LABEL])
+            labels.append(sample.get(LABEL, []))
 
     problem, size = "", os.path.getsize(file)
     try:
@@ -151,24 +151,28 @@ def _numbers(member: BinaryIO | None, place: str) -> list[int]:
 
 def open_shards(data: DataConfig, split: str) -> Shards:
     """The images of a split; InputError: no shards, or labels beyond the classes."""
-    places = split_places(data, split, ".tar")
-    copies = Copies.of(places, 2 * STREAMS, data.patience)
-    return Shards(places, index_of(places, copies), copies)
+    return shards_at(split_places(data, split, ".tar"), data.patience)
 
 
-def index_of(places: Sequence[str], copies: Copies) -> Index:
+def shards_at(places: Sequence[str], patience: float, needs_labels: bool = True) -> Shards:
+    """The images of some shards; InputError: labels beyond the classes, or none where they are needed."""
+    copies = Copies.of(places, 2 * STREAMS, patience)
+    return Shards(places, index_of(places, copies, needs_labels), copies)
+
+
+def index_of(places: Sequence[str], copies: Copies, needs_labels: bool) -> Index:
     """The index beside the shards, else the one that an earlier run has kept, else a new one, which is kept."""
     beside = _beside(places, copies)
     if beside is not None and all(name_of(place) in beside.shards for place in places):
         return Index({place: beside.shards[name_of(place)] for place in places}, beside.classes)
-    state = [(place, None if is_remote(place) else _state(place)) for place in places]
+    state = [needs_labels, *((place, None if is_remote(place) else _state(place)) for place in places)]
     kept = cache_folder() / "indices" / f"{hashlib.sha256(to_json(state).encode()).hexdigest()[:24]}.npz"
     if kept.exists():
         return Index.load(kept)
     found: dict[str, Shard] = {}
     for place in tqdm(places, desc="counting the samples of shards", unit="shard", disable=None, leave=False):
         try:
-            found[place] = scan(copies.get(place), place)
+            found[place] = scan(copies.get(place), place, needs_labels)
         except OSError as error:
             nothing = np.zeros(0, np.int64)
             found[place] = Shard(0, nothing.reshape(0, 2), nothing, nothing, error.strerror or str(error))

@@ -170,3 +170,27 @@ def test_two_processes_share_the_images(command, torchrun, trained, tmp_path):
     assert [row["path"] for row in rows] == [str(images / name / f"{n}.png") for name in NAMES for n in range(8)]
     assert_right(trained, rows, 3)
     assert [*tmp_path.iterdir()] == [output]
+
+
+def test_images_in_shards_are_predicted_as_the_files_are(trained, tmp_path, capsys, monkeypatch):
+    import tarfile
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = sorted((trained / "images" / "val").rglob("*.png"))
+    for number in range(2):  # without labels
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for place, file in enumerate(files[number::2]):
+                tar.add(file, f"{place}.png")
+    run = str(trained / "run")
+    assert predict.main([run, str(tmp_path / "*.tar"), "--output", str(tmp_path / "of_shards.csv")]) == 0
+    assert predict.main([run, str(trained / "images" / "val"), "--output", str(tmp_path / "of_files.csv")]) == 0
+    of_shards = {row.pop("path"): row for row in rows_of(tmp_path / "of_shards.csv")}
+    of_files = {row.pop("path"): row for row in rows_of(tmp_path / "of_files.csv")}
+    for number in range(2):
+        for place, file in enumerate(files[number::2]):
+            assert of_shards[f"{tmp_path}/{number}.tar: image {place}"] == of_files[str(file)]
+    capsys.readouterr()
+    assert predict.main([run, str(tmp_path / "0.tar"), str(files[0])]) == 2
+    assert "shards go by themselves" in capsys.readouterr().err
+    assert predict.main([run, str(tmp_path / "none-*.tar")]) == 2
+    assert "none-*.tar: matches nothing" in capsys.readouterr().err

@@ -47,8 +47,9 @@ SUB_MODELS = {
 RATE = 0.5
 DEPTH, SKIPPED = "stochastic depth 0.5", "stochastic depth 0.5, skipped"  # of the main model, without sub-models
 TIMMS_LOADER, OUR_LOADER = "timm's create_loader", "our loader"
+LOADERS = {OUR_LOADER: TIMMS_LOADER, "shards": "class folders", "data.draft_decoding": "decoded whole"}
 AGAINST = dict.fromkeys((*SUB_MODELS, DEPTH), PLAIN) | {SKIPPED: DEPTH, TIMM: BARE, PLAIN: BARE}
-AGAINST[OUR_LOADER] = TIMMS_LOADER
+AGAINST |= LOADERS
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
 Line = dict[str, Any]  # of a table, as the JSON file has it
 
