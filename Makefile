@@ -67,7 +67,7 @@ zoo: $(DEVELOP)  ## follow the installed timm: its classes in docs/model_support
 	$(BIN)/python docs/refresh.py docs/model_support.md
 
 performance: $(DEVELOP)  ## measure this machine for docs/performance.md: minutes, with nothing else running
-	$(BIN)/python tools/benchmark.py --quick --json docs/performance/cpu_quick.json
+	$(BIN)/python tools/benchmark.py --quick --parts steps memory --json docs/performance/cpu_quick.json
 	$(BIN)/python docs/refresh.py docs/performance.md
 
 lint: $(DEVELOP)  ## ruff, and mypy --strict of augsub

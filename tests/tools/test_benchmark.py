@@ -35,9 +35,11 @@ def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     assert shown.count("| masking 0.5") == 2 and "### Peak memory" in shown
 
 
-def test_loading_is_measured_against_timms():
-    reference, ours = measure_loading(images=16, batch=8, workers=1, rounds=2, device=torch.device("cpu"))
-    assert reference["value"] > 0 and ours["against"] == reference["name"] and ours["ratio"] > 0
+def test_loading_is_measured_against_timms_and_ways_to_hold_images_against_each_other():
+    pairs = list(measure_loading(images=16, batch=8, workers=1, rounds=1, device=torch.device("cpu"), photographs=None))
+    assert [ours["name"] for _, ours in pairs] == ["our loader", "data.draft_decoding", "shards", "shards"]
+    for reference, ours in pairs:
+        assert reference["value"] > 0 and ours["against"] == reference["name"] and ours["ratio"] > 0
 
 
 def test_every_round_has_every_contender_and_begins_with_another():
