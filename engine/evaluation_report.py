@@ -18,10 +18,11 @@ from engine import atomic
 from engine.config import OF_SEVERAL_LABELS
 from engine.errors import writing_errors
 from engine.evaluation import BINS, MOST_CONFUSED, Metrics, Result
-from engine.figure import BLUE, OKABE_ITO, save
+from engine.figure import BLUE, OKABE_ITO, label_plainly, save
 from engine.multi_label import MultiLabelMetrics
 from engine.text import to_json
 
+NAMED = 5  # of many classes those with the lowest average precision
 MATRIX_CLASSES = 30  # up to so many classes the matrix can be read
 LONGEST_TITLE, LONGEST_CLASS = 50, 24  # characters of the data's and of a class's name in a picture
 # Files of which there are some evaluations without
@@ -208,6 +209,10 @@ def draw_precision_recall(metrics: MultiLabelMetrics, class_names: Sequence[str]
     else:
         axes.scatter([row["images"] for row in rows], [row["ap"] for row in rows], s=12, color=BLUE)
         axes.set(xlabel="held-out images of the class", ylabel="average precision (%)", xscale="log", ylim=(0, 101))
+        label_plainly(axes.xaxis)
+        for row in sorted(rows, key=lambda row: row["ap"])[:NAMED]:
+            place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+            axes.annotate(row["class"][:LONGEST_CLASS], (row["images"], row["ap"]), **place)
     axes.grid(alpha=0.3)
     save(figure, path)
 

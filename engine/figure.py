@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -43,6 +44,19 @@ def save(figure: Figure, path: Path, dpi: int = 120) -> None:
         plt.close(figure)
 
 
+class PlainLogFormatter(LogFormatter):
+    """Labels as many ticks of a logarithmic axis as matplotlib does, with numbers as people write them."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def label_plainly(axis: Axis) -> None:
+    """Plain numbers at the ticks of a logarithmic axis."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(PlainLogFormatter())  # where there are few
+
+
 # Of the curves of a run, in two panels: what is drawn by which name, in which colour
 CURVES = (
     {"main_loss": ("main model", BLUE), "sub_loss": ("sub-model", VERMILION)},
@@ -68,8 +82,7 @@ def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
             axes.legend(frameon=False)
     losses, accuracy = panels
     losses.set(title="Training loss", xlabel="epoch", ylabel="loss", yscale="log")
-    losses.yaxis.set_major_formatter("{x:g}")
-    losses.yaxis.set_minor_formatter(LogFormatter())  # as plain numbers, where there are few
+    label_plainly(losses.yaxis)
     is_map = any("map" in record for record in records)
     accuracy.set(xlabel="epoch", ylabel="mean average precision (%)" if is_map else "top-1 accuracy (%)")
     accuracy.set_title("Held-out images" if is_map else "Held-out accuracy")

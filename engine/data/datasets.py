@@ -163,7 +163,13 @@ def _opener(data: DataConfig) -> Callable[[str], Any]:
         return lambda split: open_shards(data, split)
     if data.dataset == "parquet":
         return lambda split: open_parquet(data, split)
-    if data.dataset.partition("/")[0].lower() not in KINDS:
+    kind, _, name = data.dataset.partition("/")
+    if kind == "hfids":
+        raise InputError(
+            f"data.dataset = {data.dataset}: streams of the hub are read with data.dataset=parquet "
+            f"data.train_split=hf://datasets/{name}/data/train-*.parquet, and data.eval_split likewise"
+        )
+    if kind.lower() not in KINDS:
         known = ", ".join(["folder, table, wds, parquet", *UNTRANSFORMED, *(f"timm's {kind}/NAME" for kind in KINDS)])
         raise InputError(f"data.dataset = {data.dataset}: allowed is {known}")
     return lambda split: _open_timms(data, split)

@@ -154,6 +154,7 @@ def test_an_image_folder_with_faults_is_refused(image_folder, folder_config, tmp
     refused("data.classes: cat comes twice", classes=["cat", "cat"])
     refused("the only class is cat, at least two are needed", classes=["cat"])
     refused("data.cache: not with data.dataset = digits, which is split", dataset="digits", cache="ram")
+    refused("are read with data.dataset=parquet data.train_split=hf://datasets/cats/data/train", dataset="hfids/cats")
     refused("data.dataset = tfds/cats: allowed is folder, table, wds, parquet, digits", dataset="tfds/cats")
     for split in ("train", "val"):  # timm would take `images` for the class of these
         for stray in ("0.jpg", "cat/images/0.jpg"):
