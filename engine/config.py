@@ -27,6 +27,7 @@ from engine.config_rules import (
     SEED,
     WANDB,
     Count,
+    Extendable,
     File,
     Interval,
     Mark,
@@ -51,8 +52,9 @@ UNTRANSFORMED = ("digits", "synthetic")  # values of data.dataset whose images a
 # The names under which a split is looked for: timm's, and test
 SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
 OF_SEVERAL_LABELS = ("map", "f1_macro", "f1_micro")  # values of evaluation.metric where an image may have several
-METRICS = ("top1", "balanced_accuracy", *OF_SEVERAL_LABELS)
+METRICS = ("top1", "top5", "balanced_accuracy", "eval_loss", *OF_SEVERAL_LABELS)
 COLUMNS = ("path", "labels", "split", "image", "label")  # that data.columns may rename
+SCHEDULES = ("cosine", "linear", "constant", "step", "multistep", "polynomial", "wsd", "one_cycle", "plateau")
 # keys of transform that null leaves to the model
 MODELS_TRANSFORM = ("mean", "std", "eval_crop", "eval_crop_mode", "eval_interpolation")
 # what null leaves to the model or to the data
@@ -203,9 +205,13 @@ class AugsubConfig(Section):
 class TrainConfig(Section):
     """How long, how much at once, and in which precision."""
 
-    epochs: Count = 300  # the schedule runs over these; iterations are derived
+    epochs: Extendable[Count] = 300  # the schedule runs over these; iterations are derived
+    # --resume goes on although epochs, global_batch or schedule are others: with all of the state, exact from there
+    extend: Tunable[bool] = False
     max_iters: Tunable[Optional[Count]] = None  # stop earlier, after this many optimiser steps
-    global_batch: Optional[Count] = 1024  # images per optimiser step, over all processes; null: follows from the data
+    global_batch: Extendable[Optional[Count]] = (
+        1024  # images per optimiser step, over all processes; null: follows from the data
+    )
     micro_batch: Tunable[Optional[Count]] = None  # most images at once in one process: the published batch per GPU
     # micro-batches per optimiser step; null: as few as micro_batch allows
     accumulation: Tunable[Optional[Count]] = None
@@ -242,8 +248,15 @@ class OptimizerConfig(Section):
 
 @dataclass
 class ScheduleConfig(Section):
-    """Linear warmup, then half a cosine; `engine/optim.py` has the formula."""
+    """Linear warmup, then a curve from optimizer.lr to min_lr; `engine/optim.py` has the formulas."""
 
+    name: Annotated[str, one_of(*SCHEDULES)] = "cosine"  # cosine | linear | constant | step | multistep | …
+    power: Positive = 1.0  # polynomial: of what is left of the way
+    decay_epochs: List[float] = field(default_factory=list)  # step: each so many epochs | multistep: at these epochs
+    # step, multistep, plateau: what stays of the learning rate
+    decay_rate: Annotated[float, Rule(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
+    decay_share: Part = 0.2  # wsd: of the way after the warmup, on which the learning rate falls
+    patience: Count = 2  # plateau: evaluations without a better evaluation.metric before the learning rate falls
     # iteration | epoch: how often the learning rate changes
     unit: Annotated[str, one_of("iteration", "epoch")] = "iteration"
     warmup_epochs: NotNegative = 5  # linear from warmup_lr
@@ -298,11 +311,13 @@ class EvaluationConfig(Section):
     """Accuracy on held-out images."""
 
     period: Tunable[Count] = 1  # epochs between evaluations; the last epoch is always evaluated
+    patience: Tunable[Optional[Count]] = None  # end the run after so many evaluations without a better metric
     batch: Tunable[Count] = 256  # images at once per process
     # what --eval-only evaluates; null: the run's last one, else where it starts
     checkpoint: Tunable[Optional[File]] = None
-    # what makes a checkpoint the best one: accuracy of all images (top1), or the mean over classes; of images with
-    # several labels map (mean average precision), f1_macro or f1_micro; ema_…: of the average
+    # what makes a checkpoint the best one: accuracy of all images (top1, top5), or the mean over classes, or the lowest
+    # loss (eval_loss); of images with several labels map (mean average precision), f1_macro, f1_micro; ema_…: of the
+    # average
     metric: Annotated[str, one_of(*METRICS, *(f"ema_{name}" for name in METRICS))] = "top1"
 
 
@@ -361,7 +376,7 @@ class Config(Section):
     augsub: AugsubConfig = field(default_factory=AugsubConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: Extendable[ScheduleConfig] = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     mixup: MixupConfig = field(default_factory=MixupConfig)
     ema: Tunable[EmaConfig] = field(default_factory=EmaConfig)
@@ -462,11 +477,22 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"mixup.integer_pixels: data.dataset = {config.data.dataset} has no pixels of 0 to 255"
     if config.evaluation.metric.startswith("ema_") and not (config.ema.enabled and config.ema.evaluate):
         yield f"evaluation.metric = {config.evaluation.metric}: needs ema.enabled = true and ema.evaluate = true"
+    evaluation = config.evaluation
+    if evaluation.patience is not None and (evaluation.patience + 1) * evaluation.period > epochs:
+        yield (
+            f"evaluation.patience = {evaluation.patience}: with evaluation.period = {evaluation.period} it cannot end "
+            f"a run of train.epochs = {epochs}"
+        )
     if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
         yield (
             f"schedule.warmup_epochs = {schedule.warmup_epochs} and schedule.cooldown_epochs = "
             f"{schedule.cooldown_epochs}: must be less than train.epochs = {epochs} together"
         )
+    if schedule.name in ("step", "multistep"):
+        if not schedule.decay_epochs or (schedule.name == "step" and len(schedule.decay_epochs) != 1):
+            yield f"schedule.name = {schedule.name}: needs schedule.decay_epochs, for example [30]"
+        if any(not epoch > 0 for epoch in schedule.decay_epochs):
+            yield f"schedule.decay_epochs = {schedule.decay_epochs}: allowed are numbers above 0"
     if schedule.scale_with_batch and optimizer.lr_reference_batch is None:
         yield "schedule.scale_with_batch: needs optimizer.lr_reference_batch, the batch that lr is for"
     if optimizer.full_lr and optimizer.layer_decay is None:

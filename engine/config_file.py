@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engine.config import FILLED_IN, Config, SubModelConfig, check, marked
-from engine.config_rules import FILE, MAY_CHANGE
+from engine.config_rules import EXTENDS, FILE, MAY_CHANGE
 from engine.errors import InputError
 from engine.text import expanded, readable_name
 from engine.typed_yaml import inside, read, read_value
@@ -109,15 +109,18 @@ def changes_on_resume(config: Config, saved: Mapping[str, Any]) -> list[str]:
         InputError: something that makes it another run.
     """
     changes = differences(config, saved)
-    may_change = marked(MAY_CHANGE)
+    may_change = [*marked(MAY_CHANGE), *(marked(EXTENDS) if config.train.extend else ())]
     refused = [key for key in changes if not any(fnmatch(key, pattern) for pattern in may_change)]
     if refused:
         listed = "; ".join(f"{key} = {changes[key][0]}, the run has {changes[key][1]}" for key in refused[:3])
         more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise InputError(
-            f"--resume: {listed}{more}. Only {', '.join(may_change)} may change; "
-            "for anything else start another run from these weights: model.checkpoint = FILE"
+        is_longer = all(any(fnmatch(key, pattern) for pattern in marked(EXTENDS)) for key in refused)
+        remedy = (
+            "train.extend=true goes on so, with all of the run's state"
+            if is_longer
+            else "this would be another run: start it from these weights, model.checkpoint=FILE"
         )
+        raise InputError(f"--resume: {listed}{more}: {remedy}")
     return [f"{key}: {saved} -> {current}" for key, (current, saved) in changes.items() if key != "output_dir"]
 
 

@@ -27,6 +27,8 @@ class Mark:
 
 # Where things are, how fast they go, what is reported, remedies for a loss that is not finite: the run stays the run
 MAY_CHANGE = Mark("may differ between a run and the command that resumes it")
+# How long and along which curve: the run stays the run if somebody says that it is to be another one from now on
+EXTENDS = Mark("may differ where train.extend is true")
 FILE = Mark("the name of a file or a folder: `~` is a home folder")
 
 
@@ -59,6 +61,7 @@ def three(low: float, meaning: str) -> Rule:
 
 T = TypeVar("T")
 Tunable = Annotated[T, MAY_CHANGE]
+Extendable = Annotated[T, EXTENDS]
 File = Annotated[str, FILE]
 Count = Annotated[int, at_least(1)]
 NotNegativeInt = Annotated[int, at_least(0)]

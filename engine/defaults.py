@@ -35,6 +35,7 @@ from engine.hooks.training import (
     GradientNorm,
     LearningRateSchedule,
     NaNGuard,
+    Plateau,
     SameBatchNormStatistics,
     StopMixing,
 )
@@ -373,6 +374,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     evaluation = Evaluation(
         config.evaluation.period * data.iterations_per_epoch,
         config.evaluation.metric,
+        config.evaluation.patience,
         average=ema.module if ema is not None and config.ema.evaluate else None,
     )
     saving = Checkpoint(
@@ -388,14 +390,17 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         own_hooks = build_own_hooks(config.hooks)
     sharded = is_sharded(config.distributed, process)
     pictures = SubModelPictures(config, writing)  # a forward: of all processes together if sharded
+    learning_rate = LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch")
+    falling = Plateau(learning_rate, evaluation, config.schedule.patience, config.schedule.decay_rate)
     everywhere = [
         *([SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
-        LearningRateSchedule(schedule, per_epoch=config.schedule.unit == "epoch"),
+        learning_rate,
         *([StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
         *([ExponentialMovingAverage(ema)] if ema is not None else []),
         GradientNorm(config.log.period),
         guard,  # before anything looks at weights that may be ruined
         evaluation,
+        *([falling] if config.schedule.name == "plateau" else []),
         *own_hooks,  # before the writing, which writes their results too
         data.bad_files,  # the evaluation finds some too
         writing,  # after the evaluation, whose results it writes; before the checkpoint, which may cover the record

@@ -19,7 +19,7 @@ from engine.errors import input_errors, writing_errors
 from engine.writers import Record
 
 if TYPE_CHECKING:
-    from engine.optim import WarmupCosine  # who draws something else does not wait for timm
+    from engine.optim import Schedule  # who draws something else does not wait for timm
 
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a run or a class is a $
 # Okabe and Ito's palette, for colour-blind readers too; their yellow is too pale for lines
@@ -59,7 +59,11 @@ def label_plainly(axis: Axis) -> None:
 
 # Of the curves of a run, in two panels: what is drawn by which name, in which colour
 CURVES = (
-    {"main_loss": ("main model", BLUE), "sub_loss": ("sub-model", VERMILION)},
+    {
+        "main_loss": ("main model", BLUE),
+        "sub_loss": ("sub-model", VERMILION),
+        "eval_loss": ("main model, held-out images", GREEN),
+    },
     {
         "top1": ("main model", GREEN),
         "ema_top1": ("EMA of the main model", PURPLE),
@@ -81,7 +85,7 @@ def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
         if axes.lines:
             axes.legend(frameon=False)
     losses, accuracy = panels
-    losses.set(title="Training loss", xlabel="epoch", ylabel="loss", yscale="log")
+    losses.set(title="Loss", xlabel="epoch", ylabel="loss", yscale="log")
     label_plainly(losses.yaxis)
     is_map = any("map" in record for record in records)
     accuracy.set(xlabel="epoch", ylabel="mean average precision (%)" if is_map else "top-1 accuracy (%)")
@@ -94,7 +98,7 @@ POINTS = 2000  # more than the picture has columns
 
 
 def draw_schedule(
-    schedule: WarmupCosine, steps_per_epoch: int, stop: float | None, full_rate: float, title: str, path: Path
+    schedule: Schedule, steps_per_epoch: int, stop: float | None, full_rate: float, title: str, path: Path
 ) -> None:
     """Draw all steps of a schedule.
 

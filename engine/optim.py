@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,17 +64,27 @@ def optimizer_errors() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class WarmupCosine:
+class Schedule:
     """Learning rate of each step; a step is an iteration or an epoch.
 
     With t = max(0, step - lag) and W = warmup:
 
-    - t < W: from `start` towards `peak`, by t / W, or by t / (W - 1) if `warmup_reaches_peak`;
-    - else: from `peak` to `floor` along (1 + cos(pi t / T)) / 2 over T = total - cooldown steps; with
-      `warmup_prefix` both t and T are counted from the end of the warmup;
+    - t < W: from `start` towards `peak`, by t / W, or by t / (W - 1) if `warmup_reaches_peak`; of one_cycle along a
+      cosine;
+    - else: from `peak` to `floor` by the share s(t / T) over T = total - cooldown steps; with `warmup_prefix` both t
+      and T are counted from the end of the warmup;
     - then: `floor`.
 
+    The share that is left of peak - floor, s(p) at the part p of the way:
+
+    - cosine, one_cycle: (1 + cos(pi p)) / 2
+    - linear, polynomial: (1 - p) ** power, which is 1 for linear
+    - constant, plateau: 1
+    - step, multistep: decay_rate ** n after n of the steps `milestones`, which count from the beginning of the run
+    - wsd (warmup, stable, decay): 1, and linear to 0 over the last `decay_share` of the way
+
     Attributes:
+        name: of the shape.
         peak, start, floor: learning rates.
         total, warmup, cooldown, lag: numbers of steps.
     """
@@ -88,27 +98,54 @@ class WarmupCosine:
     lag: int = 0
     warmup_prefix: bool = False
     warmup_reaches_peak: bool = False
+    name: str = "cosine"
+    power: float = 1.0
+    decay_rate: float = 0.1
+    decay_share: float = 0.2
+    milestones: Sequence[int] = ()
 
     def __call__(self, step: int) -> float:
         t, length = max(0, step - self.lag), self.total - self.cooldown
         if t < self.warmup:
-            last = max(1, self.warmup - self.warmup_reaches_peak)
-            return self.start + (self.peak - self.start) * t / last
+            way = t / max(1, self.warmup - self.warmup_reaches_peak)
+            return self.start + (self.peak - self.start) * (1 - _cosine(way) if self.name == "one_cycle" else way)
+        passed = sum(milestone <= t for milestone in self.milestones)
         if self.warmup_prefix:
             t, length = t - self.warmup, length - self.warmup
         if t >= length:
             return self.floor
-        return self.floor + 0.5 * (self.peak - self.floor) * (1 + math.cos(math.pi * t / length))
+        return self.floor + self.share(t / length, passed) * (self.peak - self.floor)
+
+    def share(self, way: float, passed: int) -> float:
+        """What is left of peak - floor at a part of the way, after so many milestones."""
+        return {
+            "cosine": _cosine(way),
+            "one_cycle": _cosine(way),
+            "linear": 1 - way,
+            "polynomial": (1 - way) ** self.power,
+            "constant": 1.0,
+            "plateau": 1.0,
+            "step": self.decay_rate**passed,
+            "multistep": self.decay_rate**passed,
+            "wsd": min(1.0, (1 - way) / self.decay_share),
+        }[self.name]
+
+
+def _cosine(way: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * way))
 
 
 def build_schedule(
     config: ScheduleConfig, optimizer: OptimizerConfig, epochs: int, iterations_per_epoch: int, global_batch: int
-) -> WarmupCosine:
+) -> Schedule:
     """The schedule of a run, with its learning rates scaled to the global batch."""
     steps_per_epoch = 1 if config.unit == "epoch" else iterations_per_epoch
     scale = global_batch / optimizer.lr_reference_batch if optimizer.lr_reference_batch else 1.0
     ends_scale = scale if config.scale_with_batch else 1.0
-    return WarmupCosine(
+    milestones = config.decay_epochs
+    if config.name == "step":
+        milestones = [number * milestones[0] for number in range(1, 1 + int(epochs / milestones[0]))]
+    return Schedule(
         peak=scale * optimizer.lr,
         start=ends_scale * config.warmup_lr,
         floor=ends_scale * config.min_lr,
@@ -118,4 +155,9 @@ def build_schedule(
         lag=config.lag,
         warmup_prefix=config.warmup_prefix,
         warmup_reaches_peak=config.warmup_reaches_peak,
+        name=config.name,
+        power=config.power,
+        decay_rate=config.decay_rate,
+        decay_share=config.decay_share,
+        milestones=tuple(round(epoch * steps_per_epoch) for epoch in milestones),
     )

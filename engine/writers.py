@@ -56,7 +56,7 @@ class LogWriter(Writer):
         iteration, max_iterations: steps already done, and steps of the whole run.
     """
 
-    SHOWN = ("main_loss", "sub_loss", "grad_norm", "top1", "ema_top1", "map", "ema_map")
+    SHOWN = ("main_loss", "sub_loss", "grad_norm", "eval_loss", "top1", "ema_top1", "map", "ema_map")
 
     def __init__(self, iteration: int, max_iterations: int) -> None:
         self._first, self._last = iteration, max_iterations
@@ -64,14 +64,14 @@ class LogWriter(Writer):
 
     def write(self, record: Record) -> None:
         values = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
+        costs = "  {images_per_second:.4g} images/s  {memory:.0f} MiB" if "memory" in record else ""
         LOGGER.info(
-            "epoch %.4g  iteration %d  %s  lr %.3g  %.4g images/s  %.0f MiB  %s left",
+            "epoch %.4g  iteration %d  %s  lr %.3g%s  %s left",
             record["epoch"],
             record["iteration"],
             values,
             record["lr"],
-            record["images_per_second"],
-            record["memory"],
+            costs.format_map(record),
             tqdm.format_interval(self._seconds_left(record["iteration"])),
         )
 

@@ -7,9 +7,15 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 from engine.command_line import exit_code, launched_processes, leave, log_to_terminal, tool_parser
 from engine.config_file import load_config, to_yaml
+from engine.errors import InputError
+from engine.run_folder import RunFolder
+from engine.text import expanded, to_json
+
+IN_OUTPUT_DIR = "auto"  # value of --resume: the run in output_dir
 
 EXAMPLES = """\
 examples:
@@ -19,6 +25,8 @@ examples:
   python tools/train_net.py --config swin_b data.root=/data/imagenet --dry-run
   torchrun --nproc_per_node=8 tools/train_net.py --config swin_b \\
       data.root=/data/imagenet --resume
+  python tools/train_net.py --resume runs/digits_vit \\
+      train.extend=true train.epochs=90
 
 keys:
   engine/config.py explains every key; --print-config shows the values.
@@ -36,14 +44,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; None: of this process."""
     parser = tool_parser(__doc__, EXAMPLES)
     run = parser.add_argument_group("the run")
-    run.add_argument("--config", required=True, metavar="NAME", help="a file in configs/ (swin_b), or any YAML file")
+    run.add_argument("--config", metavar="NAME", help="a file in configs/ (swin_b), or any YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="change the configuration: train.epochs=10")
     run.add_argument(
         "--resume",
         nargs="?",
-        const="auto",
-        choices=["auto"],
-        help="continue the run in output_dir from its newest intact checkpoint; start it if there is none",
+        const=IN_OUTPUT_DIR,
+        metavar="RUN",
+        help="continue the run in output_dir from its newest intact checkpoint, and start it if there is none; "
+        "or that in the folder RUN, whose own configuration is taken",
     )
     instead = parser.add_argument_group("instead of training")
     action = instead.add_mutually_exclusive_group()
@@ -56,13 +65,31 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     words = list(sys.argv[1:] if arguments is None else arguments)
     for index, (word, after) in enumerate(pairwise([*words, ""])):
         if word == "--resume" and "=" in after:
-            words[index] = "--resume=auto"  # what follows is an override, not its value
+            words[index] = f"--resume={IN_OUTPUT_DIR}"  # what follows is an override, not its value
     return parser.parse_intermixed_args(words)  # options and overrides in any order
+
+
+def _meant(arguments: argparse.Namespace) -> tuple[Path | str, list[str]]:
+    """The file of the configuration, and the overrides."""
+    if arguments.config is not None:
+        if arguments.resume not in (None, IN_OUTPUT_DIR):
+            raise InputError(
+                f"--resume {arguments.resume}: has its own configuration, --config goes with --resume alone"
+            )
+        return arguments.config, arguments.overrides
+    if arguments.resume in (None, IN_OUTPUT_DIR):
+        raise InputError(
+            "--config NAME is missing: a file in configs/, or any YAML file; or --resume RUN, a run's folder"
+        )
+    folder = RunFolder(expanded(arguments.resume))
+    if not folder.config.exists():
+        raise InputError(f"--resume {arguments.resume}: is not the folder of a run, it has no {folder.config.name}")
+    return folder.config, [f"output_dir={to_json(str(folder.path))}", *arguments.overrides]
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(*_meant(arguments))
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
@@ -71,7 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.defaults import train
     from engine.distributed import process_group
     from engine.evaluation_run import evaluate_only
-    from engine.text import to_json
     from tools.dry_run import dry_run
 
     with process_group(config.distributed.timeout_minutes) as process, worker_deaths(config.data.workers):

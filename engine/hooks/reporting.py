@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class Evaluation(HookBase):
 
     period: int
     metric: str  # of which the best value is kept
+    patience: int | None = None  # evaluations without a better one after which the run ends
     average: nn.Module | None = None  # moving average of the weights, evaluated too; its results are called ema_...
     best: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
@@ -56,6 +58,14 @@ class Evaluation(HookBase):
         """Whether the weights of this very step are the best so far."""
         return self.best.get("iteration") == self.trainer.iteration
 
+    @property
+    def without_better(self) -> int:
+        """Evaluations since the best one."""
+        return (self.trainer.iteration - self.best.get("iteration", self.trainer.iteration)) // self.period
+
+    def before_train(self) -> None:
+        self._end_if_it_gets_no_better()  # a run that had ended so, and is resumed
+
     def after_step(self) -> None:
         iteration = self.trainer.iteration
         if iteration % self.period and not self.trainer.is_last:
@@ -64,8 +74,20 @@ class Evaluation(HookBase):
         if self.average is not None:
             self.latest |= self._evaluate(self.average, "ema_")
         self.trainer.results |= self.latest
-        if self.latest[self.metric] > self.best.get("value", float("-inf")):
-            self.best = {"iteration": iteration, "epoch": self.trainer.epoch, "value": self.latest[self.metric]}
+        value, best = self.latest[self.metric], self.best.get("value")
+        if best is None or (value < best if self.metric.endswith("loss") else value > best):
+            self.best = {"iteration": iteration, "epoch": self.trainer.epoch, "value": value}
+        self._end_if_it_gets_no_better()
+
+    def _end_if_it_gets_no_better(self) -> None:
+        if self.patience is not None and self.without_better >= self.patience and not self.trainer.is_last:
+            self.trainer.max_iterations = self.trainer.iteration
+            LOGGER.info(
+                "no better %s since epoch %.4g: the run ends after %d evaluations without one (evaluation.patience)",
+                self.metric,
+                self.best["epoch"],
+                self.without_better,
+            )
 
     def _evaluate(self, model: nn.Module, prefix: str) -> dict[str, float]:
         trainer = self.trainer
@@ -90,13 +112,13 @@ class Evaluation(HookBase):
 
 
 class WriteRecords(HookBase):
-    """Hands the averages since the last record, and what other hooks found out, to the writers.
+    """Hands the averages of every `log.period` iterations, and what other hooks found out, to the writers.
 
-    A record every `log.period` iterations, and whenever there are results of an evaluation. The main process alone
-    has writers, opened when the run has its folder.
+    Results of an evaluation in between make a record without averages. The main process alone has writers, opened when
+    the run has its folder.
 
     Attributes:
-        latest: the newest record, in every process; None before the first one.
+        latest: the newest record with averages, in every process; None before the first one.
     """
 
     def __init__(self, config: Config, folder: RunFolder) -> None:
@@ -115,22 +137,24 @@ class WriteRecords(HookBase):
 
     def after_step(self) -> None:
         trainer = self.trainer
-        if trainer.iteration % self._config.log.period and not trainer.is_last and not trainer.results:
+        is_whole = trainer.iteration % self._config.log.period == 0 or trainer.is_last
+        if not is_whole and not trainer.results:
             return
-        means = trainer.means.read()
-        images = self._config.train.global_batch * (trainer.iteration - self._first_iteration)
-        self.latest = {
+        record: Record = {
             "iteration": trainer.iteration,
             "epoch": trainer.epoch,
             "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
-            **means,
-            "images_per_second": images / (time.perf_counter() - self._since),
-            "memory": peak_memory(trainer.process.device),
-            **trainer.results,
         }
+        if is_whole:
+            images = self._config.train.global_batch * (trainer.iteration - self._first_iteration)
+            record |= trainer.means.read()
+            record["images_per_second"] = images / (time.perf_counter() - self._since)
+            record["memory"] = peak_memory(trainer.process.device)
+            self._start_interval()
+        record |= trainer.results
+        self.latest = record if is_whole else self.latest
         for writer in self._writers:
-            writer.write(self.latest)
-        self._start_interval()
+            writer.write(record)
 
     def write_images(self, images: dict[str, Tensor]) -> None:
         """Hand batches of images (B, 3, H, W) uint8, by their titles, to the writers."""
@@ -229,7 +253,7 @@ class Report(HookBase):
 
     def after_train(self) -> None:
         records = read_lines(self._folder.metrics)
-        summary = self._summary(records[-1] if records else {})
+        summary = self._summary(mean_losses(records, self.trainer.data.iterations_per_epoch))
         atomic.write_text(self._folder.summary, f"{to_json(summary, indent=2)}\n")
         draw_curves(records, self._title, self._folder.curves)
         LOGGER.info("\n%s\n%s", self._title, text_table(self._rows(summary)))
@@ -244,8 +268,7 @@ class Report(HookBase):
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
-    def _summary(self, last_record: dict[str, float]) -> dict[str, Any]:
-        losses = {name: value for name, value in last_record.items() if name.endswith("loss") or "sub_loss" in name}
+    def _summary(self, losses: dict[str, float]) -> dict[str, Any]:
         best = {f"best_{name}": value for name, value in self._evaluation.best.items()}
         return {
             **losses,
@@ -256,6 +279,9 @@ class Report(HookBase):
             "seconds": self._seconds(),
             "bad_files": len(self.trainer.data.bad_files),
         }
+
+    def _best(self, value: float) -> str:
+        return f"{value:.4f}" if self._evaluation.metric.endswith("loss") else f"{value:.2f} %"
 
     def _rows(self, summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows = [
@@ -273,13 +299,28 @@ class Report(HookBase):
                 if "balanced_accuracy" in self._evaluation.metric
                 else []
             ),
-            ("best", f"{summary['best_value']:.2f} % after epoch {summary['best_epoch']:.4g}"),
+            ("best", f"{self._best(summary['best_value'])} after epoch {summary['best_epoch']:.4g}"),
             *self._facts,
             *(skipped if summary["bad_files"] else []),
             ("trained for", f"{summary['epochs']:.4g} epochs, {summary['iterations']} iterations"),
             ("time", f"{summary['seconds']:.0f} s"),
             ("results", str(self._folder.path)),
         ]
+
+
+def mean_losses(records: Sequence[Record], iterations: int) -> dict[str, float]:
+    """Of the records that end in the last so many iterations the mean of each training loss, by their iterations."""
+    averaged = [record for record in records if "loss" in record]
+    ends = [0, *(int(record["iteration"]) for record in averaged)]
+    own = [
+        (record, end - start)
+        for record, start, end in zip(averaged, ends, ends[1:], strict=False)
+        if end > ends[-1] - iterations
+    ]
+    names = [
+        name for name in (own[-1][0] if own else ()) if name == "loss" or name.startswith(("main_loss", "sub_loss"))
+    ]
+    return {name: sum(count * record[name] for record, count in own) / sum(count for _, count in own) for name in names}
 
 
 def _facts(config: Config) -> list[tuple[str, str]]:

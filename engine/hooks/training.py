@@ -20,7 +20,8 @@ from torch.nn.utils import get_total_norm
 
 from engine.distributed import local
 from engine.errors import NonFiniteLossError
-from engine.optim import WarmupCosine
+from engine.hooks.reporting import Evaluation
+from engine.optim import Schedule
 from engine.train_loop import HookBase
 
 LOGGER = logging.getLogger("engine")
@@ -30,13 +31,40 @@ LOGGER = logging.getLogger("engine")
 class LearningRateSchedule(HookBase):
     """Sets the learning rate as a function of the iteration, or of the epoch; there is nothing to resume."""
 
-    schedule: WarmupCosine
+    schedule: Schedule
     per_epoch: bool
+    factor: float = 1.0  # which Plateau lowers
 
     def before_step(self) -> None:
         step = int(self.trainer.epoch) if self.per_epoch else self.trainer.iteration
         for group in self.trainer.optimizer.param_groups:
-            group["lr"] = self.schedule(step) * group["lr_scale"]
+            group["lr"] = self.factor * self.schedule(step) * group["lr_scale"]
+
+
+@dataclass
+class Plateau(HookBase):
+    """Lowers the learning rate where evaluations find nothing better: after `patience` of them, and so on.
+
+    As a hook it comes after the evaluation.
+    """
+
+    learning_rate: LearningRateSchedule
+    evaluation: Evaluation
+    patience: int
+    decay_rate: float
+    state_name = "plateau"
+
+    def after_step(self) -> None:
+        evaluation, iteration = self.evaluation, self.trainer.iteration
+        waited = evaluation.without_better
+        if iteration % evaluation.period == 0 and waited and waited % self.patience == 0:
+            self.learning_rate.factor *= self.decay_rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self.learning_rate.factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learning_rate.factor = state["factor"]
 
 
 @dataclass

@@ -147,9 +147,17 @@ LEFT_TO_THE_MODEL = ("data.image_size=null", "transform.mean=null", "transform.e
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("transform.auto_augment=null", "--resume: transform.auto_augment = None, the run has 3a. Only "),
-        ("transform.color_jitter=null", "--resume: transform.color_jitter = None, the run has 0.3. Only "),
-        ("seed=5", "--resume: seed = 5, the run has 0. Only "),
+        (
+            "transform.auto_augment=null",
+            "--resume: transform.auto_augment = None, the run has 3a: this would be another run: ",
+        ),
+        (
+            "transform.color_jitter=null",
+            "--resume: transform.color_jitter = None, the run has 0.3: this would be another run: ",
+        ),
+        ("seed=5", "--resume: seed = 5, the run has 0: this would be another run: "),
+        ("train.epochs=900", "--resume: train.epochs = 900, the run has 400: train.extend=true goes on so"),
+        ("schedule.min_lr=0.5", "--resume: schedule.min_lr = 0.5, the run has 1e-05: train.extend=true goes on so"),
         ("data.workers=3", None),
     ],
 )

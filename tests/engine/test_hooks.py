@@ -20,9 +20,16 @@ from engine.distributed import Process
 from engine.errors import NonFiniteLossError, Preempted
 from engine.evaluation import evaluate
 from engine.hooks import HOOK_REGISTRY, build_own_hooks
-from engine.hooks.reporting import Evaluation, Report, WriteRecords
+from engine.hooks.reporting import Evaluation, Report, WriteRecords, mean_losses
 from engine.hooks.saving import Checkpoint, Preemption
-from engine.hooks.training import ExponentialMovingAverage, FrozenStatistics, NaNGuard
+from engine.hooks.training import (
+    ExponentialMovingAverage,
+    FrozenStatistics,
+    LearningRateSchedule,
+    NaNGuard,
+    Plateau,
+)
+from engine.optim import Schedule
 from engine.precision import Precision
 from engine.run_folder import RunFolder
 from engine.train_loop import HookBase, TrainerBase
@@ -137,7 +144,7 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
             resumed.load_state_dict(spoilt)
 
 
-def test_a_record_has_the_means_since_the_last_one_and_what_hooks_found(tmp_path):
+def test_records_have_the_means_of_equal_windows_and_what_hooks_found(tmp_path):
     class Found(HookBase):
         def after_step(self):
             if self.trainer.iteration == 5:
@@ -147,6 +154,8 @@ def test_a_record_has_the_means_since_the_last_one_and_what_hooks_found(tmp_path
         def after_step(self):
             if writing.latest is not None and writing.latest["iteration"] == self.trainer.iteration:
                 seen.append(writing.latest)
+            elif self.trainer.results:
+                between.append(self.trainer.results["distance"])
 
     class Measured(Loop):
         def run_step(self):
@@ -154,6 +163,7 @@ def test_a_record_has_the_means_since_the_last_one_and_what_hooks_found(tmp_path
             self.means.add({"loss": self.last_loss})
 
     seen: list[dict] = []
+    between: list[float] = []
     loop = Measured([0.0] * 7, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0])
     loop.means = RunningMeans(ALONE)
     loop.optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.4}, {"lr": 0.2}])
@@ -163,12 +173,73 @@ def test_a_record_has_the_means_since_the_last_one_and_what_hooks_found(tmp_path
     train(loop, Found(), writing, Watch())
     assert [(record["iteration"], record["epoch"], record["loss"]) for record in seen] == [
         (3, 1.5, 2.0),
-        (5, 2.5, 4.5),
-        (6, 3.0, 6.0),
+        (6, 3.0, 5.0),
         (7, 3.5, 8.0),
     ]
-    assert [record.get("distance") for record in seen] == [None, 0.5, None, None]
+    assert between == [0.5] and not any("distance" in record for record in seen)
+    assert mean_losses(seen, iterations=4) == {"loss": pytest.approx((3 * 5.0 + 8.0) / 4)}
+    assert mean_losses(seen, iterations=1) == {"loss": 8.0} and mean_losses([], 1) == {}
     assert all(record["lr"] == 0.4 and record["images_per_second"] > 0 for record in seen)
+
+
+class Judged(Evaluation):
+    """Finds what it is told, in turn."""
+
+    def _evaluate(self, model, prefix):
+        return {self.metric: self.values[self.trainer.iteration // self.period - 1]}
+
+
+def judged(values, **options) -> Judged:
+    hook = Judged(period=2, **{"metric": "top1", **options})
+    hook.values = values
+    return hook
+
+
+def test_a_run_that_gets_no_better_ends_and_stays_ended():
+    values = [50.0, 60.0, 60.0, 55.0, 90.0]
+    evaluation = judged(values, patience=2)
+    loop = Loop([0.0] * 10)
+    train(loop, evaluation)
+    assert loop.iteration == 8 and evaluation.best["iteration"] == 4
+    again = judged(values, patience=2)
+    again.load_state_dict(evaluation.state_dict())
+    resumed = Loop([0.0] * 10)
+    resumed.iteration = 8
+    train(resumed, again)
+    assert resumed.iteration == 8
+    longer = judged(values, patience=3)  # with more of it the run goes on
+    longer.load_state_dict(evaluation.state_dict())
+    resumed = Loop([0.0] * 10)
+    resumed.iteration = 8
+    train(resumed, longer)
+    assert resumed.iteration == 10 and longer.best["value"] == 90.0
+
+
+def test_the_lowest_loss_is_the_best():
+    evaluation = judged([3.0, 1.0, 2.0], metric="eval_loss")
+    train(Loop([0.0] * 6), evaluation)
+    assert evaluation.best["value"] == 1.0 and evaluation.best["iteration"] == 4
+
+
+def test_on_a_plateau_the_learning_rate_falls_again_and_again():
+    values = [50.0, 40.0, 40.0, 40.0, 40.0, 60.0, 10.0, 10.0]
+    evaluation = judged(values)
+    learning_rate = LearningRateSchedule(Schedule(1.0, 1.0, 0.0, total=100, warmup=0, name="plateau"), per_epoch=False)
+    plateau = Plateau(learning_rate, evaluation, patience=2, decay_rate=0.5)
+
+    class Watch(HookBase):
+        def after_step(self):
+            rates.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+    rates: list[float] = []
+    loop = Loop([0.0] * 17)
+    loop.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "lr_scale": 1.0}])
+    evaluation.values = [*values, 10.0]
+    train(loop, learning_rate, evaluation, plateau, Watch())
+    assert rates == [1.0] * 6 + [0.5] * 4 + [0.25] * 6 + [0.125]
+    other = Plateau(LearningRateSchedule(learning_rate.schedule, False), evaluation, 2, 0.5)
+    other.load_state_dict(plateau.state_dict())
+    assert other.learning_rate.factor == learning_rate.factor == 0.125
 
 
 def test_a_resumed_report_counts_on_and_keeps_where_the_run_started(tmp_path):

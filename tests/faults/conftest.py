@@ -186,7 +186,8 @@ def outcome(folder: Path) -> tuple[dict, dict, list[dict], list[dict], dict]:
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for record in (*records, *rows):
-        del record["images_per_second"], record["memory"]
+        record.pop("images_per_second", None)
+        record.pop("memory", None)  # records of an evaluation alone have neither
     summary = json.loads((folder / "summary.json").read_text())
     del summary["seconds"]
     return tensors, plain, records, rows, summary

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.checkpoint import load, load_metadata
 from engine.checkpoint_file import split_tensors
-from tests.faults.conftest import assert_same_end
+from tests.faults.conftest import assert_same_end, outcome
 
 PLUGIN = '''
 import os
@@ -106,12 +107,41 @@ def test_a_changed_command(server, digits, tmp_path):
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for change, message in REFUSED.items():
         error = server.refused(*run, "--resume", change)
-        assert error.startswith(f"error: --resume: {message}") and "Only output_dir, " in error
+        remedy = "train.extend=true" if change.startswith(("train.", "schedule.")) else "start it from these weights"
+        assert error.startswith(f"error: --resume: {message}") and remedy in error
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     allowed = ["data.workers=1", "log.period=3", "optimizer.lr=1e-4", "evaluation.batch=100", "checkpoint.keep=1"]
     out = server.succeed(*run, "--resume", *allowed)
     for line in ("data.workers: 0 -> 1", "log.period: 7 -> 3", "optimizer.lr: 0.002 -> 0.0001"):
         assert f"changed: {line}\n" in out
+
+
+@pytest.mark.faults(
+    fault="a run is to be longer than it was begun, and is killed on its way",
+    promise="with train.extend=true it goes on with all of its state, bit-identical to one that was so long from its "
+    "start where the curve of the learning rate is the same",
+)
+def test_an_extended_run(server, digits, finished, tmp_path):
+    run = [
+        *digits,
+        "train.max_iters=null",
+        "train.global_batch=200",
+        "schedule.name=constant",
+        "schedule.warmup_epochs=0",
+    ]
+    long, short = [*run, "train.epochs=6"], [*run, "train.epochs=4", f"output_dir={tmp_path}/run"]
+    server.succeed(*short)
+    refused = server.refused(*short, "--resume", "train.epochs=6")
+    assert "train.epochs = 6, the run has 4: train.extend=true goes on so, with all of the run's state" in refused
+    folder = f"{tmp_path}/run"
+    kill = {"function": "Trainer.run_step", "entry": 7, "delay": 0.0}
+    assert server.run("--resume", folder, "train.extend=true", "train.epochs=6", kill=kill)[0].code != 0
+    out = server.succeed("--resume", folder, "train.extend=true", "train.epochs=6")
+    assert "resumed" in out
+    tensors, *rest = outcome(tmp_path / "run")
+    others, *_ = outcome(finished(*long))
+    assert not [path for path in tensors if not torch.equal(tensors[path], others[path])]
+    assert rest[-1]["epochs"] == 6.0
 
 
 @pytest.mark.faults(
@@ -131,7 +161,7 @@ def test_two_runs_in_one_folder(server, digits, finished, tmp_path, arguments):
 
 BACKWARDS = """
 import time
-from tests.faults.conftest import assert_same_end
+from tests.faults.conftest import assert_same_end, outcome
 
 real, start = time.time, time.time()
 time.time = lambda: 2 * start - real()  # a second back for each second on

@@ -17,7 +17,7 @@ from engine.config import Config
 from engine.config_file import load_config
 from engine.data.source import IMAGENET
 from engine.defaults import create_configured_model
-from engine.optim import WarmupCosine, build_schedule
+from engine.optim import Schedule, build_schedule
 from models.recipe import freeze
 
 FACTS = Path(__file__).with_name("recipes.yaml")
@@ -65,7 +65,7 @@ class Recipe:
         return self.facts["family"]
 
     @property
-    def schedule(self) -> WarmupCosine:
+    def schedule(self) -> Schedule:
         train = self.config.train
         iterations = TRAINING_IMAGES // train.global_batch
         return build_schedule(self.config.schedule, self.config.optimizer, train.epochs, iterations, train.global_batch)

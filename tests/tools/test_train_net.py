@@ -355,8 +355,11 @@ def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
     assert code == 0 and yaml.safe_load(output)["seed"] == 4
     for resume in (["--resume"], ["--resume", "auto"], ["--resume=auto"]):
         assert train_net("--config", DIGITS, *resume, "seed=4", "--print-config")[1] == output
-    with pytest.raises(SystemExit):
-        train_net("--config", DIGITS, "--resume", "never", "--print-config")
+    code, _, error = train_net("--config", DIGITS, "--resume", "never", "--print-config")
+    assert code == 2 and "--resume never: has its own configuration" in error
+    code, _, error = train_net("--resume", tmp_path / "nowhere")
+    assert code == 2 and "is not the folder of a run, it has no config.yaml" in error
+    assert "--config NAME is missing" in train_net("train.epochs=3")[2]
     (tmp_path / "printed.yaml").write_text(output)
     assert train_net("--config", tmp_path / "printed.yaml", "--print-config")[1] == output
 
