@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable
 from io import TextIOWrapper
@@ -17,6 +18,7 @@ from engine.text import expanded
 FAILED = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+READER_GONE = 141  # 128 + SIGPIPE: nobody reads standard output any more, as where it goes to `head`
 
 
 def tool_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -41,12 +43,20 @@ def as_path(text: str) -> Path:
 def exit_code(run: Callable[[], int | None], traceback: bool = False, after_interrupt: str = "") -> int:
     """Run a tool: 0, or what it returns; 2 with one line after an error, 75 after a preemption, 130 after Ctrl-C.
 
+    141 where nobody reads its output any more.
+
     Args:
         traceback: let errors through.
         after_interrupt: what the user can do then.
     """
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            return _end(FAILED, f"error: {_unforeseen(error)}")
+        return READER_GONE
     except Preempted as stop:
         return _end(PREEMPTED, f"{stop}; --resume goes on")
     except KeyboardInterrupt:
@@ -85,6 +95,16 @@ def leave(code: int, processes: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output was closed by who reads it; what is still to be written then goes nowhere."""
+    output, pipe = sys.stdout.fileno(), select.poll()
+    pipe.register(output, 0)
+    is_gone = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return is_gone
 
 
 def _unforeseen(error: Exception) -> str:

@@ -184,7 +184,12 @@ def has_pretrained_weights(config: Config) -> bool:
     try:
         create_model(config.model.name, pretrained=True)
     except ValueError as error:
-        LOGGER.warning("WARNING: the model starts at random, model.pretrained is only %s: %s", IF_AVAILABLE, error)
+        LOGGER.warning(
+            "WARNING: the model starts at random, model.pretrained is only %s: %s; without weights "
+            "configs/scratch_folder.yaml has the better recipe",
+            IF_AVAILABLE,
+            error,
+        )
         return False
     return True
 

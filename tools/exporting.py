@@ -35,7 +35,7 @@ CARD = Path(__file__).with_name("model_card.md")
 RECIPE = ("augsub", "data", "train", "optimizer", "schedule", "loss", "mixup", "transform", "ema")  # sections in it
 # what timm's configuration of a model says of its pretrained weights: of others only the licence stays
 OF_PRETRAINED = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description")
-METADATA = "augsub"  # key of an ONNX file under which is how images become its input, and the names of its classes
+METADATA = "augsub"  # key in a file under which is how images become the model's input, and the names of its classes
 TOLERANCE = 1e-3  # absolute, of ONNX's logits: kernels add in other orders
 
 
@@ -118,7 +118,7 @@ def write_weights(file: Path, exported: Exported) -> str:
     weights = exported.model.state_dict()
     with writing_errors(file), atomic.new_content(file) as opened:
         if file.suffix == ".safetensors":
-            opened.write(save(weights, metadata={"format": "pt"}))
+            opened.write(save(weights, metadata={"format": "pt", METADATA: to_json(_known(exported))}))
         else:
             torch.save(weights, opened)
     settings = "".join(f", {key}={value!r}" for key, value in exported.arguments.items())
@@ -161,6 +161,12 @@ def _preprocessing(exported: Exported) -> dict[str, Any]:
     else:
         own = {timms: getattr(transform, key) for key, timms in TIMM_KEYS.items()}
     return {"input_size": exported.image_shape, **own}
+
+
+def _known(exported: Exported) -> dict[str, Any]:
+    """What a file says of its model: timm's name, how images become its input, the names of its classes."""
+    names = exported.state.get("class_names")
+    return {"architecture": exported.name, **_preprocessing(exported), "label_names": names}
 
 
 def card(exported: Exported, title: str) -> str:
@@ -217,7 +223,7 @@ def write_onnx(file: Path, exported: Exported) -> str:
     difference = (found - logits).abs().max().item()
     if not difference < TOLERANCE:
         raise RunError(f"{file}: onnxruntime's logits differ by {difference:.2g}, so nothing was written")
-    said = {**_preprocessing(exported), "label_names": exported.state.get("class_names")}
+    said = _known(exported)
     program.model.metadata_props[METADATA] = to_json(said)
     with writing_errors(file):
         program.save(file)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tabulate import tabulate
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
     """
     if what.endswith(".onnx"):
         return _of_onnx(Path(what), overrides)
-    config, file = find_target(what, model_name, overrides)
+    known = _said_in(what)
+    config, file = find_target(what, model_name or known.get("architecture"), [*_settings(known), *overrides])
     config = complete(config)
     if config.data.dataset in UNTRANSFORMED:
         raise InputError(f"{what}: was trained on {config.data.dataset}, which are no files of images")
@@ -112,7 +114,25 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
         )
         if content is not None:
             load_weights(model, content, what, complete=True)
-    return Predictor(model, config, _names_of(model), softmax)
+    return Predictor(model, config, known.get("label_names") or _names_of(model), softmax)
+
+
+def _said_in(what: str) -> dict[str, Any]:
+    """What an exported file of safetensors says of its model; nothing where it is none."""
+    if not what.endswith(".safetensors") or not Path(what).is_file():
+        return {}
+    try:
+        with safe_open(what, "pt") as opened:
+            said = (opened.metadata() or {}).get(METADATA)
+    except SafetensorError:
+        return {}  # who loads the weights says what is wrong with them
+    return json.loads(said) if said else {}
+
+
+def _settings(known: dict[str, Any]) -> list[str]:
+    """Overrides of a configuration for what a file says: how images become the model's input."""
+    own = [f"transform.{key}={to_json(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
+    return [*own, f"data.image_size={known['input_size'][-1]}"] if "input_size" in known else own
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -124,9 +144,8 @@ def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
     model = OnnxModel(file)
     said = model.session.get_modelmeta().custom_metadata_map.get(METADATA)
     known = json.loads(said) if said else {}
-    own = [f"transform.{key}={to_json(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
     side = model.session.get_inputs()[0].shape[-1]
-    config = complete(parse_config("", str(file), [*own, f"data.image_size={side}", *overrides]))
+    config = complete(parse_config("", str(file), [*_settings(known), f"data.image_size={side}", *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
     names = known.get("label_names") or [str(number) for number in range(classes)]
     return Predictor(model, config, names, softmax)

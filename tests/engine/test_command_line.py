@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from engine.command_line import exit_code
@@ -20,8 +25,8 @@ def raising(error: BaseException):
         (InputError("data.root = a\nb: no such folder"), 2, "error: data.root = a b: no such folder\n"),
         (Preempted("stopped by SIGTERM"), 75, "stopped by SIGTERM; --resume goes on\n"),
         (KeyboardInterrupt(), 130, "interrupted: go on\n"),
-        (KeyError("two\nlines"), 2, rf"error: KeyError: 'two\nlines' (unforeseen, in {__file__}, line 11)" + "\n"),
-        (ValueError(), 2, f"error: ValueError: no reason given (unforeseen, in {__file__}, line 11)\n"),
+        (KeyError("two\nlines"), 2, rf"error: KeyError: 'two\nlines' (unforeseen, in {__file__}, line 16)" + "\n"),
+        (ValueError(), 2, f"error: ValueError: no reason given (unforeseen, in {__file__}, line 16)\n"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(capsys, monkeypatch, error, code, line):
@@ -37,3 +42,12 @@ def test_the_tools_own_result_is_the_code_and_a_traceback_can_be_asked_for():
     for error in (InputError("seed"), KeyError("key")):
         with pytest.raises(type(error)):
             exit_code(raising(error), traceback=True)
+
+
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_a_reader_that_goes_away_is_no_error(buffering):
+    tool = Path(__file__).parents[2] / "tools" / "analyze_model.py"
+    command = f"{sys.executable} {tool} --list-support 'vit*' | true; echo ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffering}
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert found.stdout == "141\n" and "Error" not in found.stderr
