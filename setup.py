@@ -17,12 +17,12 @@ TRAINERS = {
 }
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 PARQUET = ["pyarrow"]
+LORA = ["peft"]
 SHARDS = ["webdataset", "fsspec", "aiohttp"]
 DEVELOP = [
     "mkdocs-material",
     "mkdocstrings[python]",
     "mypy",
-    "peft",
     "pytest",
     "pytest-xdist",
     "ruff",
@@ -45,6 +45,7 @@ setup(
         **TRAINERS,
         "onnx": ONNX,
         "parquet": PARQUET,
+        "lora": LORA,
         "shards": SHARDS,
         "train": TRAIN,
         "dev": [
@@ -53,6 +54,7 @@ setup(
             *ONNX,
             *PARQUET,
             *SHARDS,
+            *LORA,
             *DEVELOP,
         ],
     },

@@ -78,6 +78,14 @@ class Section:
 
 
 @dataclass
+class LoraConfig(Section):
+    """Low-rank adapters of linear layers: they and the head learn, all else stays. Exported models have them merged."""
+
+    rank: Count = 8  # of the adapters
+    targets: List[str] = field(default_factory=list)  # ends of the layers' names: qkv, proj, fc1 …; empty: no adapters
+
+
+@dataclass
 class ModelConfig(Section):
     """A timm model. `num_classes` and `in_chans` come from the data."""
 
@@ -88,7 +96,9 @@ class ModelConfig(Section):
     checkpoint: Tunable[Optional[File]] = None
     pos_embed_antialias: bool = True  # when a position table of model.checkpoint is resized to another image size
     restart: List[str] = field(default_factory=list)  # modules that start anew although weights were loaded
-    frozen: List[str] = field(default_factory=list)  # modules and parameters that stay as they are
+    # modules and parameters that stay as they are; patterns (blocks.[0-5].*); all_but_head
+    frozen: List[str] = field(default_factory=list)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     drop_path_rate: Optional[Share] = None  # stochastic depth of the main model; null: timm's default
     # linear: from 0 in the first block to the rate in the last | uniform
     drop_path_shape: Annotated[str, one_of("linear", "uniform")] = "linear"

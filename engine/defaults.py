@@ -55,6 +55,7 @@ from models.build import (
     image_settings,
     innermost_blocks,
 )
+from models.lora import add_lora
 from models.recipe import (
     freeze,
     frozen_batchnorms,
@@ -224,6 +225,8 @@ def build_run_model(config: Config, source: DataSource, process: Process, is_res
     with input_errors("model"):
         if not is_resumed:
             start_weights(config, model, source)
+        if settings.lora.targets:
+            add_lora(model, settings.lora.rank, settings.lora.targets)
         freeze(model, settings.frozen)
     if config.train.grad_checkpointing:
         with input_errors(f"train.grad_checkpointing with model.name = {settings.name}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from augsub.families.base import drop_path_places
+from models.weights import head_tensors
 
 
 def make_drop_path_uniform(model: nn.Module, rate: float) -> None:
@@ -57,14 +59,40 @@ def start_class_token(model: nn.Module, std: float) -> None:
     nn.init.trunc_normal_(model.cls_token, std=std)
 
 
+ALL_BUT_HEAD = "all_but_head"  # in place of names: everything but the classifier
+
+
+def frozen_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Names of parameters and modules in the place of patterns (blocks.[0-5].*) and of `ALL_BUT_HEAD`.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+    """
+    parameters = [name for name, _ in model.named_parameters()]
+    found: dict[str, None] = {}
+    for name in names:
+        own = [name]
+        if name == ALL_BUT_HEAD:
+            own = [tensor for tensor in parameters if tensor not in head_tensors(model) and tensor != "mask_token"]
+        elif set("*?[") & set(name):
+            own = fnmatch.filter(parameters, name)
+            if not own:
+                raise ValueError(f"frozen: the model has no parameter like {name!r}")
+        found |= dict.fromkeys(own)
+    return [*found]
+
+
 def freeze(model: nn.Module, names: Sequence[str]) -> None:
     """Let the parameters of these names, or of the modules of these names, not learn.
+
+    Args:
+        names: also patterns, as for `frozen_names`.
 
     Raises:
         ValueError: no such parameter or module, or nothing is left to learn but the mask token.
     """
     parameters = dict(model.named_parameters())
-    for name in names:
+    for name in frozen_names(model, names):
         frozen = [parameters[name]] if name in parameters else _module(model, name, "frozen").parameters()
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -79,7 +107,7 @@ def frozen_batchnorms(model: nn.Module, names: Sequence[str]) -> list[nn.Module]
         names: as for `freeze`.
     """
     modules = dict(model.named_modules())
-    inside = {part for name in names if name in modules for part in modules[name].modules()}
+    inside = {part for name in frozen_names(model, names) if name in modules for part in modules[name].modules()}
     return [
         layer
         for layer in model.modules()

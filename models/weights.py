@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 LOGGER = logging.getLogger("models")
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names an adapter's tensors
 Weights = dict[str, Tensor]
 
 MOST_MISSING = 0.1  # share of a model's tensors beside its head that a checkpoint of its architecture may lack
@@ -163,6 +164,16 @@ def _in_timms_layout(weights: Weights, model: nn.Module, antialias: bool, source
     return weights
 
 
+def without_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the plain model, of one with adapters; any other as it is."""
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
+    for name in weights:
+        if name.endswith(LORA_A):
+            layer = name.removesuffix(LORA_A)
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + weights[layer + LORA_B] @ weights[name]
+    return plain
+
+
 def head_tensors(model: nn.Module) -> set[str]:
     """Names of the classifier's tensors in a timm model's state dict."""
     classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
@@ -224,7 +235,7 @@ def _state_dicts(content: Any, path: str, depth: int) -> Iterator[tuple[str, Wei
         return
     weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if weights:
-        yield path, {INNER_WRAPPERS.sub("", name): weight for name, weight in weights.items()}
+        yield path, without_lora({INNER_WRAPPERS.sub("", name): weight for name, weight in weights.items()})
     for key, value in content.items() if depth else ():
         yield from _state_dicts(value, f"{path}{key}.", depth - 1)
 

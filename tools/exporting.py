@@ -28,6 +28,7 @@ from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, input_errors, writing_errors
 from engine.text import readable_name, to_json
 from models.build import TIMM_KEYS, create_model, takes_image_size
+from models.weights import without_lora
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 OF_BUILDING = inspect.signature(timm.create_model).parameters  # files to read, ways to run: nothing of a model's shape
@@ -105,7 +106,8 @@ def load_exported(checkpoint: Path, ema: bool | None = None, plugins: Sequence[s
     with input_errors(f"checkpoint {checkpoint}{hint}"):
         model = create_model(name, image_size=image_size, **arguments)
         # the mask token is of sub-models alone
-        model.load_state_dict({name: tensor for name, tensor in weights.items() if name != "mask_token"})
+        plain = without_lora(weights)
+        model.load_state_dict({name: tensor for name, tensor in plain.items() if name != "mask_token"})
     if takes_image_size(model):
         arguments["img_size"] = image_size
     if not config.model.pretrained:

@@ -144,6 +144,29 @@ def test_an_extended_run(server, digits, finished, tmp_path):
     assert rest[-1]["epochs"] == 6.0
 
 
+OTHER_WAYS = {
+    "LoRA": ("model.lora={rank: 2, targets: [qkv, fc1]}",),
+    "head alone": ("model.frozen=[all_but_head]", "evaluation.metric=eval_loss"),
+    "patience": ("train.max_iters=null", "train.epochs=6", "optimizer.lr=1e-9", "evaluation.patience=2"),
+    "plateau": ("schedule.name=plateau", "schedule.patience=1", "optimizer.lr=1e-9"),
+}
+
+
+@pytest.mark.faults(
+    fault="SIGKILL in a run with adapters, a frozen body, an early end, or a learning rate that falls on a plateau",
+    promise="the resumed run ends bit-identical to one that was never killed",
+)
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_a_killed_run_of_another_kind(server, digits, finished, tmp_path, way):
+    run = [*digits, *OTHER_WAYS[way]]
+    for entry in (9, 30):
+        name = f"output_dir={tmp_path}/{entry}"
+        killed = server.run(*run, name, kill={"function": "Trainer.run_step", "entry": entry, "delay": 0.0})
+        assert killed[0].code != 0
+        server.succeed(*run, name, "--resume")
+        assert_same_end(finished(*run), tmp_path / str(entry))
+
+
 @pytest.mark.faults(
     fault="two runs in one folder",
     promise="the second one ends with one line that names the first, exit code 2; the first one ends undisturbed",
