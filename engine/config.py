@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import (  # noqa: UP035  (OmegaConf reads these at run time)
@@ -25,6 +25,7 @@ from engine.config_rules import (
     BETAS,
     MINMAX,
     SEED,
+    SIZE,
     WANDB,
     Count,
     Extendable,
@@ -127,7 +128,7 @@ class DataConfig(Section):
     # of each class's training images, held out in place of eval_split: always the same ones, whatever the seed
     validation_share: Share = 0.0
     images_per_class: Optional[Count] = None  # train on so many at most, always the same ones; null: on all
-    image_size: Optional[Count] = 224  # pixels, square; null: the model's own
+    image_size: Annotated[Any, SIZE] = 224  # pixels of a square's side, or [height, width]; null: the model's own
     # null: each image once in an epoch | balanced: drawn, each class as often | sqrt: by the root of the classes' sizes
     sampling: Annotated[Optional[str], one_of("balanced", "sqrt")] = None
     repeats: Count = 1  # repeated augmentation: copies of each drawn image in an epoch of the same length
@@ -419,6 +420,12 @@ def marked(mark: Mark, section: type[Section] | None = None, prefix: str = "") -
         elif is_section:
             found += marked(mark, hint, f"{prefix}{key}.")
     return found
+
+
+def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width in pixels of what `data.image_size` says."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
 
 
 def has_several_labels(config: Config) -> bool:

@@ -71,6 +71,13 @@ Share = Annotated[float, Rule(lambda value: 0 <= value < 1, "in [0, 1)")]
 Part = Annotated[float, Rule(lambda value: 0 < value <= 1, "in (0, 1]")]
 Probability = Annotated[float, Rule(lambda value: 0 <= value <= 1, "in [0, 1]")]
 Interval = Annotated[List[float], increasing(0, 1e38, "above 0")]  # what fits into float32
+SIZE = Rule(
+    lambda value: (
+        all(type(side) is int and side > 0 for side in (value if isinstance(value, list) else [value] * 2))
+        and (not isinstance(value, list) or len(value) == 2)
+    ),
+    "a number of pixels, or two of them, [height, width]",
+)
 SEED = Rule(lambda value: 0 <= value < 2**32, "in [0, 2**32)")
 BETAS = Rule(lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
 MINMAX = Rule(

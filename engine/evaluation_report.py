@@ -15,7 +15,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve
 from tabulate import tabulate
 
 from engine import atomic
-from engine.config import OF_SEVERAL_LABELS
+from engine.config import OF_SEVERAL_LABELS, sides
 from engine.errors import writing_errors
 from engine.evaluation import BINS, MOST_CONFUSED, Metrics, Result
 from engine.figure import BLUE, OKABE_ITO, label_plainly, save
@@ -55,7 +55,7 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
             row = {**weights, "sub_model": name, "ratio": ratio, **_scores(figures), **cross_entropy}
             found["sub_models"].append(row)
             continue
-        model = {"model": evaluated["model"], "img_size": evaluated["image_size"], **_scores(figures)}
+        model = {"model": evaluated["model"], "img_size": _as_number(evaluated["image_size"]), **_scores(figures)}
         model["param_count"] = round(evaluated["parameters"] / 1e6, 2)  # millions, as there
         model |= {"crop_pct": evaluated["crop"], "interpolation": evaluated["interpolation"], **weights}
         model |= {"images": figures["images"], **cross_entropy}
@@ -71,6 +71,12 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
     return found
 
 
+def _as_number(image_size: int | Sequence[int]) -> int | str:
+    """A square's side; 192x256 of other images."""
+    height, width = sides(image_size)
+    return height if height == width else f"{height}x{width}"
+
+
 def _scores(figures: Mapping[str, float]) -> Row:
     """Top-1 and top-5 in percent with their errors, as timm writes them, or what there is of several labels."""
     if "map" in figures:
@@ -84,7 +90,7 @@ def _scores(figures: Mapping[str, float]) -> Row:
 
 def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
     """The tables for the terminal, in percent."""
-    size = f"{evaluated['image_size']} x {evaluated['image_size']} pixels"
+    size = "{} x {} pixels".format(*sides(evaluated["image_size"]))
     if evaluated["crop"] is not None:
         size += f", crop {evaluated['crop']:g}, {evaluated['interpolation']}"
     blocks = [f"{evaluated['model']}, {evaluated['source']}\n{evaluated['data']}, {size}"]

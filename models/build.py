@@ -39,7 +39,7 @@ def create_model(
     *,
     num_classes: int | None = None,
     in_chans: int = 3,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
@@ -60,7 +60,11 @@ def create_model(
     source, _ = parse_model_name(name)
     if source is None and not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": image_size}
+    given = {
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "img_size": tuple(image_size) if isinstance(image_size, list) else image_size,
+    }
     arguments = {key: value for key, value in given.items() if value is not None} | kwargs
     try:
         with warnings.catch_warnings(), _hub_or_its_cache(pretrained or source == "hf-hub"):
@@ -133,11 +137,17 @@ def check_image_shape(
     Raises:
         ValueError: with the model's or the augmentation's own reason.
     """
-    patch_size = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))
+    embedding = getattr(model, "patch_embed", None)
+    patch_size = to_2tuple(getattr(embedding, "patch_size", 1))
     size = " x ".join(map(str, image_shape[1:]))
-    if any(side % patch for side, patch in zip(image_shape[1:], patch_size, strict=True)):
+    rest = [side % patch for side, patch in zip(image_shape[1:], patch_size, strict=True)]
+    if any(rest):
+        is_padded = getattr(embedding, "dynamic_img_pad", False)
         LOGGER.warning(
-            "%s pixels are no multiple of the patch size %s: the rest is padded or not seen", size, patch_size
+            "%s pixels are no multiple of the patch size %s: %s",
+            size,
+            patch_size,
+            "the rest is padded" if is_padded else "{} rows and {} columns at the edges are not seen".format(*rest),
         )
     weights = meta_weights(model)
     images = torch.empty(batch, *image_shape, device="meta")

@@ -82,14 +82,15 @@ def dry_run(config: Config, process: Process, resume: bool) -> None:
 
 def data_rows(config: Config, trainer: Trainer) -> Rows:
     """The data, and what the models compute of an image."""
-    source, side = trainer.data.source, config.data.image_size
+    source = trainer.data.source
+    shape = source.image_shape(config.data.image_size)
     with torch.device("meta"):
         model = create_configured_model(config, source)
         teacher = build_teacher(config, source, has_weights=False)
     epochs, skips = config.train.epochs, config.train.skip_dropped_paths
-    cost = analyze_objective(model, source.image_shape(side), trainer.objective, epochs, skips, teacher)
+    cost = analyze_objective(model, shape, trainer.objective, epochs, skips, teacher)
     return [
-        ("training images", f"{len(source.train):,} of {source.in_chans} x {side} x {side}"),
+        ("training images", f"{len(source.train):,} of {' x '.join(map(str, shape))}"),
         ("held-out images", f"{len(source.held_out):,}"),
         ("classes", f"{source.num_classes}"),
         *((f"left out of {split}", files) for split, files in source.left_out.items()),

@@ -22,7 +22,7 @@ from torch import nn
 import augsub
 from engine import atomic
 from engine.checkpoint import load
-from engine.config import UNTRANSFORMED, Config
+from engine.config import UNTRANSFORMED, Config, sides
 from engine.config_file import parse_config
 from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, input_errors, writing_errors
@@ -62,7 +62,7 @@ class Exported:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the model was trained for."""
-        return self.arguments["in_chans"], self.config.data.image_size, self.config.data.image_size
+        return self.arguments["in_chans"], *sides(self.config.data.image_size)
 
 
 def export(checkpoint: Path, target: Path, ema: bool | None = None, plugins: Sequence[str] = ()) -> str:

@@ -132,7 +132,7 @@ def _said_in(what: str) -> dict[str, Any]:
 def _settings(known: dict[str, Any]) -> list[str]:
     """Overrides of a configuration for what a file says: how images become the model's input."""
     own = [f"transform.{key}={to_json(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
-    return [*own, f"data.image_size={known['input_size'][-1]}"] if "input_size" in known else own
+    return [*own, f"data.image_size={to_json(known['input_size'][-2:])}"] if "input_size" in known else own
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
     model = OnnxModel(file)
     said = model.session.get_modelmeta().custom_metadata_map.get(METADATA)
     known = json.loads(said) if said else {}
-    side = model.session.get_inputs()[0].shape[-1]
-    config = complete(parse_config("", str(file), [*_settings(known), f"data.image_size={side}", *overrides]))
+    size = to_json(model.session.get_inputs()[0].shape[-2:])
+    config = complete(parse_config("", str(file), [*_settings(known), f"data.image_size={size}", *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
     names = known.get("label_names") or [str(number) for number in range(classes)]
     return Predictor(model, config, names, softmax)

@@ -102,7 +102,9 @@ def _held_out_images(config: Config, source: DataSource) -> list[NamedImage]:
     return [(f"held-out image {index}", image) for index, image in zip(indices, images, strict=True)]
 
 
-def _photographs(files: Sequence[Path], transform: TransformConfig, image_size: int) -> list[NamedImage]:
+def _photographs(
+    files: Sequence[Path], transform: TransformConfig, image_size: int | Sequence[int]
+) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
     to_bytes = build_transform(transform, image_size, is_training=False)
     normalise = Normalise(transform.mean, transform.std)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from engine.config import Config
+from engine.config import Config, sides
 from engine.data.images import IGNORED
 from engine.errors import InputError
 from engine.seeding import derive_seed
@@ -56,9 +56,9 @@ class DataSource:
     def __post_init__(self) -> None:
         self.class_names = tuple(self.class_names or map(str, range(self.num_classes)))
 
-    def image_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, H, W) of square images."""
-        return self.in_chans, image_size, image_size
+    def image_shape(self, image_size: int | Sequence[int]) -> tuple[int, int, int]:
+        """(C, H, W) of what `data.image_size` says."""
+        return self.in_chans, *sides(image_size)
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -179,7 +179,7 @@ def _refuse(config: Config, difference: str) -> None:
 IMAGENET = DataSource(train=range(1_281_167), held_out=range(50_000), num_classes=1000, in_chans=3)
 
 
-def build_digits(image_size: int) -> DataSource:
+def build_digits(image_size: int | Sequence[int]) -> DataSource:
     """scikit-learn's bundled handwritten digits: 1797 real images of 8 x 8 pixels in 10 classes, no download.
 
     The split is fixed; images (1, S, S) are standardised with the training images' mean and deviation.
@@ -192,8 +192,8 @@ def build_digits(image_size: int) -> DataSource:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, held_out = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
     images = (images - images[train].mean()) / images[train].std()
-    if image_size != images.shape[-1]:
-        images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    if sides(image_size) != images.shape[-2:]:
+        images = F.interpolate(images, size=sides(image_size), mode="bilinear", align_corners=False)
     return DataSource(
         train=TensorDataset(images[train], labels[train]),
         held_out=TensorDataset(images[held_out], labels[held_out]),
@@ -205,10 +205,10 @@ def build_digits(image_size: int) -> DataSource:
 class SyntheticImages(Dataset):
     """Noise around a brightness that depends on the label; each image is made when it is asked for."""
 
-    def __init__(self, split: int, samples: int, image_size: int) -> None:
+    def __init__(self, split: int, samples: int, image_size: int | Sequence[int]) -> None:
         self._split = split
         self._samples = samples
-        self._image_size = image_size
+        self._sides = sides(image_size)
 
     def __len__(self) -> int:
         return self._samples
@@ -221,11 +221,11 @@ class SyntheticImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         label = index % SYNTHETIC_CLASSES
         generator = torch.Generator().manual_seed(derive_seed(self._split, index))
-        noise = torch.randn(3, self._image_size, self._image_size, generator=generator)
+        noise = torch.randn(3, *self._sides, generator=generator)
         return noise + (label - (SYNTHETIC_CLASSES - 1) / 2) / SYNTHETIC_CLASSES, label
 
 
-def build_synthetic(image_size: int, samples: int) -> DataSource:
+def build_synthetic(image_size: int | Sequence[int], samples: int) -> DataSource:
     """Random images with learnable labels, for trying a configuration or a machine; the splits differ."""
     return DataSource(
         train=SyntheticImages(0, samples, image_size),

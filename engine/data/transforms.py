@@ -15,7 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms.functional import pil_modes_mapping
 
-from engine.config import UNTRANSFORMED, Config, TransformConfig
+from engine.config import UNTRANSFORMED, Config, TransformConfig, sides
 from engine.data.images import Needed
 from engine.errors import input_errors
 
@@ -87,7 +87,7 @@ def largest_divisor(size: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def build_transform(
-    transform: TransformConfig, image_size: int, is_training: bool, is_reduced: bool = False
+    transform: TransformConfig, image_size: int | Sequence[int], is_training: bool, is_reduced: bool = False
 ) -> Callable[[Image.Image], Tensor]:
     """To (C, H, W) uint8: random crop and flips, then colours; in evaluation the shorter side is resized to
     image_size / eval_crop, and the centre cropped.
@@ -106,7 +106,7 @@ def build_transform(
     evaluation = {"crop_pct": transform.eval_crop, "crop_mode": transform.eval_crop_mode}
     with input_errors("transform"):
         built = create_transform(
-            image_size,
+            (3, *sides(image_size)),
             is_training=is_training,
             interpolation=transform.interpolation if is_training else transform.eval_interpolation,
             mean=tuple(transform.mean),
@@ -119,7 +119,7 @@ def build_transform(
             if operation.name in POSTERIZING:
                 operation.aug_fn = posterize
     if is_reduced:
-        first, side = built.transforms[0], math.ceil(image_size / (transform.eval_crop or 1))
+        first, side = built.transforms[0], math.ceil(max(sides(image_size)) / (transform.eval_crop or 1))
         built.transforms[0] = ReducedCrop(first) if is_training else ReducedResize(first, side)
     return built
 

@@ -374,3 +374,19 @@ def test_help_fits_into_a_terminal(train_net, monkeypatch, capsys):
     assert re.findall(r"^  (\d+) ", text.partition("exit codes:")[2], re.MULTILINE) == ["0", "2", "75", "130"]
     examples = textwrap.dedent(text.partition("examples:\n")[2].partition("\n\n")[0])
     assert all((ROOT / "configs" / f"{name}.yaml").exists() for name in re.findall(r"--config (\w+)", examples))
+
+
+def test_images_need_not_be_squares(train_net, image_folder, tmp_path, caplog):
+    run = ("--config", "finetune_folder", "model.name=test_vit", "model.pretrained=false", f"data.root={image_folder}",
+           "data.image_size=[32,48]", "data.workers=0", "train.epochs=4", "train.global_batch=8")  # fmt: skip
+    short = f"output_dir={tmp_path}/short"
+    assert train_net(*run, f"output_dir={tmp_path}/whole")[0] == 0
+    assert train_net(*run, short, "train.max_iters=5")[0] == 0
+    assert train_net(*run, short, "--resume", "train.max_iters=null")[0] == 0
+    assert "resumed" in (tmp_path / "short" / "log.txt").read_text()
+    whole, resumed = (load(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("whole", "short"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    code, _, error = train_net(*run, f"output_dir={tmp_path}/x", "data.image_size=[32,48,3]")
+    assert code == 2 and "data.image_size = [32, 48, 3]: allowed is a number of pixels, or two of them" in error
+    assert train_net(*run, f"output_dir={tmp_path}/y", "data.image_size=[32,40]", "train.max_iters=1")[0] == 0
+    assert "of the patch size (16, 16): 0 rows and 8 columns at the edges are not seen" in caplog.text

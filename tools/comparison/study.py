@@ -23,7 +23,7 @@ from omegaconf import MISSING, OmegaConf
 from tqdm import tqdm
 
 from engine import atomic
-from engine.config import Config
+from engine.config import Config, sides
 from engine.config_file import differences, fill_in_from, leaves, load_config, read_over, reported
 from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError, writing_errors
@@ -305,7 +305,7 @@ def fill_page(
         data, images = run.config.data, run.summary["images"]
         facts.append(
             f"- **{base}**: {run.config.model.name} on {data.dataset}, {run.training_images} training "
-            f"images and {images} held-out ones of {data.image_size} x {data.image_size} pixels"
+            f"images and {images} held-out ones of {' x '.join(map(str, sides(data.image_size)))} pixels"
         )
         deviation = math.sqrt(accuracy * (100 - accuracy) / images)  # a binomial's
         samples.append(
