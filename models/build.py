@@ -137,18 +137,7 @@ def check_image_shape(
     Raises:
         ValueError: with the model's or the augmentation's own reason.
     """
-    embedding = getattr(model, "patch_embed", None)
-    patch_size = to_2tuple(getattr(embedding, "patch_size", 1))
     size = " x ".join(map(str, image_shape[1:]))
-    rest = [side % patch for side, patch in zip(image_shape[1:], patch_size, strict=True)]
-    if any(rest):
-        is_padded = getattr(embedding, "dynamic_img_pad", False)
-        LOGGER.warning(
-            "%s pixels are no multiple of the patch size %s: %s",
-            size,
-            patch_size,
-            "the rest is padded" if is_padded else "{} rows and {} columns at the edges are not seen".format(*rest),
-        )
     weights = meta_weights(model)
     images = torch.empty(batch, *image_shape, device="meta")
     for augmentation in (None, *augmentations):
@@ -160,6 +149,17 @@ def check_image_shape(
         if getattr(logits, "ndim", None) != 2:
             found = getattr(logits, "shape", type(logits).__name__)
             raise ValueError(f"the model is no classifier: its output is {found}, no logits (B, K)")
+    embedding = getattr(model, "patch_embed", None)
+    patch_size = to_2tuple(getattr(embedding, "patch_size", 1))
+    rest = [side % patch for side, patch in zip(image_shape[1:], patch_size, strict=True)]
+    if any(rest):
+        is_padded = getattr(embedding, "dynamic_img_pad", False)
+        LOGGER.warning(
+            "%s pixels are no multiple of the patch size %s: %s",
+            size,
+            patch_size,
+            "the rest is padded" if is_padded else "{} rows and {} columns at the edges are not seen".format(*rest),
+        )
 
 
 def meta_weights(model: nn.Module) -> dict[str, Tensor]:
