@@ -15,7 +15,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.config import FILLED_IN, Config, SubModelConfig, check, marked
+from engine.config import FILLED_IN, Config, SubModelConfig, marked
+from engine.config_check import check
 from engine.config_rules import EXTENDS, FILE, MAY_CHANGE
 from engine.errors import InputError
 from engine.text import expanded, readable_name

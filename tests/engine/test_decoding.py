@@ -109,7 +109,7 @@ def test_an_image_of_too_many_pixels_is_a_bad_file(image_folder, folder_config):
 
 
 def test_a_cache_holds_whole_images_alone(image_folder, folder_config):
-    from engine.config import check
+    from engine.config_check import check
 
     with pytest.raises(InputError, match=r"data.draft_decoding: not with data.cache"):
         check(folder_config(image_folder, draft_decoding=True, cache="ram"))

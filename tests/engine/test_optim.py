@@ -15,7 +15,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
-from engine.config import Config, OptimizerConfig, ScheduleConfig, check
+from engine.config import Config, OptimizerConfig, ScheduleConfig
+from engine.config_check import check
 from engine.errors import InputError
 from engine.hooks.training import LearningRateSchedule
 from engine.optim import Schedule, build_optimizer, build_schedule
