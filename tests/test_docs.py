@@ -162,12 +162,20 @@ def test_the_readme_quotes_what_the_pages_have():
         assert [accuracy, difference, cost] == [row[1], row[2], row[6]]
     study = (DOCS / "study_cifar10_vit_small.md").read_text()
     measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
-    quoted = readme.partition("On photographs there is")[2].partition("## Limits")[0]
+    quoted = readme.partition("On photographs there is")[2].partition("The paper's central claim")[0]
     shown = {name: values for name, *values in map(cells, quoted.splitlines()) if values}
     for name, values in measured.items():
         assert shown[name] == [values[1], values[2], values[6]]
     (against,) = re.findall(r"against baseline, 60 epochs: (.+)", study)
     assert len(measured) == 3 and f"computation, {against}," in " ".join(quoted.split())
+    study = (DOCS / "study_cifar10_mechanism_small.md").read_text()
+    measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
+    against = dict(re.findall(r"^- (MaskSub .+), against plain masking .+?: (.+)$", study, re.MULTILINE))
+    quoted = [cells(line) for line in readme.splitlines() if re.match(r"\| 0\.\d \|", line)]
+    assert len(quoted) == 4
+    for ratio, plain, masksub, difference in quoted:
+        expected = [measured[f"plain masking {ratio}"][2], measured[f"MaskSub {ratio}"][2], against[f"MaskSub {ratio}"]]
+        assert [plain, masksub, difference] == expected
     section = readme.partition("On an NVIDIA H200")[2].partition("## What it does")[0]
     figures = re.findall(r"\b1\.\d{3}\b|\d+ images/s|(?<=step )\d+", section)
     performance = (DOCS / "performance.md").read_text()

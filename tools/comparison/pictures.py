@@ -115,11 +115,10 @@ def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
             gain, half = interval(way.differences(metric).values())
             points.append((way.flops / way.baseline.flops, gain))
             axes.errorbar(*points[-1], yerr=half, fmt="o", color=BLUE, capsize=3)
-        dearest = max(points)[0]
-        for (cost, gain), way in zip(points[1:], tried, strict=True):
-            name, is_right = way.name.removeprefix(f"{config}, "), cost > (1 + dearest) / 2
-            offset, side = ((-6, 4), "right") if is_right else ((6, 4), "left")
-            axes.annotate(name, (cost, gain), offset, textcoords="offset points", fontsize="small", ha=side)
+        for number, (point, way) in enumerate(sorted(zip(points[1:], tried, strict=True), key=lambda pair: pair[0]), 1):
+            axes.annotate(str(number), point, (5, 4), textcoords="offset points", fontsize="small")
+            axes.plot([], [], " ", label=f"{number}  {way.name.removeprefix(f'{config}, ')}")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=0, frameon=False, fontsize="small")
         best = np.maximum.accumulate([gain for _, gain in sorted(points)])
         axes.step([cost for cost, _ in sorted(points)], best, where="post", color="0.5", zorder=0)
         axes.set_xlabel("FLOPs of all forwards, in parts of the baseline's")
@@ -157,8 +156,9 @@ def draw_sweeps(by_config: ByConfig, metric: str, path: Path) -> bool:
     for axes, (config, (baseline, *_)) in zip(panels, by_config.items(), strict=True):
         axes.axhline(np.mean(baseline.values(metric)), color="black", linewidth=1, label="baseline")
         for name, points in sweeps[config].items():
-            means, halves = zip(*(interval(way.values(metric)) for _, way in points), strict=True)
-            axes.errorbar([number for number, _ in points], means, yerr=halves, fmt="o-", capsize=3, label=name)
+            numbers, of_ways = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            means, halves = zip(*(interval(way.values(metric)) for way in of_ways), strict=True)
+            axes.errorbar(numbers, means, yerr=halves, fmt="o-", capsize=3, label=name)
         axes.set(xlabel="ratio", ylabel=f"held-out {METRICS[metric]} (%)")
         axes.legend(frameon=False)
     save(figure, path, DPI)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ METRICS = {
     "f1_micro": "micro F1",
 }  # on held-out images, in percent
 CAPTION = (
-    "Mean ± standard error over seeds, of the last evaluation and the last logged training loss of the main model: "
+    "Mean ± standard error over seeds, of the last evaluation and of the main model's training loss at the end: "
     "of the runs' last checkpoints, not of their best ones. "
     "Differences are paired by seed, in points, with their interval of 95 % (Student's t). "
     "Seconds depend on the machine and on what runs beside."
@@ -289,6 +289,24 @@ def conclusions(ways: Sequence[Way], metric: str) -> str:
             "95 %; by those the ways are"
         )
     return f"{text}\n\n" + "\n".join(f"- **{verdict}**:{names or ' none'}" for verdict, names in verdicts.items())
+
+
+def contrasts(ways: Sequence[Way], pairs: Mapping[str, str], metric: str) -> str:
+    """Ways against others than their baseline, as a paragraph with a list; empty if there are none.
+
+    Args:
+        pairs: names of ways, and of those that they are compared with.
+    """
+    lines = []
+    for way in ways:
+        for other in ways:
+            if other.name == pairs.get(way.name) and (way.baseline or way) is (other.baseline or other):
+                against = replace(way, baseline=other)
+                if against.differences(metric):
+                    lines.append(f"- {way.name}, against {other.name}: {difference_text(against, metric)}")
+    if not lines:
+        return ""
+    return "\n\nAgainst each other, with intervals of 95 %:\n\n" + "\n".join(lines)
 
 
 def equal_computation(ways: Sequence[Way], metric: str) -> str:

@@ -22,6 +22,7 @@ from typing import IO, Dict, List, Optional  # noqa: UP035  (OmegaConf reads the
 from omegaconf import MISSING, OmegaConf
 from tqdm import tqdm
 
+from augsub.named_registry import did_you_mean
 from engine import atomic
 from engine.config import Config, sides
 from engine.config_file import differences, fill_in_from, leaves, load_config, read_over, reported
@@ -60,6 +61,7 @@ class Study:
     configs: List[str] = MISSING  # configurations that every way starts from, relative to the study file
     seeds: List[int] = MISSING  # the same for all ways: differences are paired
     ways: Dict[str, List[str]] = field(default_factory=dict)  # name: key=value overrides; the first one is the baseline
+    against: Dict[str, str] = field(default_factory=dict)  # ways, and what else they are compared with
     report: str = MISSING  # the Markdown file to write; its pictures lie beside it
     results: Optional[str] = None  # where studies share runs of the same name; null: beside the report
     output_dir: Optional[str] = None  # of the runs' folders; null: runs/<name of the study file>
@@ -102,6 +104,9 @@ def load_study(path: Path) -> Study:
     study.output_dir = expanded(study.output_dir or f"runs/{path.stem}")
     study.results = expanded(study.results or str(Path(study.report).with_suffix(".jsonl")))
     study.report, study.configs = expanded(study.report), [expanded(config) for config in study.configs]
+    for name in (*study.against, *study.against.values()):
+        if name not in study.ways:
+            raise InputError(f"{path}: against: {name} is none of the ways{did_you_mean(name, study.ways)}")
     if not study.configs or not study.seeds or len(study.ways) < 2:
         raise InputError(f"{path}: needs one of configs and of seeds, and two ways or more, the baseline first")
     return study
@@ -328,7 +333,7 @@ def fill_page(
         summary=compared.summary_table(ways, METRIC),
         caption=compared.CAPTION,
         conclusions=compared.conclusions(ways, METRIC),
-        equal=compared.equal_computation(ways, METRIC),
+        equal=compared.equal_computation(ways, METRIC) + compared.contrasts(ways, study.against, METRIC),
         samples="\n".join(samples),
         single=markdown_table(
             ["training", *(f"seed {seed}" for seed in seeds)],
