@@ -60,9 +60,12 @@ def split_places(data: DataConfig, split: str, suffix: str, folders: Sequence[st
 
 def expand(pattern: str) -> list[str]:
     """The places that braces and stars mean."""
-    with input_errors("shards need other packages, pip install 'augsub[shards]'"):
-        from webdataset.shardlists import expand_urls
-    return [name for place in expand_urls(pattern) for name in (_matches(place) if "*" in place else [place])]
+    places = [pattern]
+    if "{" in pattern:
+        with input_errors("names with braces need other packages, pip install 'augsub[shards]'"):
+            from webdataset.shardlists import expand_urls
+        places = expand_urls(pattern)
+    return [name for place in places for name in (_matches(place) if "*" in place else [place])]
 
 
 def _matches(pattern: str) -> list[str]:
@@ -70,8 +73,8 @@ def _matches(pattern: str) -> list[str]:
         return sorted(glob.glob(pattern), key=natural_order)
     if pattern.startswith(PIPE):
         return [pattern]
-    import fsspec
-
+    with input_errors("URLs need other packages, pip install 'augsub[shards]'"):
+        import fsspec
     try:
         system, path = fsspec.core.url_to_fs(pattern)
         return [system.unstrip_protocol(name) for name in sorted(system.glob(path), key=natural_order)]
