@@ -298,22 +298,24 @@ def test_copies_are_kept_within_bounds(served, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "reason"),
+    ("place", "patience", "reason"),
     [
-        ("{url}/nothing.tar", "nothing.tar"),
-        ("{url}/slow.tar", "no byte for 1.5 s"),
-        ("pipe:echo no such bucket >&2; exit 3", "no such bucket, in 3 attempts"),
-        ("pipe:exit 7", "exit code 7, in 3 attempts"),
-        ("http://127.0.0.1:9/x.tar", "127.0.0.1:9/x.tar"),
+        pytest.param("{url}/nothing.tar", 60, "nothing.tar", marks=pytest.mark.slow),
+        pytest.param("{url}/slow.tar", 5, "no byte for 5 s", marks=pytest.mark.slow),
+        pytest.param("http://127.0.0.1:9/x.tar", 60, "127.0.0.1:9/x.tar", marks=pytest.mark.slow),
+        ("pipe:sleep 30", 0.2, "no byte for 0.2 s"),
+        ("pipe:echo no such bucket >&2; exit 3", 60, "no such bucket, in 3 attempts"),
+        ("pipe:exit 7", 60, "exit code 7, in 3 attempts"),
     ],
 )
-def test_a_url_that_fails_or_hangs_is_told_after_some_attempts(served, place, reason, tmp_path):
+def test_what_fails_or_hangs_is_told_after_some_attempts(served, place, patience, reason, tmp_path):
     target = tmp_path / "copy"
     with pytest.raises(OSError, match="in 3 attempts") as error:
-        remote.fetch(place.format(url=served[0]), target, patience=1.5)
+        remote.fetch(place.format(url=served[0]), target, patience)
     assert reason in str(error.value) and not target.exists()
 
 
+@pytest.mark.slow
 def test_a_shard_that_never_comes_is_one_bad_file(served, shards, folder_config):
     url, _ = served
     index = Index.load(shards / INDEX)
@@ -325,7 +327,7 @@ def test_a_shard_that_never_comes_is_one_bad_file(served, shards, folder_config)
         train_split=f"{url}/{{train-00001,slow}}.tar",
         eval_split=f"{url}/val-00000.tar",
         bad_files=1,
-        patience=1.0,
+        patience=6.0,
     )
     config.data.root = None
     loaders = DataLoaders(config, build_source(config), Process(0, 1, CPU))

@@ -17,6 +17,7 @@ DEPTHS = ["stochastic depth 0.5", "stochastic depth 0.5, skipped"]
 SOME = ["--only", "bare loop", "our trainer", "masking 0.5", "random_crop 0.5", *DEPTHS]
 
 
+@pytest.mark.slow
 def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     file = tmp_path / "folder" / "results.json"
     code, printed, _ = call(benchmark, "--parts", "steps", "memory", *TINY, *SOME, "--json", file)
