@@ -166,9 +166,15 @@ def _preprocessing(exported: Exported) -> dict[str, Any]:
 
 
 def _known(exported: Exported) -> dict[str, Any]:
-    """What a file says of its model: timm's name, how images become its input, the names of its classes."""
-    names = exported.state.get("class_names")
-    return {"architecture": exported.name, **_preprocessing(exported), "label_names": names}
+    """What a file says of its model: timm's name and arguments, how images become its input, its classes."""
+    arguments = {key: value for key, value in exported.arguments.items() if key not in ("num_classes", "img_size")}
+    return {
+        "architecture": exported.name,
+        "model_args": arguments,
+        **_preprocessing(exported),
+        "label_names": exported.state.get("class_names"),
+        "has_sigmoid": exported.config.loss.name == "bce",
+    }
 
 
 def card(exported: Exported, title: str) -> str:

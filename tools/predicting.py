@@ -111,10 +111,11 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
             num_classes=None if content is None else _classes_of(content, config.model.name),
             image_size=config.data.image_size,
             pretrained=content is None,
+            **known.get("model_args", {}),
         )
         if content is not None:
             load_weights(model, content, what, complete=True)
-    return Predictor(model, config, known.get("label_names") or _names_of(model), softmax)
+    return Predictor(model, config, known.get("label_names") or _names_of(model), _probabilities(known))
 
 
 def _said_in(what: str) -> dict[str, Any]:
@@ -135,6 +136,10 @@ def _settings(known: dict[str, Any]) -> list[str]:
     return [*own, f"data.image_size={to_json(known['input_size'][-2:])}"] if "input_size" in known else own
 
 
+def _probabilities(known: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    return torch.sigmoid if known.get("has_sigmoid") else softmax
+
+
 def softmax(logits: Tensor) -> Tensor:
     """Over the classes."""
     return logits.softmax(dim=1)
@@ -148,7 +153,7 @@ def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
     config = complete(parse_config("", str(file), [*_settings(known), f"data.image_size={size}", *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
     names = known.get("label_names") or [str(number) for number in range(classes)]
-    return Predictor(model, config, names, softmax)
+    return Predictor(model, config, names, _probabilities(known))
 
 
 def _classes_of(content: Any, name: str) -> int | None:

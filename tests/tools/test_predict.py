@@ -15,6 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 from timm.data import create_transform
 
+import tools.train_net
 from engine.checkpoint import load
 from tools import export, predict
 
@@ -27,8 +28,6 @@ NAMES = ("cat", "dog", "fox")
 def trained(tmp_path_factory) -> Path:
     """A run of a few steps on tiny images of cats, dogs and foxes, and the images."""
     import numpy as np
-
-    import tools.train_net
 
     folder, rng = tmp_path_factory.mktemp("predict"), np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 3)):
@@ -192,3 +191,21 @@ def test_images_in_shards_are_predicted_as_the_files_are(trained, tmp_path, caps
     assert "shards go by themselves" in capsys.readouterr().err
     assert predict.main([run, str(tmp_path / "none-*.tar")]) == 2
     assert "none-*.tar: matches nothing" in capsys.readouterr().err
+
+
+def test_an_exported_model_of_several_labels_and_other_sizes_predicts_as_its_run(call, trained, tmp_path):
+    run = (
+        *SETTINGS,
+        f"data.root={trained}/images",
+        f"output_dir={tmp_path}/run",
+        "model.kwargs={depth: 2}",
+        "train.epochs=2",
+    )
+    assert tools.train_net.main([*run, "loss.name=bce", "loss.smoothing=0", "evaluation.metric=map"]) == 0
+    file = tmp_path / "model.safetensors"
+    assert call(export, tmp_path / "run" / "checkpoints" / "best.pt", file)[0] == 0
+    for what, output in ((file, "file.csv"), (tmp_path / "run", "run.csv")):
+        assert call(predict, what, trained / "images" / "val", "--output", tmp_path / output, "data.workers=0")[0] == 0
+    assert rows_of(tmp_path / "file.csv") == rows_of(tmp_path / "run.csv")
+    sums = [sum(float(row[f"probability_{rank}"]) for rank in (1, 2, 3)) for row in rows_of(tmp_path / "file.csv")]
+    assert max(abs(total - 1) for total in sums) > 0.05  # each class is a question of its own
