@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         predict(predictor, images, predictions, process, arguments.flips)
         process.barrier()
         if process.is_main:
-            print(predictions.finish([images.name_of(number) for number in range(len(images))]))
+            print(predictions.finish(images.names))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,9 +102,8 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
         raise InputError(f"{what}: was trained on {config.data.dataset}, which are no files of images")
     if file is not None and load_metadata(file).get("config") is not None:
         exported = load_exported(file, plugins=config.plugins)
-        is_sigmoid = config.loss.name == "bce"
         names, model = exported.state["class_names"], exported.model
-        return Predictor(model, config, names, torch.sigmoid if is_sigmoid else softmax)
+        return Predictor(model, config, names, _probabilities(config.loss.name == "bce"))
     content = None if file is None else load(file)
     with input_errors(what):
         model = create_model(
@@ -115,7 +115,9 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
         )
         if content is not None:
             load_weights(model, content, what, complete=True)
-    return Predictor(model, config, known.get("label_names") or _names_of(model), _probabilities(known))
+    return Predictor(
+        model, config, known.get("label_names") or _names_of(model), _probabilities(known.get("has_sigmoid"))
+    )
 
 
 def _said_in(what: str) -> dict[str, Any]:
@@ -136,8 +138,8 @@ def _settings(known: dict[str, Any]) -> list[str]:
     return [*own, f"data.image_size={to_json(known['input_size'][-2:])}"] if "input_size" in known else own
 
 
-def _probabilities(known: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    return torch.sigmoid if known.get("has_sigmoid") else softmax
+def _probabilities(has_sigmoid: bool | None) -> Callable[[Tensor], Tensor]:
+    return torch.sigmoid if has_sigmoid else softmax
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
     config = complete(parse_config("", str(file), [*_settings(known), f"data.image_size={size}", *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
     names = known.get("label_names") or [str(number) for number in range(classes)]
-    return Predictor(model, config, names, _probabilities(known))
+    return Predictor(model, config, names, _probabilities(known.get("has_sigmoid")))
 
 
 def _classes_of(content: Any, name: str) -> int | None:
@@ -189,6 +191,11 @@ class Numbered:
     def name_of(self, number: int) -> str:
         """The path of an image, or its place in a shard."""
         return self.items.name_of(number)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of all images, in their order."""
+        return [self.name_of(number) for number in range(len(self))]
 
 
 def open_images(places: Sequence[str], patience: float) -> Numbered:
@@ -323,9 +330,8 @@ def predict(
         InputError: more unreadable images than `data.bad_files` allows.
     """
     config, names = predictor.config, predictor.class_names
-    names_of = [images.name_of(number) for number in range(len(images))]
-    missing = set(predictions.missing(names_of))
-    chosen = [number for number, name in enumerate(names_of) if name in missing]
+    missing = set(predictions.missing(images.names))
+    chosen = [number for number, name in enumerate(images.names) if name in missing]
     if not chosen:
         return
     transform = build_transform(config.transform, config.data.image_size, False, config.data.draft_decoding)
@@ -343,7 +349,7 @@ def predict(
         rows = []
         for number, values, classes in zip(numbers.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
             if number != IGNORED:
-                row: Row = {"path": names_of[number]}
+                row: Row = {"path": images.names[number]}
                 for rank, (value, label) in enumerate(zip(values, classes, strict=True), start=1):
                     row |= {f"class_{rank}": names[label], f"probability_{rank}": round(value, 6)}
                 rows.append(row)

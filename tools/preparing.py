@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from engine.config_file import parse_config
 from engine.data.datasets import open_table
 from engine.data.files import ImageFiles, image_folder, split_folder, split_names
 from engine.data.images import decode, several
-from engine.data.shards import INDEX, LABEL, Index, scan
+from engine.data.shards import INDEX, LABEL, Index, Shard, scan
 from engine.errors import InputError, first_line, writing_errors
 from engine.text import to_json
 
@@ -93,18 +92,15 @@ def write_shards(
         RunError: something cannot be written.
     """
     target.mkdir(parents=True, exist_ok=True)
-    work: dict[Path, list[tuple[str, Any]]] = {}
+    work: list[tuple[Path, int, list[tuple[str, Any]]]] = []  # file, number of its first sample, samples
     for split, files in splits.items():
         order = np.random.default_rng(0).permutation(len(files))
-        for number in range(math.ceil(len(order) / samples)):
-            own = order[number * samples : (number + 1) * samples]
-            work[target / f"{split}-{number:05d}.tar"] = [files.samples[place] for place in own]
-    first_keys = {path: int(path.stem.rpartition("-")[2]) * samples for path in work}
-    arguments = [(path, first_keys[path], own) for path, own in work.items()]
+        for number, first in enumerate(range(0, len(order), samples)):
+            own = [files.samples[place] for place in order[first : first + samples]]
+            work.append((target / f"{split}-{number:05d}.tar", first, own))
     with writing_errors(target):
-        for _ in _in_parallel(partial(_write_shard, resizing), arguments, jobs, "shard"):
-            pass
-        index = Index({path.name: scan(path, str(path)) for path in work}, classes)
+        shards = _in_parallel(partial(_write_shard, resizing), work, jobs, "shard")
+        index = Index({path.name: shard for (path, *_), shard in zip(work, shards, strict=True)}, classes)
         lengths: dict[str, dict[str, int]] = {split: {} for split in splits}
         for name, shard in index.shards.items():
             lengths[name.rpartition("-")[0]][name] = len(shard.images)
@@ -117,7 +113,7 @@ def write_shards(
     return [f"{split['name']}: {split['num_samples']} images in {len(split['filenames'])} shards" for split in about]
 
 
-def _write_shard(resizing: Resizing | None, arguments: tuple[Path, int, Sequence[tuple[str, Any]]]) -> None:
+def _write_shard(resizing: Resizing | None, arguments: tuple[Path, int, Sequence[tuple[str, Any]]]) -> Shard:
     path, first, samples = arguments
     with atomic.new_content(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, (image, label) in enumerate(samples, start=first):
@@ -128,6 +124,7 @@ def _write_shard(resizing: Resizing | None, arguments: tuple[Path, int, Sequence
                 about = tarfile.TarInfo(name)  # without time and owner: the same images are the same shard
                 about.size = len(member)
                 tar.addfile(about, io.BytesIO(member))
+    return scan(path, str(path))
 
 
 def write_folder(
@@ -163,7 +160,7 @@ def _write_image(resizing: Resizing, arguments: tuple[Path, str]) -> None:
     path.write_bytes(resizing(Path(source)))
 
 
-def _in_parallel(work: Callable[[Any], None], arguments: Sequence[Any], jobs: int, unit: str) -> Iterator[None]:
+def _in_parallel(work: Callable[[Any], Any], arguments: Sequence[Any], jobs: int, unit: str) -> Iterator[Any]:
     with ProcessPoolExecutor(jobs) as pool:
-        found: Iterable[None] = pool.map(work, arguments, chunksize=max(1, min(64, len(arguments) // (4 * jobs))))
+        found = pool.map(work, arguments, chunksize=max(1, min(64, len(arguments) // (4 * jobs))))
         yield from tqdm(found, total=len(arguments), unit=unit, disable=None)

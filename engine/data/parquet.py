@@ -46,7 +46,7 @@ class ParquetImages:
     def __init__(self, places: Sequence[str], image: str, label: str) -> None:
         self._image, lengths, values = image, [], []
         self._groups: list[tuple[str, int]] = []  # file and number in it
-        self._names: Sequence[str] | None = None
+        names: Sequence[str] | None = None
         for place in places:
             try:
                 file = _open(place)
@@ -61,10 +61,10 @@ class ParquetImages:
                 raise InputError(f"{place}: has no column {missing[0]} (data.columns), but {', '.join(schema.names)}")
             self._groups += [(place, number) for number in range(metadata.num_row_groups)]
             lengths += [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-            self._names = self._names or _class_names(schema.metadata or {}, label)
+            names = names or _class_names(schema.metadata or {}, label)
         self.shards = np.repeat(np.arange(len(lengths)), lengths)
         self._first = np.cumsum([0, *lengths])
-        self.has_numbers_alone, self.class_to_idx, self.labels = _numbered(values, self._names, f"{places[0]}: {label}")
+        self.has_numbers_alone, self.class_to_idx, self.labels = _numbered(values, names, f"{places[0]}: {label}")
         self._opened: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:

@@ -163,8 +163,8 @@ def shards_at(places: Sequence[str], patience: float, needs_labels: bool = True)
 def index_of(places: Sequence[str], copies: Copies, needs_labels: bool) -> Index:
     """The index beside the shards, else the one that an earlier run has kept, else a new one, which is kept."""
     beside = _beside(places, copies)
-    if beside is not None and all(name_of(place) in beside.shards for place in places):
-        return Index({place: beside.shards[name_of(place)] for place in places}, beside.classes)
+    if beside is not None and all(os.path.basename(place) in beside.shards for place in places):
+        return Index({place: beside.shards[os.path.basename(place)] for place in places}, beside.classes)
     state = [needs_labels, *((place, None if is_remote(place) else _state(place)) for place in places)]
     kept = cache_folder() / "indices" / f"{hashlib.sha256(to_json(state).encode()).hexdigest()[:24]}.npz"
     if kept.exists():
@@ -197,11 +197,6 @@ def _beside(places: Sequence[str], copies: Copies) -> Index | None:
         except OSError:
             return None
     return Index.load(file)
-
-
-def name_of(place: str) -> str:
-    """The name of a shard in its folder."""
-    return place.rpartition("/")[2]
 
 
 def _state(path: str) -> tuple[int, int]:

@@ -297,16 +297,13 @@ def contrasts(ways: Sequence[Way], pairs: Mapping[str, str], metric: str) -> str
     Args:
         pairs: names of ways, and of those that they are compared with.
     """
-    lines = []
-    for way in ways:
-        for other in ways:
-            if other.name == pairs.get(way.name) and (way.baseline or way) is (other.baseline or other):
-                against = replace(way, baseline=other)
-                if against.differences(metric):
-                    lines.append(f"- {way.name}, against {other.name}: {difference_text(against, metric)}")
-    if not lines:
-        return ""
-    return "\n\nAgainst each other, with intervals of 95 %:\n\n" + "\n".join(lines)
+    meant = [
+        (way, other)
+        for way in ways
+        for other in ways
+        if other.name == pairs.get(way.name) and (way.baseline or way) is (other.baseline or other)
+    ]
+    return _against("Against each other", meant, metric)
 
 
 def equal_computation(ways: Sequence[Way], metric: str) -> str:
@@ -314,15 +311,22 @@ def equal_computation(ways: Sequence[Way], metric: str) -> str:
 
     A longer baseline is one that is named so: "baseline, 60 epochs".
     """
-    lines = []
-    for longer in ways:
-        if longer.baseline and longer.name.startswith(longer.baseline.name):
-            for way in ways:
-                is_other = way.baseline is longer.baseline and way is not longer
-                if is_other and abs(way.flops / longer.flops - 1) < AS_MUCH:
-                    against = replace(way, baseline=longer)
-                    if against.differences(metric):
-                        lines.append(f"- {way.name}, against {longer.name}: {difference_text(against, metric)}")
-    if not lines:
-        return ""
-    return "\n\nFor as much computation, with intervals of 95 %:\n\n" + "\n".join(lines)
+    longer_ones = [way for way in ways if way.baseline and way.name.startswith(way.baseline.name)]
+    as_much = [
+        (way, longer)
+        for longer in longer_ones
+        for way in ways
+        if way.baseline is longer.baseline and way is not longer and abs(way.flops / longer.flops - 1) < AS_MUCH
+    ]
+    return _against("For as much computation", as_much, metric)
+
+
+def _against(title: str, pairs: Iterable[tuple[Way, Way]], metric: str) -> str:
+    """Each way against the other one of its pair, where they have seeds in common."""
+    replaced = [replace(way, baseline=other) for way, other in pairs]
+    lines = [
+        f"- {way.name}, against {way.baseline.name}: {difference_text(way, metric)}"
+        for way in replaced
+        if way.differences(metric)
+    ]
+    return "\n".join([f"\n\n{title}, with intervals of 95 %:\n", *lines]) if lines else ""
