@@ -27,6 +27,13 @@ PATIENCE = timedelta(seconds=2)  # for one attempt to connect, which a dead proc
 PAUSE = 0.1  # seconds between attempts
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a GPU has, or this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @dataclass(frozen=True)
 class Process:
     """This process among all processes of the run."""

@@ -61,3 +61,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 def readable_size(nbytes: int) -> str:
     """Bytes for people: "2.528 GB", 10^9 bytes."""
     return f"{nbytes / 1e9:.3f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.3f} MB" if nbytes else "0"
+
+
+def readable_time(seconds: float) -> str:
+    """Seconds for people: "7 min 20 s", the two largest units."""
+    parts, rest = [], round(seconds)
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        parts += [f"{count:,} {unit}"] * bool(count or parts)
+    return " ".join(parts[:2]) or "0 s"

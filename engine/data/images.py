@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.config import DataConfig
+from engine.distributed import memory_of
 from engine.errors import first_line, input_errors
 from engine.text import readable_size
 
@@ -247,7 +248,7 @@ class DecodedImages:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             some = range(0, count, max(1, count // cls.SAMPLE))
             needed = count * sum(pixels.nbytes for pixels, _ in pool.map(pixels_and_label, some)) // len(some)
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            memory = memory_of(torch.device("cpu"))
             if 2 * needed > memory / 2:  # all are there twice for a moment
                 raise ValueError(
                     f"{count} of them need about {readable_size(needed)}, a quarter of this machine's memory is "

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import timm
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_vit.yaml"
@@ -61,16 +65,50 @@ def test_the_plan_of_a_resumed_run_leaves_its_folder_alone(train_net, tmp_path):
 SWIN = ("--config", "swin_t", "--dry-run", "model.kwargs={depths: [1, 1, 1, 1]}")
 
 
-def test_without_its_data_a_recipe_is_planned_for_imagenet_and_the_error_comes_last(train_net, tmp_path, monkeypatch):
+def test_the_time_of_a_run_is_that_of_its_slower_part(train_net, tmp_path):
+    settings = ("train.global_batch=8", "train.accumulation=2", "train.epochs=3000", "data.workers=1")
+    root = tmp_path / "images"
+    for split, name in product(("train", "val"), ("cat", "dog")):
+        (root / split / name).mkdir(parents=True)
+        for number in range(4):
+            Image.effect_noise((1000, 1000), 50).convert("RGB").save(root / split / name / f"{number}.jpg")
+    model = ("model.name=resnet10t", "model.pretrained=false", "data.image_size=64", f"output_dir={tmp_path}/run")
+    code, output, error = train_net("--config", "finetune_folder", "--dry-run", f"data.root={root}", *settings, *model)
+    assert code == 0, error
+    rows = plan(output)
+    computing = re.match(r"([\d.,]+) images/s on cpu, (\d+) ms per step, .* with 4 of 4 images", rows["computing"])
+    loading = re.match(r"([\d.]+) images/s by 1 workers of ([\d.]+) images/s each", rows["loading"])
+    assert float(loading[1]) == float(loading[2])
+    assert float(computing[1]) == pytest.approx(8 / (float(computing[2]) / 1000), rel=0.05)
+    is_limit = float(loading[1]) < float(computing[1])
+    assert ("the limit" in rows["loading"]) == is_limit
+    slower = 3000 * 8 / min(float(loading[1]), float(computing[1]))  # seconds
+    units = {"h": 3600, "min": 60, "s": 1}
+    told = sum(int(count) * units[unit] for count, unit in re.findall(r"(\d+) (h|min|s)\b", rows["time"]))
+    assert told == pytest.approx(slower, rel=0.05)
+
+
+def test_without_its_data_a_recipe_is_planned_for_imagenet(train_net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, output, error = train_net(*SWIN)
-    assert code == 2
+    code, output, _ = train_net(*SWIN)
+    assert code == 0
     rows = plan(output)
     assert rows["data"] == "not there, counted as ImageNet-1k: data.root = imagenet: no such folder"
     assert rows["training images"] == "1,281,167 of 3 x 224 x 224" and rows["classes"] == "1000"
     assert rows["length"] == "300 epochs, 375,300 iterations" and rows["iterations per epoch"] == "1,251"
-    assert error.startswith("error: data.root") and error.count("\n") == 1
-    assert error.endswith("; the plan counts the 1,281,167 training images and 1000 classes of ImageNet-1k instead\n")
+    assert "loading" not in rows and rows["computing"].endswith(" of 128 images at once")
+    assert output.endswith("WARNING: data.root = imagenet: no such folder: the run itself would end here\n")
+
+
+@pytest.mark.slow
+def test_processes_plan_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "tools" / "train_net.py"]
+    done = subprocess.run([*command, *SWIN], capture_output=True, text=True, timeout=300)
+    rows = plan(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert rows["images per iteration"] == "1024 = 128 x 4 accumulated x 2 processes" and rows["time"]
+    assert done.stdout.count("the run itself would end here") == 1
 
 
 def test_a_wrong_folder_is_told_and_nothing_is_planned(train_net, tmp_path, monkeypatch):
