@@ -18,6 +18,7 @@ TRAINERS = {
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 PARQUET = ["pyarrow"]
 LORA = ["peft"]
+TIFF = ["tifffile"]
 SHARDS = ["webdataset", "fsspec", "aiohttp"]
 DEVELOP = [
     "mkdocs-material",
@@ -46,6 +47,7 @@ setup(
         "onnx": ONNX,
         "parquet": PARQUET,
         "lora": LORA,
+        "tiff": TIFF,
         "shards": SHARDS,
         "train": TRAIN,
         "dev": [
@@ -55,6 +57,7 @@ setup(
             *PARQUET,
             *SHARDS,
             *LORA,
+            *TIFF,
             *DEVELOP,
         ],
     },

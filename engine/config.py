@@ -41,14 +41,16 @@ from engine.config_rules import (
     Share,
     Tunable,
     at_least,
+    channels,
     increasing,
     one_of,
-    three,
 )
 
 # ruff: noqa: UP006, UP007, UP045
 
-UNTRANSFORMED = ("digits", "synthetic")  # values of data.dataset whose images are used as they are
+UNTRANSFORMED = {"digits": 1, "synthetic": 3}  # values of data.dataset whose images are used as they are: channels
+RGB = 3  # channels of an image where nobody says otherwise
+PHOTOGRAPHS = (1, RGB)  # numbers of channels for which there are timm's transforms of colours
 # The names under which a split is looked for: timm's, and test
 SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
 OF_SEVERAL_LABELS = ("map", "f1_macro", "f1_micro")  # values of evaluation.metric where an image may have several
@@ -127,6 +129,9 @@ class DataConfig(Section):
     # of each class's training images, held out in place of eval_split: always the same ones, whatever the seed
     validation_share: Share = 0.0
     images_per_class: Optional[Count] = None  # train on so many at most, always the same ones; null: on all
+    # of files: 3, red, green and blue | 1, grey | any other number, that of each file (TIFF, PNG with transparency);
+    # null: 3, of other data what they have
+    in_chans: Optional[Count] = None
     image_size: Annotated[Any, SIZE] = 224  # pixels of a square's side, or [height, width]; null: the model's own
     # null: each image once in an epoch | balanced: drawn, each class as often | sqrt: by the root of the classes' sizes
     sampling: Annotated[Optional[str], one_of("balanced", "sqrt")] = None
@@ -168,12 +173,13 @@ class TransformConfig(Section):
     eval_crop_mode: Annotated[Optional[str], one_of("center", "squash", "border")] = "center"
     # bicubic | bilinear; null: the model's
     eval_interpolation: Annotated[Optional[str], one_of("bicubic", "bilinear")] = "bicubic"
-    # ImageNet's; null: the model's
-    mean: Annotated[Optional[List[float]], three(-math.inf, "numbers")] = field(
+    # of each channel, of pixels between 0 and 1; of other channels than red, green and blue three stand for their
+    # average. ImageNet's; null: the model's
+    mean: Annotated[Optional[List[float]], channels(-math.inf, "numbers")] = field(
         default_factory=lambda: [0.485, 0.456, 0.406]
     )
-    # ImageNet's; null: the model's
-    std: Annotated[Optional[List[float]], three(0, "numbers above 0")] = field(
+    # likewise
+    std: Annotated[Optional[List[float]], channels(0, "numbers above 0")] = field(
         default_factory=lambda: [0.229, 0.224, 0.225]
     )
 

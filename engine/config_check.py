@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from engine.config import COLUMNS, UNTRANSFORMED, Config, Section, has_several_labels, notes
+from engine.config import COLUMNS, PHOTOGRAPHS, RGB, UNTRANSFORMED, Config, Section, has_several_labels, notes
 from engine.config_rules import Rule
 from engine.errors import InputError
 
@@ -63,6 +63,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{metric}: goes with loss.smoothing = 0 only"
     if unknown := sorted(config.data.columns.keys() - set(COLUMNS)):
         yield f"data.columns.{unknown[0]}: allowed is {', '.join(COLUMNS)}"
+    yield from _channels(config)
     if config.data.draft_decoding and config.data.cache:
         yield "data.draft_decoding: not with data.cache, for which images are decoded once and whole"
     if config.model.drop_path_shape == "uniform" and config.model.drop_path_rate is None:
@@ -91,3 +92,23 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "schedule.scale_with_batch: needs optimizer.lr_reference_batch, the batch that lr is for"
     if optimizer.full_lr and optimizer.layer_decay is None:
         yield "optimizer.full_lr: without optimizer.layer_decay all modules have the full learning rate"
+
+
+def _channels(config: Config) -> Iterator[str]:
+    """Keys that do not go with the number of channels."""
+    data, transform, count = config.data, config.transform, config.data.in_chans or RGB
+    if data.dataset in UNTRANSFORMED and data.in_chans not in (None, UNTRANSFORMED[data.dataset]):
+        yield f"data.in_chans = {count}: data.dataset = {data.dataset} has {UNTRANSFORMED[data.dataset]}"
+    for key in ("mean", "std"):
+        values = getattr(transform, key)
+        if values is not None and len(values) not in (RGB, count):
+            yield f"transform.{key} = {values}: allowed is one number for each of {count} channels, or three"
+    if count not in PHOTOGRAPHS:
+        for place, is_set in {
+            "transform.auto_augment": transform.auto_augment is not None,
+            "transform.color_jitter": bool(transform.color_jitter),
+            "data.cache": data.cache is not None,
+            "mixup.integer_pixels": config.mixup.integer_pixels,
+        }.items():
+            if is_set:
+                yield f"{place}: is for images with colours or grey ones, and data.in_chans = {count}"

@@ -54,9 +54,12 @@ def increasing(low: float, high: float, meaning: str) -> Rule:
     )
 
 
-def three(low: float, meaning: str) -> Rule:
-    """One number for each of three channels, all above `low`."""
-    return Rule(lambda value: len(value) == 3 and all(low < number < math.inf for number in value), f"three {meaning}")
+def channels(low: float, meaning: str) -> Rule:
+    """One number for each channel, all above `low`."""
+    return Rule(
+        lambda value: len(value) > 0 and all(low < number < math.inf for number in value),
+        f"a list of {meaning}, one for each channel",
+    )
 
 
 T = TypeVar("T")

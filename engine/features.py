@@ -62,7 +62,7 @@ def probe(
     """
     train = source.train
     if isinstance(train, Images):
-        evaluation = build_transform(config.transform, config.data.image_size, False, config.data.draft_decoding)
+        evaluation = build_transform(config, is_training=False)
         train = train.seen_through(lambda _: evaluation)
     (known, answers), (asked, right) = (
         features(model, Batches(config, replace(source, held_out=images), process, bad_files), precision, process)

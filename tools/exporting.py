@@ -24,6 +24,7 @@ from engine import atomic
 from engine.checkpoint import load
 from engine.config import UNTRANSFORMED, Config, sides
 from engine.config_file import parse_config
+from engine.data.transforms import normalisation
 from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, input_errors, writing_errors
 from engine.text import readable_name, to_json
@@ -161,7 +162,8 @@ def _preprocessing(exported: Exported) -> dict[str, Any]:
     if exported.config.data.dataset in UNTRANSFORMED:
         own = {"mean": [0.0] * channels, "std": [1.0] * channels, "crop_pct": 1.0}
     else:
-        own = {timms: getattr(transform, key) for key, timms in TIMM_KEYS.items()}
+        mean, std = normalisation(exported.config)
+        own = {**{timms: getattr(transform, key) for key, timms in TIMM_KEYS.items()}, "mean": mean, "std": std}
     return {"input_size": exported.image_shape, **own}
 
 

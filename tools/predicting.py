@@ -135,7 +135,8 @@ def _said_in(what: str) -> dict[str, Any]:
 def _settings(known: dict[str, Any]) -> list[str]:
     """Overrides of a configuration for what a file says: how images become the model's input."""
     own = [f"transform.{key}={to_json(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
-    return [*own, f"data.image_size={to_json(known['input_size'][-2:])}"] if "input_size" in known else own
+    channels, *size = known.get("input_size", (None, None))
+    return [*own, f"data.in_chans={channels}", f"data.image_size={to_json(size)}"] if channels else own
 
 
 def _probabilities(has_sigmoid: bool | None) -> Callable[[Tensor], Tensor]:
@@ -151,8 +152,8 @@ def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
     model = OnnxModel(file)
     said = model.session.get_modelmeta().custom_metadata_map.get(METADATA)
     known = json.loads(said) if said else {}
-    size = to_json(model.session.get_inputs()[0].shape[-2:])
-    config = complete(parse_config("", str(file), [*_settings(known), f"data.image_size={size}", *overrides]))
+    settings = _settings({**known, "input_size": model.session.get_inputs()[0].shape[1:]})
+    config = complete(parse_config("", str(file), [*settings, *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
     names = known.get("label_names") or [str(number) for number in range(classes)]
     return Predictor(model, config, names, _probabilities(known.get("has_sigmoid")))
@@ -334,10 +335,9 @@ def predict(
     chosen = [number for number, name in enumerate(images.names) if name in missing]
     if not chosen:
         return
-    transform = build_transform(config.transform, config.data.image_size, False, config.data.draft_decoding)
-    decoding = Decoding(config.data.exif_orientation, config.data.max_megapixels)
+    transform, decoding = build_transform(config, is_training=False), Decoding.of(config.data)
     held_out = Images(images, transform, "held-out", chosen, decoding=decoding)
-    source = DataSource(None, held_out, len(names), in_chans=3, class_names=names)
+    source = DataSource(None, held_out, len(names), in_chans=decoding.in_chans, class_names=names)
     batches = Batches(config, source, process, BadFiles(config.data.bad_files))
     model, precision = predictor.model.to(process.device).eval(), build_precision(config, process)
     for batch, numbers in tqdm(batches, unit="batch", disable=None if process.is_main else True):

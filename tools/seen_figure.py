@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 import augsub
 from engine import atomic
-from engine.config import Config, TransformConfig
+from engine.config import Config
 from engine.data.files import is_image, natural_order
 from engine.data.images import UnreadableImage, decode
 from engine.data.source import IMAGENET, DataSource
@@ -75,12 +75,11 @@ class Row:
 
 def rows_of(config: Config, source: DataSource, files: Sequence[Path]) -> list[Row]:
     """The model of a complete configuration, with images of its data or the user's."""
-    transform = config.transform
     model = augsub.patch(create_configured_model(config, source))
     if source is not IMAGENET and not files:
         images, (mean, std) = _held_out_images(config, source), normalisation(config)
     else:
-        images, mean, std = _photographs(files, transform, config.data.image_size), transform.mean, transform.std
+        images, mean, std = _photographs(files, config), config.transform.mean, config.transform.std
         if source.in_chans != len(mean):
             grey = [(name, image.mean(dim=0, keepdim=True)) for name, image in images]
             images, mean, std = [(name, image.expand(source.in_chans, -1, -1)) for name, image in grey], None, None
@@ -102,12 +101,10 @@ def _held_out_images(config: Config, source: DataSource) -> list[NamedImage]:
     return [(f"held-out image {index}", image) for index, image in zip(indices, images, strict=True)]
 
 
-def _photographs(
-    files: Sequence[Path], transform: TransformConfig, image_size: int | Sequence[int]
-) -> list[NamedImage]:
+def _photographs(files: Sequence[Path], config: Config) -> list[NamedImage]:
     """The user's image files, or the bundled one, as the main model sees them in evaluation."""
-    to_bytes = build_transform(transform, image_size, is_training=False)
-    normalise = Normalise(transform.mean, transform.std)
+    to_bytes = build_transform(config, is_training=False)
+    normalise = Normalise(config.transform.mean, config.transform.std)
     images = [] if files else [(BUNDLED, Image.fromarray(load_sample_image(BUNDLED)))]
     for file in files:
         try:

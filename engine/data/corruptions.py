@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from engine.config import Config
+from engine.config import RGB, Config
 from engine.data.datasets import build_source
 from engine.data.images import Images
 from engine.data.source import DataSource
@@ -114,8 +114,9 @@ def corrupted(config: Config) -> dict[str, DataSource]:
         InputError: they are no images with red, green and blue.
     """
     source = build_source(config, with_training=False)
-    if not isinstance(source.held_out, Images):
-        raise InputError(f"--variant corrupted: needs photographs, data.dataset = {config.data.dataset} has none")
+    if not isinstance(source.held_out, Images) or source.in_chans != RGB:
+        has = f"data.dataset = {config.data.dataset} has none with {RGB} channels"
+        raise InputError(f"--variant corrupted: needs photographs, {has}")
     if config.data.cache == "ram":
         source.held_out.decode_all()  # once for all of them
     return {

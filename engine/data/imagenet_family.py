@@ -35,7 +35,7 @@ from timm.data import ImageNetInfo
 from engine.config import Config
 from engine.data.datasets import root_of
 from engine.data.files import ImageFiles, image_folder, images_below, split_folder
-from engine.data.images import IGNORED, Images
+from engine.data.images import IGNORED, Decoding, Images
 from engine.data.source import DataSource
 from engine.data.transforms import build_transform
 from engine.errors import InputError
@@ -110,12 +110,13 @@ def _open_corruptions(root: Path, config: Config) -> dict[str, DataSource]:
 
 def _source(items: ImageFiles, config: Config, numbers: Sequence[int]) -> DataSource:
     """Held-out images whose labels are places in `numbers`; a class is called n01498041 stingray."""
-    transform, info = build_transform(config.transform, config.data.image_size, is_training=False), _info()
+    transform, decoding, info = build_transform(config, is_training=False), Decoding.of(config.data), _info()
     names = [
         f"{info.index_to_label_name(number)} {info.index_to_description(number).partition(',')[0]}"
         for number in numbers
     ]
-    return DataSource(None, Images(items, transform, "held-out"), NUM_CLASSES, in_chans=3, class_names=names)
+    images = Images(items, transform, "held-out", decoding=decoding)
+    return DataSource(None, images, NUM_CLASSES, decoding.in_chans, names)
 
 
 _info = cache(ImageNetInfo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.config import DataConfig
+from engine.config import PHOTOGRAPHS, RGB, DataConfig
+from engine.data.channels import decode_channels
 from engine.distributed import memory_of
 from engine.errors import first_line, input_errors
 from engine.text import readable_size
@@ -52,18 +54,25 @@ class Decoding:
         exif_orientation: whether photographs are turned as their camera says. timm and torchvision do not turn them:
             weights are pretrained and published numbers measured so.
         max_megapixels: larger images are refused.
+        in_chans: 3, red, green and blue; 1, grey; any other number, that of each image.
     """
 
     exif_orientation: bool = False
     max_megapixels: float = DataConfig.max_megapixels
+    in_chans: int = RGB
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Decoding:
+        """As a configuration says."""
+        return cls(data.exif_orientation, data.max_megapixels, data.in_chans or RGB)
 
 
 def decode(
     source: BinaryIO | Image.Image,
     decoding: Decoding = Decoding(),
     needed: Callable[[tuple[int, int]], Needed] | None = None,
-) -> Image.Image:
-    """An image, or the first one in an open file, as eight bits of red, green and blue.
+) -> Image.Image | Tensor:
+    """An image, or the first one in an open file, as eight bits of red, green and blue, or grey, or all its channels.
 
     Transparency is dropped, as timm and torchvision do. Sixteen bits become the nearest eight: Pillow's own conversion
     would clip them at 255.
@@ -76,6 +85,8 @@ def decode(
         ValueError: more pixels than allowed; on damaged bytes Pillow's decoders raise whatever they stumble over.
     """
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning and at twice as many an error
+    if decoding.in_chans not in PHOTOGRAPHS:
+        return decode_channels(source, decoding.in_chans, decoding.max_megapixels)
     image = source if isinstance(source, Image.Image) else Image.open(source)
     width, height = image.size
     if width * height > decoding.max_megapixels * 1e6:
@@ -90,7 +101,9 @@ def decode(
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     image.load()
     image.info.pop("transparency", None)  # changes no pixel, but Pillow would warn that it is lost
-    image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert("RGB")
+    image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(
+        "RGB" if decoding.in_chans == RGB else "L"
+    )
     image.info[Needed.BOX] = asked.box
     return image
 
@@ -171,7 +184,9 @@ class Images(Dataset):
         """
         if self._decoded is None:
             with input_errors(f"data.cache = ram: the {self._split} images"):
-                self._decoded = DecodedImages.of(self._decode, len(self))
+                self._decoded = DecodedImages.of(
+                    self._decode, len(self), "RGB" if self._decoding.in_chans == RGB else "L"
+                )
 
     def seen_through(self, change: Callable[[Callable[[Image.Image], Any]], Callable[[Image.Image], Any]]) -> Images:
         """The same images, what is decoded too, with another transform that `change` makes of theirs."""
@@ -215,12 +230,12 @@ def several(label: Any) -> Sequence[int]:
 
 @dataclass
 class DecodedImages:
-    """Pairs (RGB image, label) by number, in one piece of memory, which forked and spawned processes share.
+    """Pairs (image, label) by number, in one piece of memory, which forked and spawned processes share.
 
     Attributes:
         pixels: of all images one after the other, uint8.
         ends: where the pixels of each image end, (N,).
-        sizes: width and height, (N, 2).
+        sizes: height, width and channels, (N, 3), or (N, 2) of grey images.
         labels: as the data set has them.
         unreadable: by number, the images that could not be decoded.
     """
@@ -233,8 +248,12 @@ class DecodedImages:
     unreadable: dict[int, tuple[str, str]]
 
     @classmethod
-    def of(cls, decode: Callable[[int], tuple[Image.Image, Any]], count: int) -> DecodedImages:
-        """Decode so many images, by as many threads as there are cores; ValueError if memory is short."""
+    def of(cls, decode: Callable[[int], tuple[Image.Image, Any]], count: int, blank: str) -> DecodedImages:
+        """Decode so many images, by as many threads as there are cores; ValueError if memory is short.
+
+        Args:
+            blank: Pillow's mode of the images.
+        """
         unreadable: dict[int, tuple[str, str]] = {}
 
         def pixels_and_label(number: int) -> tuple[np.ndarray, Any]:
@@ -242,7 +261,7 @@ class DecodedImages:
                 image, label = decode(number)
             except UnreadableImage as error:
                 unreadable[number] = error.args
-                return np.zeros((0, 0, 3), np.uint8), -1
+                return np.asarray(Image.new(blank, (0, 0))), -1
             return np.asarray(image), label
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -255,13 +274,13 @@ class DecodedImages:
                     f"{readable_size(memory // 4)}: leave it unset"
                 )
             images, labels = zip(*pool.map(pixels_and_label, range(count)), strict=True)
-        sizes = torch.tensor([image.shape[1::-1] for image in images])
+        sizes = torch.tensor([image.shape for image in images])
         flat = np.concatenate([image.reshape(-1) for image in images])
-        return cls(torch.from_numpy(flat), (3 * sizes.prod(1)).cumsum(0), sizes, labels, unreadable)
+        return cls(torch.from_numpy(flat), sizes.prod(1).cumsum(0), sizes, labels, unreadable)
 
     def __getitem__(self, number: int) -> tuple[Image.Image, Any]:
         if number in self.unreadable:
             raise UnreadableImage(*self.unreadable[number])
-        end, (width, height) = int(self.ends[number]), self.sizes[number].tolist()
-        pixels = self.pixels[end - 3 * width * height : end].view(height, width, 3)
+        end, size = int(self.ends[number]), self.sizes[number].tolist()
+        pixels = self.pixels[end - math.prod(size) : end].view(size)
         return Image.fromarray(pixels.numpy()), self.labels[number]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from engine.config import Config, TrainConfig
+from engine.config import PHOTOGRAPHS, Config, TrainConfig
 from engine.data.images import IGNORED, Images, UnreadableImage
 from engine.data.source import DataSource
 from engine.data.stream import SeededDataset, TrainingOrder, held_out_order, sampling_weights
@@ -199,11 +199,12 @@ class Batches(Iterable[Batch]):
         self._order = order
         images = source.train if self._is_training else source.held_out
         self._to_decode = images if config.data.cache == "ram" and isinstance(images, Images) else None
-        blank = torch.zeros(source.image_shape(config.data.image_size))
+        is_bytes = normalisation(config)[0] is not None and source.in_chans in PHOTOGRAPHS
+        blank = torch.zeros(source.image_shape(config.data.image_size), dtype=torch.uint8 if is_bytes else None)
         self._dataset = SeededDataset(
             images,
             config.data.bad_files if self._is_training else None,
-            (blank if normalisation(config)[0] is None else blank.byte(), source.no_target),
+            (blank, source.no_target),
         )
         self._deliver = Delivery(config, process.device, self._is_training)
         self._loader = DataLoader(

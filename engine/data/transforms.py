@@ -13,9 +13,10 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torchvision.transforms import Grayscale
 from torchvision.transforms.functional import pil_modes_mapping
 
-from engine.config import UNTRANSFORMED, Config, TransformConfig, sides
+from engine.config import PHOTOGRAPHS, RGB, UNTRANSFORMED, Config, sides
 from engine.data.images import Needed
 from engine.errors import input_errors
 
@@ -23,8 +24,16 @@ POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
 
 
 def normalisation(config: Config) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation by which a run's bytes are normalised; None of floats, which are used as they are."""
-    return (None, None) if config.data.dataset in UNTRANSFORMED else (config.transform.mean, config.transform.std)
+    """Mean and standard deviation of each channel; None of images that are used as they are."""
+    if config.data.dataset in UNTRANSFORMED:
+        return None, None
+    return _of_each_channel(config, config.transform.mean), _of_each_channel(config, config.transform.std)
+
+
+def _of_each_channel(config: Config, values: Sequence[float]) -> list[float]:
+    """A number for each channel, of as many, or of those of red, green and blue their average."""
+    count = config.data.in_chans or RGB
+    return [*values] if len(values) == count else [sum(values) / len(values)] * count
 
 
 def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
@@ -86,15 +95,14 @@ def largest_divisor(size: Sequence[int], wanted: Sequence[int]) -> int:
     return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or min(size) >= divisor * max(wanted))
 
 
-def build_transform(
-    transform: TransformConfig, image_size: int | Sequence[int], is_training: bool, is_reduced: bool = False
-) -> Callable[[Image.Image], Tensor]:
+def build_transform(config: Config, is_training: bool) -> Callable[[Any], Tensor]:
     """To (C, H, W) uint8: random crop and flips, then colours; in evaluation the shorter side is resized to
-    image_size / eval_crop, and the centre cropped.
+    image_size / eval_crop, and the centre cropped. Of images with other channels than colours (C, H, W) float32.
 
-    Args:
-        is_reduced: whether its first step says what it needs of a JPEG, so that less is decoded.
+    With `data.draft_decoding` its first step says what it needs of a JPEG, so that less is decoded.
     """
+    transform, image_size = config.transform, config.data.image_size
+    mean, std = normalisation(config)
     training = {
         "scale": tuple(transform.scale),
         "ratio": tuple(transform.ratio),
@@ -109,8 +117,8 @@ def build_transform(
             (3, *sides(image_size)),
             is_training=is_training,
             interpolation=transform.interpolation if is_training else transform.eval_interpolation,
-            mean=tuple(transform.mean),
-            std=tuple(transform.std),
+            mean=mean,
+            std=std,
             normalize=False,
             **(training if is_training else evaluation),
         )
@@ -118,14 +126,16 @@ def build_transform(
         for operation in (*getattr(part, "ops", ()), *(op for policy in getattr(part, "policy", ()) for op in policy)):
             if operation.name in POSTERIZING:
                 operation.aug_fn = posterize
-    if is_reduced:
+    if config.data.in_chans == 1:
+        built.transforms.insert(-1, Grayscale())  # a colour policy's own grey has three channels
+    if config.data.draft_decoding and len(mean) in PHOTOGRAPHS:
         first, side = built.transforms[0], math.ceil(max(sides(image_size)) / (transform.eval_crop or 1))
         built.transforms[0] = ReducedCrop(first) if is_training else ReducedResize(first, side)
     return built
 
 
 class Normalise:
-    """8-bit images to floats, as torchvision's ToTensor and Normalize make them; floats stay as they are.
+    """Images to floats as torchvision's ToTensor and Normalize make them.
 
     Args:
         mean, std: one number per channel, of pixels between 0 and 1.
@@ -136,10 +146,9 @@ class Normalise:
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (…, C, H, W), uint8 in and float32 out."""
-        if images.dtype != torch.uint8:
-            return images
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        """Images (…, C, H, W), uint8 or between 0 and 1 in, and float32 out."""
+        pixels = images.float().div_(255) if images.dtype == torch.uint8 else images.clone()
+        return pixels.sub_(self.mean).div_(self.std)
 
 
 class Delivery:

@@ -191,7 +191,7 @@ def test_a_batch_that_follows_from_the_data():
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "original", "augmix-m10"])
 def test_no_bits_of_a_pixel_are_black(policy):
     """RandAugment asks for them at the magnitude 10, which Pillow 13 refuses; timm's own table stays as it is."""
-    parts = build_transform(TransformConfig(auto_augment=policy), 8, is_training=True).transforms
+    parts = build_transform(Config(transform=TransformConfig(auto_augment=policy)), is_training=True).transforms
     policies = [*(getattr(part, "ops", ()) for part in parts), *chain(*(getattr(part, "policy", ()) for part in parts))]
     posterizing = [op for op in chain(*policies) if op.name.startswith("Posterize")]
     pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)

@@ -37,9 +37,9 @@ def test_divisors_leave_no_side_too_short():
 
 @pytest.mark.parametrize("scale", [[0.9, 1.0], [0.08, 0.2]])
 def test_a_reduced_crop_shows_what_the_whole_one_does(photograph, folder_config, tmp_path, scale):
-    config = folder_config(tmp_path)
+    config = folder_config(tmp_path, image_size=48, draft_decoding=True)
     config.transform.scale, config.transform.auto_augment, config.transform.hflip = scale, None, 0.0
-    transform = build_transform(config.transform, 48, is_training=True, is_reduced=True)
+    transform = build_transform(config, is_training=True)
     crop = transform.transforms[0]
     whole = decode(photograph.open("rb"))
     for seed in range(5):
@@ -57,9 +57,11 @@ def test_a_reduced_crop_shows_what_the_whole_one_does(photograph, folder_config,
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 def test_evaluation_of_a_reduced_image_shows_what_the_whole_one_does(photograph, folder_config, tmp_path, mode):
-    config = folder_config(tmp_path)
+    config, transforms = folder_config(tmp_path, image_size=96), []
     config.transform.eval_crop_mode = mode
-    whole, reduced = (build_transform(config.transform, 96, is_training=False, is_reduced=way) for way in (False, True))
+    for config.data.draft_decoding in (False, True):
+        transforms.append(build_transform(config, is_training=False))
+    whole, reduced = transforms
     image = decode(photograph.open("rb"), needed=reduced.transforms[0].needed)
     assert image.width == SIZE[0] // 4
     difference = (reduced(image).float() - whole(decode(photograph.open("rb"))).float()).abs()
@@ -69,7 +71,7 @@ def test_evaluation_of_a_reduced_image_shows_what_the_whole_one_does(photograph,
 def test_what_is_no_jpeg_is_decoded_whole_and_cropped_alike(photograph, tmp_path, folder_config):
     path = tmp_path / "same.png"
     Image.open(photograph).save(path)
-    transform = build_transform(folder_config(tmp_path).transform, 48, is_training=True, is_reduced=True)
+    transform = build_transform(folder_config(tmp_path, image_size=48, draft_decoding=True), is_training=True)
     image = decode(path.open("rb"), needed=transform.transforms[0].needed)
     assert image.size == SIZE and transform(image).shape == (3, 48, 48)
 

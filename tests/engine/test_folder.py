@@ -137,7 +137,7 @@ def test_some_of_the_classes_in_an_order_of_ones_own(image_folder, folder_config
 
 def image_folder_of(root: Path, config: Config) -> Images:
     """All images of a folder as an evaluation sees them."""
-    return Images(image_folder(root), build_transform(config.transform, config.data.image_size, False), "training")
+    return Images(image_folder(root), build_transform(config, is_training=False), "training")
 
 
 def test_an_image_folder_with_faults_is_refused(image_folder, folder_config, tmp_path):

@@ -85,7 +85,7 @@ def cross_entropy(logits, targets):
 
 def test_train_transform(recipe):
     facts, config = recipe.facts["augmentation"], recipe.config
-    ops = build_transform(config.transform, config.data.image_size, is_training=True).transforms
+    ops = build_transform(config, is_training=True).transforms
     three, rand, erase = facts["three_augment"], facts["auto_augment"], facts["random_erase"]
     colours = [AutoAugment, tv.ColorJitter] if three else [RandAugment]
     expected = [RandomResizedCropAndInterpolation, tv.RandomHorizontalFlip, *colours, MaybePILToTensor]
@@ -148,7 +148,7 @@ def check_rand_augment(op, facts, config, bicubic_only) -> None:
 
 def test_eval_transform(recipe):
     facts, config = recipe.facts["eval"], recipe.config
-    resize, crop, *_ = build_transform(config.transform, config.data.image_size, is_training=False).transforms
+    resize, crop, *_ = build_transform(config, is_training=False).transforms
     assert resize.size == facts["resize"]
     assert resize.interpolation == InterpolationMode.BICUBIC and facts["interpolation"].startswith("bicubic")
     assert tuple(crop.size) == (facts["center_crop"],) * 2
