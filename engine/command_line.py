@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,7 @@ FAILED = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command with --resume goes on; schedulers can requeue on it
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 READER_GONE = 141  # 128 + SIGPIPE: nobody reads standard output any more, as where it goes to `head`
+OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=.*", re.DOTALL)  # no option begins so, and no URL
 
 
 def tool_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -33,6 +35,23 @@ def tool_parser(description: str, epilog: str | None = None) -> argparse.Argumen
     return argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, meaning: str = "of the configuration"
+) -> argparse.Namespace:
+    """Read a command line in which `key=value` may stand anywhere, after options that take several words too.
+
+    Args:
+        arguments: None: of this process.
+        meaning: what the help says of them.
+    """
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=meaning)
+    words = sys.argv[1:] if arguments is None else [*map(str, arguments)]
+    overrides = [word for word in words if OVERRIDE.fullmatch(word) and not as_path(word).exists()]
+    parsed = parser.parse_intermixed_args([word for word in words if word not in overrides])
+    parsed.overrides = [*overrides, *parsed.overrides]
+    return parsed
 
 
 def as_path(text: str) -> Path:

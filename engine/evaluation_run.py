@@ -6,6 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -41,8 +42,7 @@ MODELS_OWN = ("data.image_size=null", *(f"transform.{key}=null" for key in MODEL
 def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> tuple[Config, Path | None]:
     """What a command line means: a model and how its images are read; its weights, None if they are timm's pretrained.
 
-    A checkpoint brings its own configuration, without what a file must not say: which code runs (`plugins`), and that
-    other data are meant (`data.allow_mismatch`).
+    A checkpoint brings its own configuration.
 
     Args:
         what: a run's folder, a checkpoint, a file of weights, or the name of a timm model.
@@ -59,14 +59,33 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
         text = load_metadata(path).get("config")
         if text is None:
             raise InputError(f"{path} holds no configuration: say which model these weights are of, --model NAME")
-        own = ["plugins=[]", "data.allow_mismatch=false"]
-        return parse_config(text, f"the configuration in {path}", [*own, *overrides]), path
+        return saved_config(path, text, overrides), path
     is_file = model_name is not None or path.suffix in WEIGHT_FILES or ("/" in what and ":" not in what)
     if is_file and not path.exists():
         raise InputError(f"{what}: no such file or folder; a model of a hub is named hf-hub:USER/MODEL")
     config = parse_config("", model_name or what, [*MODELS_OWN, *overrides])
     config.model.name = model_name or what
     return config, path if is_file else None
+
+
+def saved_config(file: Path, text: str, overrides: Sequence[str]) -> Config:
+    """The configuration in a checkpoint, without what a file must not say.
+
+    That is which code runs (`plugins`), of which a warning tells, and that other data are meant
+    (`data.allow_mismatch`).
+    """
+    place = f"the configuration in {file}"
+    config = parse_config(text, place, ["plugins=[]", "data.allow_mismatch=false", *overrides])
+    if missing := [name for name in parse_config(text, place).plugins if name not in config.plugins]:
+        _warn_of_plugins(file, ",".join(missing))
+    return config
+
+
+@cache  # once, whoever looks into the file
+def _warn_of_plugins(file: Path, names: str) -> None:
+    LOGGER.warning(
+        "WARNING: %s: its run had plugins=[%s], which a file cannot ask for: add that where it needs them", file, names
+    )
 
 
 def _checkpoint_of(run: RunFolder) -> Path:

@@ -15,9 +15,9 @@ from torch import nn
 
 import augsub
 from engine.config import Config
-from engine.config_file import CONFIGS, load_config
+from engine.config_file import CONFIGS, load_config, parse_config
 from engine.data.source import IMAGENET, DataSource
-from engine.defaults import complete, create_configured_model, open_source
+from engine.defaults import complete, create_configured_model, import_plugins, open_source
 from engine.errors import InputError, input_errors
 from engine.objective import build_objective, build_teacher
 from engine.text import markdown_table, text_table, to_json
@@ -125,8 +125,11 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    if arguments.overrides and not (arguments.config or arguments.model):
-        raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config or --model")
+    plugins = [word for word in arguments.overrides if word.startswith("plugins=")]
+    others = [word for word in arguments.overrides if word not in plugins]
+    if others and not (arguments.config or arguments.model):
+        raise InputError(f"{others[0]}: key=value belongs to --config or --model")
+    import_plugins(parse_config("", "plugins", plugins).plugins)
     if arguments.model is None and (arguments.augsub, arguments.ratio) != (None, None):
         raise InputError("--augsub, --ratio: belong to --model; a configuration has augsub.sub_models")
     if arguments.list_support is not None:
@@ -149,7 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
                 model = build_on_meta(arguments.model)
             with input_errors(f"--augsub {name} --ratio {ratio} for {arguments.model}"):
                 augmentation = augsub.build(
-                    {"name": name, "ratio": ratio, **OmegaConf.to_object(OmegaConf.from_dotlist(arguments.overrides))}
+                    {"name": name, "ratio": ratio, **OmegaConf.to_object(OmegaConf.from_dotlist(others))}
                 )
                 complexity = analyze(model, model.pretrained_cfg["input_size"], [augmentation])
         figures = complexity.as_dict()

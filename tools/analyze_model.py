@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from engine.command_line import exit_code, tool_parser
+from engine.command_line import exit_code, parse_with_overrides, tool_parser
 from engine.text import expanded
 
 
@@ -32,10 +32,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, help="its ratio (default 0.5)")
     parser.add_argument("--depth", type=int, default=1, help="levels of the table of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of --config, model.name=resnet50; of --augsub, mode=skip"
-    )
-    return parser.parse_intermixed_args(arguments)
+    meaning = "plugins=[MODULE]; of --config, model.name=resnet50; of --augsub, mode=skip"
+    return parse_with_overrides(parser, arguments, meaning)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

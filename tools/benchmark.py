@@ -1,7 +1,7 @@
 """What training costs, beside what it must cost by arithmetic.
 
     python tools/benchmark.py --quick                                   # all parts, minutes on two cores
-    python tools/benchmark.py --device cuda --amp bf16 --compile --parts steps --models vit_base_patch16_224:224:256
+    python tools/benchmark.py --device cuda --parts steps --models vit_base_patch16_224:224:256 train.amp=bf16
     python tools/benchmark.py --show runs/benchmark.json                  # what it wrote, as Markdown
 
 Contenders of one table are measured in turns; ratios are medians over pairs of rounds, with quartiles.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from engine import atomic
-from engine.command_line import as_path, exit_code, tool_parser
+from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
 from engine.errors import InputError, input_errors, writing_errors
 from engine.text import to_json
 
@@ -42,9 +42,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="small models and few rounds")
     parser.add_argument("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="timm models, pixels, images per step")
-    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision of forwards")
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--channels-last", action="store_true", help="memory layout of images and convolutions")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the steps: 'bare loop', 'masking 0.5' …")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
@@ -52,7 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=as_path, metavar="FOLDER", help="train/<class> to load instead of made ones")
     parser.add_argument("--json", type=as_path, default=Path("runs/benchmark.json"), help="file to write")
     parser.add_argument("--show", nargs="+", type=as_path, metavar="FILE", help="print such files as Markdown instead")
-    return parser.parse_args(arguments)
+    meaning = "of all models' configuration: train.amp=bf16, train.compile=true, plugins=[MODULE] …"
+    return parse_with_overrides(parser, arguments, meaning)
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict[str, Any]]]:
@@ -65,8 +63,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
     if rounds < 1:
         raise InputError(f"--rounds {rounds}: allowed is 1 or more")
     usual = QUICK if arguments.quick else [f"{model}:{BATCH[arguments.device]}" for model in WHOLE]
-    switches = {"amp": arguments.amp, "compile": arguments.compile, "channels_last": arguments.channels_last}
-    configs = {text: configuration(text, **switches) for text in arguments.models or usual}
+    configs = {text: configuration(text, arguments.overrides) for text in arguments.models or usual}
     for part, (text, config) in product(arguments.parts, configs.items()):
         with input_errors(f"--models {text}"):
             if part == "steps":

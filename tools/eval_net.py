@@ -26,6 +26,7 @@ from engine.command_line import (
     launched_rank,
     leave,
     log_to_terminal,
+    parse_with_overrides,
     tool_parser,
 )
 from engine.errors import input_errors, memory_errors
@@ -53,8 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--augsub", metavar="NAME", help="this sub-model instead, at ratio 0.5")
     parser.add_argument("--ratios", metavar="R,R,…", help="sub-models at these ratios, for example 0,0.25,0.5,0.75")
     parser.add_argument("--features", metavar="P,P", help="classifiers on the features too: knn,linear")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    return parser.parse_intermixed_args(arguments)
+    return parse_with_overrides(parser, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:

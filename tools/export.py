@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from engine.command_line import as_path, exit_code, tool_parser
+from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=as_path, help="last.pt, best.pt or iter_<n>.pt of a run")
     parser.add_argument("target", type=as_path, help=f"what to write: {kinds}")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help=choice)
-    parser.add_argument("--plugins", nargs="+", metavar="MODULE", default=[], help="that register the run's model")
-    parsed = parser.parse_args(arguments)
+    parsed = parse_with_overrides(parser, arguments, "plugins=[MODULE]: that register the run's model")
     from tools.exporting import export  # here: --help needs no torch
 
     return exit_code(lambda: print(export(**vars(parsed))))

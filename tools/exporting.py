@@ -23,10 +23,10 @@ import augsub
 from engine import atomic
 from engine.checkpoint import load
 from engine.config import UNTRANSFORMED, Config, sides
-from engine.config_file import parse_config
 from engine.data.transforms import normalisation
 from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, input_errors, writing_errors
+from engine.evaluation_run import saved_config
 from engine.text import readable_name, to_json
 from models.build import TIMM_KEYS, create_model, takes_image_size
 from models.weights import without_lora
@@ -66,7 +66,7 @@ class Exported:
         return self.arguments["in_chans"], *sides(self.config.data.image_size)
 
 
-def export(checkpoint: Path, target: Path, ema: bool | None = None, plugins: Sequence[str] = ()) -> str:
+def export(checkpoint: Path, target: Path, ema: bool | None = None, overrides: Sequence[str] = ()) -> str:
     """Write the target, after timm's model has taken all weights; says which they are and how to load them.
 
     Raises:
@@ -75,18 +75,18 @@ def export(checkpoint: Path, target: Path, ema: bool | None = None, plugins: Seq
     """
     if target.suffix not in (*SUFFIXES, ".onnx", ""):
         raise InputError(f"{target}: allowed is a name that ends in .safetensors, .pt, .pth or .onnx, or a new folder")
-    exported = load_exported(checkpoint, ema, plugins)
+    exported = load_exported(checkpoint, ema, overrides)
     write = {"": write_folder, ".onnx": write_onnx}.get(target.suffix, write_weights)
     loading = write(target, exported)
     return f"{loading}  # the averaged weights" if exported.is_average else loading
 
 
-def load_exported(checkpoint: Path, ema: bool | None = None, plugins: Sequence[str] = ()) -> Exported:
+def load_exported(checkpoint: Path, ema: bool | None = None, overrides: Sequence[str] = ()) -> Exported:
     """The model in a checkpoint of a run.
 
     Args:
         ema: the averaged weights, or the trained ones; None: those whose accuracy chose the run's best checkpoint.
-        plugins: modules to import for it; a file must not say which code runs.
+        overrides: `key=value` for its configuration, above all plugins.
 
     Raises:
         InputError: a checkpoint of something else, or without averaged weights.
@@ -94,17 +94,16 @@ def load_exported(checkpoint: Path, ema: bool | None = None, plugins: Sequence[s
     state = load(checkpoint)
     if "model" not in state or "model_name" not in state:
         raise InputError(f"checkpoint {checkpoint} is not one of a run: it has {', '.join(map(str, [*state][:5]))}")
-    config = parse_config(state["config"], f"the configuration in {checkpoint}")
+    config = saved_config(checkpoint, state["config"], overrides)
     if ema is None:
         ema = config.evaluation.metric.startswith("ema_") and "ema" in state["hooks"]
     if ema and "ema" not in state["hooks"]:
         raise InputError(f"--ema: checkpoint {checkpoint} has no averaged weights, its run had ema.enabled = false")
     weights, name = state["hooks"]["ema"]["model"] if ema else state["model"], state["model_name"]
-    import_plugins(plugins)
+    import_plugins(config.plugins)
     shape = {name: value for name, value in config.model.kwargs.items() if name not in OF_BUILDING}
     image_size, arguments = config.data.image_size, {**state["data"], **shape}
-    hint = f", whose run had --plugins {' '.join(config.plugins)}" if config.plugins and not plugins else ""
-    with input_errors(f"checkpoint {checkpoint}{hint}"):
+    with input_errors(f"checkpoint {checkpoint}"):
         model = create_model(name, image_size=image_size, **arguments)
         # the mask token is of sub-models alone
         plain = without_lora(weights)

@@ -36,7 +36,7 @@ CHECKS = ROOT / "tests" / "gpu"
 WHOLE = {"cuda": 530, "cpu": 3600}  # seconds: nine minutes with the start of this tool; a busy CPU may take longer
 RESULTS = "results.json"
 IN_SUMMARY = ("our trainer", "masking 0.5", "our loader")  # of the benchmark's lines
-BENCHMARK = "tools/benchmark.py --device {device} --amp bf16 --channels-last --json {folder}/{name}.json"
+BENCHMARK = "tools/benchmark.py --device {device} --json {folder}/{name}.json train.amp=bf16 train.channels_last=true"
 MODELS = "vit_base_patch16_224:224:{batch} swin_tiny_patch4_window7_224:224:{batch} resnet50:224:{batch}"
 CHOSEN = "'our trainer' 'masking 0.5' 'masking 0.5, windows left out' 'random_crop 0.5'"
 
@@ -76,6 +76,7 @@ def benchmark(name: str, seconds: int, batch: int, options: str) -> Part:
     return Part(name, seconds, f"{BENCHMARK} {options} --models {MODELS.replace('{batch}', str(batch))}")
 
 
+COMPILED = "train.compile=true --only 'our trainer' 'masking 0.5'"
 STUDIES = {f"study_{model}": f"configs/studies/cifar10_{model}.yaml" for model in ("vit", "resnet", "swin")}
 STUDYING = "tools/compare_runs.py --jobs 6 --minutes 2.4 --study {study} data.dataset=folder train.amp=bf16"
 
@@ -85,11 +86,11 @@ PARTS = {  # by device, what says most first
     "cuda": (
         Part("checks", 210, CHECKING),
         benchmark("eager_128", 110, 128, f"--parts steps --rounds 5 --only 'bare loop' 'timm task' {CHOSEN}"),
-        benchmark("compiled_128", 150, 128, "--parts steps --rounds 5 --compile --only 'our trainer' 'masking 0.5'"),
+        benchmark("compiled_128", 150, 128, f"--parts steps --rounds 5 {COMPILED}"),
         benchmark("memory_128", 60, 128, "--parts memory"),
         Part("loading", 45, f"{BENCHMARK} --parts data --rounds 5 --workers 16"),
         benchmark("eager_512", 110, 512, f"--parts steps --rounds 2 --only {CHOSEN}"),
-        benchmark("compiled_512", 150, 512, "--parts steps --rounds 2 --compile --only 'our trainer' 'masking 0.5'"),
+        benchmark("compiled_512", 150, 512, f"--parts steps --rounds 2 {COMPILED}"),
         *(
             Part(name, 165, STUDYING.replace("{study}", study)) for name, study in STUDIES.items()
         ),  # each goes on next time

@@ -14,7 +14,6 @@ softmax's, or of a run by binary cross-entropy a sigmoid's.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,13 +24,13 @@ from engine.command_line import (
     launched_rank,
     leave,
     log_to_terminal,
+    parse_with_overrides,
     tool_parser,
 )
 from engine.errors import InputError, memory_errors
 from engine.text import expanded
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
-OVERRIDE = re.compile(r"[\w.]+=")  # no URL begins so
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,14 +39,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "what", type=expanded, metavar="WHAT", help="run, checkpoint, file of weights, .onnx, timm model"
     )
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGES", help="files, folders, tables, or shards; key=value of the configuration"
-    )
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, tables, or shards")
     parser.add_argument("--model", type=expanded, metavar="NAME", help="timm model of a file of weights")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes of each image (default 5)")
     parser.add_argument("--flips", action="store_true", help="the mean over each image and its mirror image")
     parser.add_argument("--output", type=as_path, metavar="FILE", help=".csv, .jsonl or .parquet (default: printed)")
-    return parser.parse_intermixed_args(arguments)
+    return parse_with_overrides(parser, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,9 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if launched_rank() == 0:
         log_to_terminal()
-    overrides = [word for word in arguments.images if OVERRIDE.match(word) and not as_path(word).exists()]
-    predictor = load_predictor(arguments.what, arguments.model, overrides)
-    images = open_images([word for word in arguments.images if word not in overrides], predictor.config.data.patience)
+    predictor = load_predictor(arguments.what, arguments.model, arguments.overrides)
+    images = open_images(arguments.images, predictor.config.data.patience)
     predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)))
     config = predictor.config
     with (

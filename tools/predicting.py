@@ -101,7 +101,7 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
     if config.data.dataset in UNTRANSFORMED:
         raise InputError(f"{what}: was trained on {config.data.dataset}, which are no files of images")
     if file is not None and load_metadata(file).get("config") is not None:
-        exported = load_exported(file, plugins=config.plugins)
+        exported = load_exported(file, overrides=[f"plugins={to_json(config.plugins)}"])
         names, model = exported.state["class_names"], exported.model
         return Predictor(model, config, names, _probabilities(config.loss.name == "bce"))
     content = None if file is None else load(file)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from engine.command_line import as_path, exit_code, tool_parser
+from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
 from engine.errors import InputError
 
 DEFAULT_SAMPLES = 1000
@@ -36,8 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="of the shorter side of images that are larger")
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of resized images, as JPEG (default 95)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.columns, data.label_separator …")
-    return parser.parse_intermixed_args(arguments)
+    return parse_with_overrides(parser, arguments, "data.columns, data.label_separator …")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from engine.command_line import exit_code, tool_parser
+from engine.command_line import exit_code, parse_with_overrides, tool_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--model", metavar="NAME", help="any timm model, with one sub-model and AdamW")
     parser.add_argument("--processes", type=int, default=64, metavar="N", help="GPUs (default 64)")
     parser.add_argument("--json", action="store_true", help="plain numbers instead of the table")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    parsed = parser.parse_intermixed_args(arguments)
+    parsed = parse_with_overrides(parser, arguments)
     from tools.step_costs import run  # here: --help needs no torch
 
     return exit_code(partial(run, parsed))

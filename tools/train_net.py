@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
-from engine.command_line import exit_code, launched_processes, leave, log_to_terminal, tool_parser
+from engine.command_line import (
+    exit_code,
+    launched_processes,
+    leave,
+    log_to_terminal,
+    parse_with_overrides,
+    tool_parser,
+)
 from engine.config_file import load_config, to_yaml
 from engine.errors import InputError
 from engine.run_folder import RunFolder
@@ -45,7 +50,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = tool_parser(__doc__, EXAMPLES)
     run = parser.add_argument_group("the run")
     run.add_argument("--config", metavar="NAME", help="a file in configs/ (swin_b), or any YAML file")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="change the configuration: train.epochs=10")
     run.add_argument(
         "--resume",
         nargs="?",
@@ -62,11 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     action.add_argument("--print-config", action="store_true", help="print the complete configuration")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    for index, (word, after) in enumerate(pairwise([*words, ""])):
-        if word == "--resume" and "=" in after:
-            words[index] = f"--resume={IN_OUTPUT_DIR}"  # what follows is an override, not its value
-    return parser.parse_intermixed_args(words)  # options and overrides in any order
+    return parse_with_overrides(parser, arguments, "change the configuration: train.epochs=10")
 
 
 def _meant(arguments: argparse.Namespace) -> tuple[Path | str, list[str]]:

@@ -12,7 +12,6 @@ Everything drawn was noted in a real forward of the sub-model. Weights are rando
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engine.command_line import as_path, exit_code, tool_parser
+from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
 from engine.config_file import load_config, parse_config, reported
 from engine.errors import InputError, input_errors
 from engine.text import expanded
@@ -28,7 +27,6 @@ from engine.typed_yaml import read_value
 
 FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")
 AUGMENTATIONS = ("masking", "random_crop", "random_crop+masking", "drop_path", "dropout")
-OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=.*", re.DOTALL)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -48,10 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     parser.add_argument("--output", type=as_path, default=Path("what_the_sub_model_sees.png"), help="PNG file to write")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of --config, for example data.image_size=64")
-    words = sys.argv[1:] if arguments is None else arguments
-    overrides = [word for word in words if OVERRIDE.fullmatch(word)]  # --augsub and --images would swallow them
-    return parser.parse_args([*(word for word in words if word not in overrides), "--", *overrides])
+    return parse_with_overrides(parser, arguments, "of the configuration, for example data.image_size=64")
 
 
 def described(words: str) -> list[dict[str, Any]]:
@@ -64,13 +59,10 @@ def described(words: str) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    if arguments.overrides and not arguments.config:
-        raise InputError(f"{arguments.overrides[0]}: key=value belongs to --config")
     if arguments.output.suffix != ".png":
         raise InputError(f"--output {arguments.output}: the name must end in .png")
     if arguments.config and arguments.ratio and not arguments.augsub:
         raise InputError("--ratio: belongs to --augsub; the sub-models of a configuration have their own")
-    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     # here: these bring torch and timm, for which a typo need not wait
     import augsub
     from engine.data.source import IMAGENET
@@ -81,22 +73,28 @@ def run(arguments: argparse.Namespace) -> None:
     from tools.seen_figure import chosen, draw, rows_of
 
     files = chosen(arguments.images)
+    if arguments.config:
+        configs = [load_config(arguments.config, arguments.overrides)]
+    else:
+        names = [arguments.model] if arguments.model else FAMILIES
+        configs = [
+            parse_config("", "--model", [*MODELS_OWN, f"model.name={name}", *arguments.overrides]) for name in names
+        ]
+    configs = [complete(config) for config in configs]
     with input_errors("--augsub"):
         sub_models = [
             augsub.build([{"ratio": ratio, **member} for member in described(words)])
             for words, ratio in product(arguments.augsub or AUGMENTATIONS, arguments.ratio or [0.5])
         ]
-    if config is not None:
-        config = complete(config)
+    if arguments.config:
+        (config,) = configs
         rows = rows_of(config, data_source(config), files)
         if not arguments.augsub:
             sub_models = [sub_model.augmentation for sub_model in build_sub_models(config)]
         if not sub_models:
             raise InputError(f"{arguments.config}: augsub.sub_models is empty; --augsub says what to draw")
     else:
-        names = [arguments.model] if arguments.model else FAMILIES
-        models = [complete(parse_config("", "--model", [f"model.name={name}", *MODELS_OWN])) for name in names]
-        rows = [row for model in models for row in rows_of(model, IMAGENET, files)]
+        rows = [row for config in configs for row in rows_of(config, IMAGENET, files)]
     may_lack = not arguments.config and not (arguments.model and arguments.augsub)
     draw(rows, sub_models, arguments.seed, may_lack, arguments.output)
     print(arguments.output)

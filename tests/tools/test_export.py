@@ -109,18 +109,20 @@ def test_of_mine(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=N
 """
 
 
-def test_a_model_of_a_plugin_is_exported_where_the_plugin_is_named(tool, checkpoints, tmp_path, monkeypatch):
+def test_a_model_of_a_plugin_is_exported_where_the_plugin_is_named(tool, checkpoints, tmp_path, monkeypatch, caplog):
     (tmp_path / "mine.py").write_text(PLUGIN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     state = torch.load(checkpoints["digits_vit"], weights_only=True)
     config = yaml.safe_load(state["config"]) | {"plugins": ["mine"]}
     torch.save(state | {"model_name": "test_of_mine", "config": yaml.safe_dump(config)}, "last.pt")
-    assert tool("last.pt", "model.pth", "--plugins", "mine")[0] == 0
+    assert tool("last.pt", "model.pth", "plugins=[mine]")[0] == 0
     assert torch.load("model.pth", weights_only=True).keys() == state["model"].keys()
     monkeypatch.delitem(timm.models._registry._model_entrypoints, "test_of_mine")
-    code, _, errors = tool("last.pt", "other.pth")
-    assert code == 2 and "last.pt, whose run had --plugins mine: timm has no model 'test_of_mine'" in errors
+    with caplog.at_level("WARNING"):
+        code, _, errors = tool("last.pt", "other.pth")
+    assert code == 2 and "last.pt: timm has no model 'test_of_mine'" in errors
+    assert "last.pt: its run had plugins=[mine], which a file cannot ask for" in caplog.text
 
 
 def test_images_from_files_keep_their_preprocessing(tmp_path, tool, checkpoints):

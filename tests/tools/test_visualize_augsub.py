@@ -114,7 +114,6 @@ def test_what_is_missing(drawn):
         (["--augsub", "maskin"], "unknown augmentation 'maskin', did you mean 'masking'?"),
         (["--model", "test_vit", "--augsub", "masking", "--ratio", "0.999"], "leaves none of 100 cells"),
         (["--model", "test_resnet", "--augsub", "dropout"], "dropout has no site in ResNet"),
-        (["--model", "test_resnet", "model.name=test_vit"], "model.name=test_vit: key=value belongs to --config"),
         (["--images", "nowhere.jpg"], "--images nowhere.jpg: cannot be read: [Errno 2] No such file or directory"),
         (["--images", "README.md"], "--images README.md: cannot be read: cannot identify image file"),
         (["--images", "configs"], "--images configs: the folder holds no image"),

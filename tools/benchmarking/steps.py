@@ -89,14 +89,13 @@ def compared(part: str, case: str, unit: str, rounds: Mapping[str, Sequence[floa
     return lines
 
 
-def configuration(text: str, **train: Any) -> Config:
-    """What NAME:SIZE:BATCH asks for, with values of other keys of `train`."""
+def configuration(text: str, overrides: Sequence[str] = ()) -> Config:
+    """What NAME:SIZE:BATCH asks for, with values of other keys."""
     name, *sizes = text.split(":")
     if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
         raise InputError(f"--models {text}: allowed is NAME:SIZE:BATCH, for example resnet50:224:64")
     keys = {"model.name": name, "data.image_size": sizes[0], "train.global_batch": sizes[1]}
-    keys |= {f"train.{key}": value for key, value in train.items()}
-    return complete(load_config(CONFIG, [f"{key}={value}" for key, value in keys.items()]))
+    return complete(load_config(CONFIG, [*(f"{key}={value}" for key, value in keys.items()), *overrides]))
 
 
 def title(config: Config) -> str:
