@@ -7,9 +7,11 @@ import logging
 import socket
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 import huggingface_hub.constants
@@ -25,6 +27,7 @@ from augsub.named_registry import did_you_mean
 from models import first_line
 
 LOGGER = logging.getLogger("models")
+T = TypeVar("T")
 TIMM_KEYS = {  # of a transform, by their names in a configuration
     "mean": "mean",
     "std": "std",
@@ -126,7 +129,7 @@ def check_image_shape(
     augmentations: Sequence[augsub.SubModelAugmentation] = (),
     batch: int = 2,
 ) -> None:
-    """Run main model and sub-models once without computing (meta tensors), to see whether sizes fit.
+    """Run main model and sub-models once without computing, to see whether sizes fit.
 
     Args:
         model: a patched model.
@@ -138,12 +141,11 @@ def check_image_shape(
         ValueError: with the model's or the augmentation's own reason.
     """
     size = " x ".join(map(str, image_shape[1:]))
-    weights = meta_weights(model)
-    images = torch.empty(batch, *image_shape, device="meta")
     for augmentation in (None, *augmentations):
+        arguments = {"augsub": augmentation}
         try:
             with _unsynchronised(model):
-                logits = functional_call(model, weights, (images,), {"augsub": augmentation})
+                logits = without_data(lambda call: call(model, (batch, *image_shape), arguments))  # noqa: B023
         except Exception as error:  # as above: the model's own code
             raise ValueError(f"{size} pixels do not fit: {first_line(error)}") from error
         if getattr(logits, "ndim", None) != 2:
@@ -162,9 +164,35 @@ def check_image_shape(
         )
 
 
-def meta_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers without values and gradients, for `torch.func.functional_call`."""
-    return {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+def without_data(look: Callable[[Callable[..., Any]], T]) -> T:
+    """What a look at a forward finds. No values are computed (meta tensors), unless shapes depend on them.
+
+    Args:
+        look: gets what makes a forward of (model, shape of images, further arguments); may be called twice, the second
+            time for a forward of random images on the CPU.
+    """
+    try:
+        return look(partial(_forward, is_computed=False))
+    except (RuntimeError, TypeError) as error:
+        if "meta tensor" not in str(error).lower():
+            raise
+        with torch.random.fork_rng(devices=[]):
+            return look(partial(_forward, is_computed=True))
+
+
+def _forward(
+    model: nn.Module, shape: Sequence[int], arguments: Mapping[str, Any] = MappingProxyType({}), *, is_computed: bool
+) -> Any:
+    """A forward of copies of a model's parameters and buffers, which are random where it has no values itself."""
+
+    def like(tensor: Tensor) -> Tensor:
+        if is_computed and tensor.is_meta:
+            return torch.rand(tensor.shape).to(tensor.dtype)
+        return tensor.detach().to("cpu" if is_computed else "meta", copy=True)
+
+    weights = {name: like(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    images = torch.rand(*shape) if is_computed else torch.empty(*shape, device="meta")
+    return functional_call(model, weights, (images,), dict(arguments))
 
 
 @contextmanager

@@ -18,14 +18,13 @@ from timm.layers import DropPath
 from timm.models.efficientvit_msra import ResidualDrop
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 import augsub
-from models.build import check_image_shape, meta_weights
+from models.build import check_image_shape, without_data
 
 MEGA, GIGA = 1e6, 1e9
 POINTS = 20  # in time, of a ratio that changes
@@ -247,9 +246,13 @@ def count_forward(
         augmentation: None for the main model.
     """
     arguments = {} if augmentation is None else {"augsub": augmentation}
-    weights, inputs = meta_weights(model), (torch.empty(*shape, device="meta"),)
-    with torch.inference_mode(), ModuleTracker() as tracker, _ForwardCounter(tracker) as counter:
-        functional_call(model, weights, inputs, arguments)
+
+    def counted(call: Callable[..., Any]) -> _ForwardCounter:
+        with torch.inference_mode(), ModuleTracker() as tracker, _ForwardCounter(tracker) as counter:
+            call(model, shape, arguments)
+        return counter
+
+    counter = without_data(counted)
     by_module = dict.fromkeys((name for name, _ in model.named_modules()), 0)
     for place, flops in counter.flops.items():
         by_module[place.partition(".")[2]] = round(flops)  # the first part is the model's class
@@ -262,7 +265,7 @@ def count_with_torch(model: nn.Module, image_shape: tuple[int, int, int]) -> int
     Attention is taken apart into such products: not every torch knows its fused CPU kernel.
     """
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        functional_call(model, meta_weights(model), (torch.empty(1, *image_shape, device="meta"),))
+        without_data(lambda call: call(model, (1, *image_shape)))
     return counter.get_total_flops() // 2  # it counts multiplications and additions
 
 

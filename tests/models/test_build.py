@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import socket
 
@@ -14,6 +15,7 @@ from engine.config_file import load_config
 from engine.defaults import complete
 from engine.errors import InputError
 from models.build import build_on_meta, check_image_shape, create_model, image_settings, takes_image_size
+from models.complexity import count_forward
 from tests.zoo import load_rows
 
 
@@ -136,3 +138,37 @@ def test_where_the_hub_has_no_address_its_cache_is_asked_and_nothing_stays_chang
     with pytest.raises(ValueError, match=r"and its pretrained weights: "):
         create_model("test_vit.r160_in1k", pretrained=True, cache_dir="/nowhere")
     assert vars(huggingface_hub.constants) == before
+
+
+class AboveTheMean(augsub.SubModelAugmentation):
+    """Keeps as many tokens as the image with the fewest has above its mean: a number that only values tell."""
+
+    sites = ("tokens",)
+
+    def tokens(self, tokens):
+        norms = tokens.values[:, tokens.num_prefix_tokens :].norm(dim=-1)
+        fewest = int((norms > norms.mean(dim=1, keepdim=True)).sum(dim=1).min())
+        return tokens.keep(norms.topk(fewest, dim=1).indices)
+
+
+class WrongSize(AboveTheMean):
+    """The same, and then tokens that the model cannot take."""
+
+    def tokens(self, tokens):
+        kept = super().tokens(tokens)
+        return dataclasses.replace(kept, values=kept.values[..., :-1])
+
+
+def test_an_augmentation_whose_shapes_depend_on_values_is_checked_and_counted_with_random_images():
+    model = augsub.patch(create_model("vit_tiny_patch16_224", image_size=32))
+    before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    check_image_shape(model, (3, 32, 32), [AboveTheMean(0.5)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"^32 x 32 pixels do not fit: "):
+        check_image_shape(model, (3, 32, 32), [WrongSize(0.5)])
+    with torch.device("meta"):
+        larger = augsub.patch(create_model("vit_tiny_patch16_224"))
+    main, sub = (count_forward(larger.eval(), (1, 3, 224, 224), each).flops for each in (None, AboveTheMean(0.5)))
+    assert 0.3 < sub / main < 0.7
+    assert count_forward(larger, (1, 3, 224, 224), augsub.build("masking")).flops == pytest.approx(main / 2, rel=0.05)
