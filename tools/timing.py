@@ -43,7 +43,8 @@ def time_rows(config: Config, trainer: Trainer, has_data: bool) -> list[tuple[st
         most = readable_size(torch.cuda.max_memory_allocated(device))
         rows.append(("  memory, measured", f"{most} with {images} images at once"))
     total = readable_time(trainer.max_iterations * step)
-    return [("time", f"about {total}, without evaluations and checkpoints; of each process"), *rows]
+    each = ", of each process" if trainer.process.world_size > 1 else ""
+    return [("time", f"about {total}, without evaluations and checkpoints{each}"), *rows]
 
 
 def micro_batch_time(config: Config, trainer: Trainer) -> tuple[int, float]:
