@@ -427,9 +427,10 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
 def parallelise(config: Config, process: Process, bare_model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:
     """The model as `distributed.strategy` runs it; sharding changes the model itself, and its average alike."""
     if not is_sharded(config.distributed, process):
-        return replicate(bare_model, process)
+        return replicate(bare_model, process, config.distributed.reduce_dtype)
     for model in (bare_model, *([ema.module] if ema is not None else [])):
-        shard(model, innermost_blocks(model), process, config.distributed.reshard_after_forward)
+        settings = config.distributed
+        shard(model, innermost_blocks(model), process, settings.reshard_after_forward, settings.reduce_dtype)
     if ema is not None and any(buffer.is_floating_point() for buffer in bare_model.buffers()):
         ema.foreach = False  # BatchNorm's statistics are whole: torch takes no mixture of shards and whole tensors
     return bare_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DistNetworkError, Store, TCPStore
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -219,26 +220,75 @@ def is_sharded(config: DistributedConfig, process: Process) -> bool:
     return config.strategy == "fsdp2" and process.world_size > 1
 
 
-def replicate(model: nn.Module, process: Process) -> nn.Module:
-    """The model under DistributedDataParallel, or itself in a single process."""
+def replicate(model: nn.Module, process: Process, reduce_dtype: str = "float32") -> nn.Module:
+    """The model under DistributedDataParallel, or itself in a single process.
+
+    Args:
+        reduce_dtype: in which gradients travel, float32 or bf16.
+    """
     if process.world_size == 1:
         return model
     device_ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    if reduce_dtype == "bf16":
+        replicated.register_comm_hook(None, bf16_compress_hook)
+    return replicated
 
 
-def shard(model: nn.Module, units: Iterable[nn.Module], process: Process, reshard_after_forward: bool) -> nn.Module:
+def shard(
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    process: Process,
+    reshard_after_forward: bool,
+    reduce_dtype: str = "float32",
+) -> nn.Module:
     """Divide the parameters among the processes, in place.
 
     Args:
         units: submodules whose parameters are gathered together, when they are needed.
         reshard_after_forward: free a unit's gathered parameters until its backward gathers them again.
+        reduce_dtype: as for `replicate`.
+
+    Raises:
+        InputError: this torch cannot reduce in bf16.
     """
     mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
     # torch's default keeps the root's own parameters until backward, which begins with them
-    return fully_shard(model, mesh=mesh, **({} if reshard_after_forward else {"reshard_after_forward": False}))
+    sharded = fully_shard(model, mesh=mesh, **({} if reshard_after_forward else {"reshard_after_forward": False}))
+    if reduce_dtype == "bf16":
+        if not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+            raise InputError(
+                f"distributed.reduce_dtype = bf16: torch {torch.__version__} cannot with fsdp2, a newer one can"
+            )
+        for module in sharded.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(HalfReduceScatter())
+    return sharded
+
+
+class HalfReduceScatter:
+    """FSDP2's reduce-scatter of float32, which travels as bf16.
+
+    MixedPrecisionPolicy(reduce_dtype) would add up the branches' gradients in bf16 as well, and refuse parameters that
+    have a gradient from the last branch alone, as a mask token.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is sent or received."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Reduce the input of all processes, each keeps its part."""
+        received = torch.empty_like(output_tensor, dtype=torch.bfloat16)
+        reduce_scatter = getattr(
+            dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+        )  # its name before torch 2.14
+        reduce_scatter(received, input_tensor.bfloat16(), op=op, group=group)
+        output_tensor.copy_(received)
 
 
 def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:

@@ -142,8 +142,8 @@ def memory_rows(config: Config, trainer: Trainer) -> Rows:
     activations = (max if objective.branch_by_branch else sum)(
         activation_memory(model, shape, seen, augmentation, autocast, skips) for augmentation, seen in branches
     )
-    reshard = config.distributed.reshard_after_forward
-    strategy = Strategy(is_sharded(config.distributed, process), once=True, reshard=reshard)
+    settings = config.distributed
+    strategy = Strategy(is_sharded(settings, process), True, settings.reshard_after_forward, settings.reduce_dtype)
     step = build_step(config, source, process.world_size)
     kept = memory(strategy, step)
     average = [("  moving average", readable_size(kept["averages"]))] if kept["averages"] else []

@@ -37,11 +37,17 @@ class Strategy:
         sharded: FSDP2; else DistributedDataParallel.
         once: gradients are reduced once per step; else after every branch of every micro-batch.
         reshard: FSDP2 frees gathered parameters after forward (`distributed.reshard_after_forward`).
+        reduce_dtype: in which gradients travel (`distributed.reduce_dtype`).
     """
 
     sharded: bool
     once: bool
     reshard: bool = False
+    reduce_dtype: str = "float32"
+
+    def reduced(self, float32_bytes: int) -> int:
+        """Bytes of gradients as they travel."""
+        return float32_bytes // 2 if self.reduce_dtype == "bf16" else float32_bytes
 
 
 STRATEGIES = {
@@ -50,6 +56,8 @@ STRATEGIES = {
     "FSDP2, reduced after every branch": Strategy(sharded=True, once=False, reshard=True),
     "FSDP2, reduced once": Strategy(sharded=True, once=True, reshard=True),
     "FSDP2, reduced once, reshard_after_forward=false": Strategy(sharded=True, once=True),
+    "DDP, reduced once in bf16": Strategy(sharded=False, once=True, reduce_dtype="bf16"),
+    "FSDP2, reduced once in bf16": Strategy(sharded=True, once=True, reshard=True, reduce_dtype="bf16"),
 }
 
 
@@ -108,7 +116,7 @@ def traffic(strategy: Strategy, step: Step) -> dict[str, int]:
             "all_reduces": reductions * len(buckets),
             # before a forward whose backward reduces
             "broadcasts": reductions * len({buffer.dtype for buffer in buffers}),
-            "reduced": reductions * nbytes(gradients),
+            "reduced": reductions * strategy.reduced(nbytes(gradients)),
             "broadcast": reductions * nbytes(buffers),
         }
     units = sharding_units(step.model)
@@ -117,7 +125,7 @@ def traffic(strategy: Strategy, step: Step) -> dict[str, int]:
     return {
         "all_gathers": len(gathered),
         "reduce_scatters": reductions * sum(bool(trained(unit)) for unit in units),
-        "reduced": reductions * sum(padded_bytes(trained(unit), step.processes) for unit in units),
+        "reduced": reductions * sum(strategy.reduced(padded_bytes(trained(unit), step.processes)) for unit in units),
         "gathered": sum(padded_bytes(unit, step.processes) for unit in gathered),
     }
 
