@@ -48,7 +48,7 @@ def parse_with_overrides(
     """
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=meaning)
     words = sys.argv[1:] if arguments is None else [*map(str, arguments)]
-    overrides = [word for word in words if OVERRIDE.fullmatch(word) and not as_path(word).exists()]
+    overrides = [word for word in words if OVERRIDE.fullmatch(word) and not os.path.exists(expanded(word))]
     parsed = parser.parse_intermixed_args([word for word in words if word not in overrides])
     parsed.overrides = [*overrides, *parsed.overrides]
     return parsed
