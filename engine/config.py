@@ -54,6 +54,7 @@ PHOTOGRAPHS = (1, RGB)  # numbers of channels for which there are timm's transfo
 # The names under which a split is looked for: timm's, and test
 SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
 OF_SEVERAL_LABELS = ("map", "f1_macro", "f1_micro")  # values of evaluation.metric where an image may have several
+COMPILE_MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # torch's
 METRICS = ("top1", "top5", "balanced_accuracy", "eval_loss", *OF_SEVERAL_LABELS)
 COLUMNS = ("path", "labels", "split", "image", "label")  # that data.columns may rename
 SCHEDULES = ("cosine", "linear", "constant", "step", "multistep", "polynomial", "wsd", "one_cycle", "plateau")
@@ -235,7 +236,9 @@ class TrainConfig(Section):
     loss_scale: Annotated[float, at_least(1)] = 65536.0  # fp16: the loss scale at the start
     loss_scale_window: Count = 2000  # fp16: steps without overflow after which the loss scale doubles
     clip_norm: Tunable[Optional[Positive]] = None  # global L2 norm of the gradient
-    compile: Tunable[bool] = False  # torch.compile for the main and the sub-model
+    # torch.compile for the main and the sub-model: true, or a mode: reduce-overhead (CUDA graphs) | max-autotune |
+    # max-autotune-no-cudagraphs
+    compile: Tunable[Annotated[Union[bool, str], one_of(False, True, *COMPILE_MODES)]] = False
     # memory layout of images and of convolutions' weights: faster on GPUs with amp
     channels_last: Tunable[bool] = False
     # the model's stochastic depth computes no branch that it drops: int(B * (1 - rate)) of B images have one

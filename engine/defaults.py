@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
+from engine.compilation import compile_forward
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
 from engine.data.datasets import build_source
@@ -321,8 +322,7 @@ def build_trainer(
     objective.teach_by(
         teacher=None if teacher is None else teacher.to(process.device), ema=None if ema is None else ema.module
     )
-    if config.train.compile:
-        bare_model.compile()
+    compile_forward(bare_model, config.train.compile)
     model = parallelise(config, process, bare_model, ema)
     trainer = Trainer(
         model=model,

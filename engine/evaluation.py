@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augsub
+from engine.compilation import begin_step
 from engine.data.images import IGNORED
 from engine.data.source import DataSource
 from engine.distributed import Process
@@ -190,6 +191,7 @@ def evaluate(
     was_training, metrics = model.training, metrics or Metrics(process.device)
     model.eval()
     for number, (images, labels) in enumerate(loader):
+        begin_step()
         if augmentation is not None:
             seed_all(derive_seed(seed, process.rank, number))
         with precision.autocast():

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from augsub import Objective, ObjectiveOutput
 from engine.checkpoint import check_structure
+from engine.compilation import begin_step
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
@@ -75,6 +76,7 @@ class Trainer(TrainerBase):
             super().train()
 
     def run_step(self) -> None:
+        begin_step()
         self.results = {}
         self.last_loss = torch.zeros((), device=self.process.device)
         self.objective.epoch = self.epoch

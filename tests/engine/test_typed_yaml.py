@@ -81,7 +81,7 @@ def test_numbers_stay_numbers():
     for word, expected in {"1e-3": 1e-3, "1e3": 1e3, "5": 5.0, "1_000": 1000.0}.items():
         assert parse_config(f"optimizer: {{lr: {word}}}", "here").optimizer.lr == expected
         assert parse_config("", "here", [f"optimizer.lr={word}"]).optimizer.lr == expected
-    assert parse_config("", "here", ["train.compile=off", "ema.enabled=yes"]).ema.enabled is True
+    assert parse_config("", "here", ["train.channels_last=off", "ema.enabled=yes"]).ema.enabled is True
 
 
 @pytest.mark.parametrize("text", NASTY)

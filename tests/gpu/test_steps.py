@@ -26,6 +26,7 @@ from engine.config_file import load_config
 from engine.data.datasets import build_source
 from engine.defaults import build_trainer, complete
 from engine.distributed import Process, shard, synchronise_batchnorm
+from engine.evaluation import evaluate
 from engine.hooks.training import ExponentialMovingAverage, LearningRateSchedule, NaNGuard
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
@@ -166,6 +167,20 @@ def test_nothing_is_compiled_again_after_the_first_steps(device, tmp_path, augme
     run(trainer, trainer.data.iterations_per_epoch)
     assert counters["stats"]["unique_graphs"] == graphs >= 1
     report(f"{augmentation}: {graphs} graphs compiled, none of them after the third step")
+
+
+def test_captured_steps_are_the_same_steps(device, tmp_path):
+    """CUDA graphs, with two branches and two micro-batches in a step, and an evaluation in between."""
+    torch._dynamo.reset()
+    sub_model = "augsub.sub_models=[{augmentations: [{name: downscale, ratio: 0.5}]}]"  # draws nothing
+    settings = (sub_model, "train.accumulation=2", "model.kwargs.depth=2", "model.kwargs.patch_size=1")
+    found = []
+    for mode in ("false", "reduce-overhead"):
+        trainer = digits_trainer(device, tmp_path / mode, "vit", *settings, f"train.compile={mode}")
+        losses = run(trainer, 6)
+        figures = evaluate(trainer.bare_model, trainer.data.held_out, trainer.precision, trainer.process)
+        found.append([*losses, *run(trainer, 6), figures["eval_loss"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 @pytest.fixture(scope="module")

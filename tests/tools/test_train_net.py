@@ -276,20 +276,23 @@ def test_an_image_folder_trains_with_the_imagenet_recipes(train_net, image_folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [None, "ddp", "fsdp2"], ids=["one process", "DDP", "FSDP2"])
-def test_compiled_training_is_the_same_training(command, torchrun, tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "mode"),
+    [(None, "true"), (None, "reduce-overhead"), ("ddp", "true"), ("fsdp2", "true")],
+)
+def test_compiled_training_is_the_same_training(command, torchrun, tmp_path, strategy, mode):
     """With a lower precision, checkpointing and an average, which all take part in what is compiled."""
     launcher = [sys.executable] if strategy is None else torchrun
     options = ["train.max_iters=40", "train.amp=bf16", "train.grad_checkpointing=true"]
     options += ["ema.enabled=true", "ema.decay=0.9", *([f"distributed.strategy={strategy}"] if strategy else [])]
-    for compile in ("false", "true"):
+    for compile in ("false", mode):
         finished = command(
             *launcher, TRAIN_NET, "--config", DIGITS, f"output_dir={tmp_path}/{compile}", *options,
             f"train.compile={compile}", timeout=900,
         )  # fmt: skip
         assert finished.returncode == 0, finished.stderr
     # compiled kernels draw other random masks, so the comparison is of learning, not of bits
-    eager, compiled = (summary(tmp_path / compile) for compile in ("false", "true"))
+    eager, compiled = (summary(tmp_path / compile) for compile in ("false", mode))
     assert compiled["main_loss"] == pytest.approx(eager["main_loss"], rel=0.1)
     assert compiled["ema_top1"] == pytest.approx(eager["ema_top1"], abs=5)
 

@@ -21,6 +21,7 @@ from torch.utils.benchmark.utils.timer import timer
 
 import augsub
 from engine.checkpoint import CheckpointStore
+from engine.compilation import compile_forward
 from engine.config import Config, SubModelConfig
 from engine.config_file import CONFIGS, load_config
 from engine.data.datasets import build_source
@@ -101,7 +102,9 @@ def configuration(text: str, overrides: Sequence[str] = ()) -> Config:
 def title(config: Config) -> str:
     """The case that a configuration is."""
     train, precision = config.train, "fp32" if config.train.amp == "off" else config.train.amp
-    switches = ["compiled"] * train.compile + ["channels_last"] * train.channels_last
+    switches = ["compiled" if train.compile is True else train.compile] * bool(train.compile) + [
+        "channels_last"
+    ] * train.channels_last
     size, batch = f"{config.data.image_size} px", f"batch {train.global_batch}"
     return ", ".join([config.model.name, size, batch, precision, *switches])
 
@@ -191,8 +194,7 @@ def _plain_steps(name: str, config: Config, device: torch.device) -> Iterator[No
         model.to(memory_format=torch.channels_last)
     optimizer, criterion = build_model_optimizer(config.optimizer, model), nn.CrossEntropyLoss()
     task = ClassificationTask(model, criterion, device=device, verbose=False) if name == TIMM else None
-    if config.train.compile:
-        model.compile()
+    compile_forward(model, config.train.compile)
     images, labels = one_batch(config, device)
     scaler = precision.scaler
     while True:
