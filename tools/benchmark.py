@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -25,12 +26,24 @@ from tabulate import tabulate
 from engine import atomic
 from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
 from engine.errors import InputError, input_errors, writing_errors
-from engine.text import to_json
+from engine.text import markdown_table, to_json
 
 if TYPE_CHECKING:
     import torch
 
-PARTS = {"steps": "Training steps", "memory": "Peak memory", "data": "Loading alone"}
+PARTS = {"steps": "training steps", "memory": "peak memory", "data": "loading alone", "runs": "whole runs"}
+QUESTIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {  # of the lines of all results, the first that takes one
+    "What do skipped paths save?": lambda line: re.search("skipped|stochastic", line["name"]) is not None,
+    "What does torch.compile give?": lambda line: "compiled" in line["name"],
+    "How much memory does it need?": lambda line: line["part"] == "memory",
+    "How fast are images read?": lambda line: line["part"] == "data",
+    "How fast is a whole run?": lambda line: line["part"] == "runs",
+    "What does the trainer cost?": lambda line: line["name"] in ("bare loop", "timm task", "our trainer"),
+    "What does a sub-model cost?": lambda line: True,
+}
+HEADERS = ["", "median", "ratio [quartiles]", "to", "limit"]
+RATIO = 2  # place of that column
+ORDER = [*reversed(QUESTIONS)]  # on a page
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
 WHOLE = ("vit_base_patch16_224:224", "swin_tiny_patch4_window7_224:224", "resnet50:224")
 BATCH = {"cpu": 4, "cuda": 128}  # of these
@@ -57,6 +70,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
     """The lines of one case after the other."""
     from tools.benchmarking.loading import measure_loading
     from tools.benchmarking.memory import measure_memory
+    from tools.benchmarking.runs import measure_runs
     from tools.benchmarking.steps import configuration, measure_steps
 
     rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds
@@ -69,40 +83,56 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
             if part == "steps":
                 yield measure_steps(config, device, rounds, arguments.only)
             elif part == "memory":
-                yield measure_memory(config, device)
+                yield measure_memory(config, device, arguments.only)
+    if "runs" in arguments.parts:
+        yield from measure_runs([*configs.values()], 512, arguments.workers, rounds, device, arguments.images)
     if "data" in arguments.parts:
         images = 192 if arguments.quick else 1024
         yield from measure_loading(images, 64, arguments.workers, rounds, device, arguments.images)
 
 
-def table(lines: Sequence[Mapping[str, Any]], style: str = "simple") -> str:
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """The lines of one case."""
-    rows = []
-    for line in lines:
-        ratio = "" if line["ratio"] is None else f"{line['ratio']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
-        limit = "" if line["limit"] is None else f"{line['limit']:.3f}"
-        value, case = f"{line['value']:.4g} {line['unit']}", "" if rows else line["case"]
-        rows.append([case, line["name"], value, ratio, line["against"], limit, line["note"]])
-    headers = ["case", "", "median", "ratio [quartiles]", "to", "limit", ""]
-    return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+    rows = [["" if number else line["case"], *cells(line), line["note"]] for number, line in enumerate(lines)]
+    return tabulate(rows, headers=["case", *HEADERS, ""], tablefmt="simple", disable_numparse=True)
 
 
-def show(file: Path) -> None:
-    """Print a file that the benchmark wrote, as Markdown."""
-    content = json.loads(file.read_text())
-    facts = content["machine"]
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "timm", "python"))
-    print(f"## {facts['device']}\n\n{facts['cores']} CPU cores, {versions}; `{content['command']}`\n")
-    for part, lines in groupby(content["lines"], key=lambda line: line["part"]):
-        tables = [table(list(of_case), "github") for _, of_case in groupby(lines, key=lambda line: line["case"])]
-        print("\n\n".join([f"### {PARTS[part]}", *tables]) + "\n")
+def cells(line: Mapping[str, Any]) -> list[str]:
+    """What HEADERS say."""
+    ratio = "" if line["ratio"] is None else f"{line['ratio']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+    limit = "" if line["limit"] is None else f"{line['limit']:.3f}"
+    value = ", ".join(filter(None, (f"{line['value']:,.4g} {line['unit']}", line["note"].partition(",")[0])))
+    return [line["name"], value, ratio, line["against"], limit]
+
+
+def show(files: Sequence[Path]) -> None:
+    """Print files that the benchmark wrote, as Markdown: a table for each question."""
+    results = {file: json.loads(file.read_text()) for file in files}
+    by_question: dict[str, list[list[str]]] = {question: [] for question in ORDER}
+    for result in results.values():
+        cases = groupby(result["lines"], key=lambda line: (_question(line), line["case"]))
+        for (question, case), lines in cases:
+            rows = [cells(line) for line in lines]
+            if len(rows) > 1 or rows[0][RATIO]:  # one thing alone answers nothing
+                first = [result["machine"]["device"], case]
+                by_question[question] += [[*(["", ""] if number else first), *row] for number, row in enumerate(rows)]
+    for question, rows in by_question.items():
+        if rows:
+            print(f"### {question}\n\n{markdown_table(['on', 'case', *HEADERS], rows)}\n")
+    for file, result in results.items():
+        facts = result["machine"]
+        versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "timm", "python"))
+        print(f"- {file.name}: {facts['device']}, {facts['cores']} CPU cores, {versions}; `{result['command']}`")
+
+
+def _question(line: Mapping[str, Any]) -> str:
+    return next(question for question, takes in QUESTIONS.items() if takes(line))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, save; or show what was saved."""
-    for file in arguments.show or ():
-        show(file)
     if arguments.show:
+        show(arguments.show)
         return
     import torch  # here: --help and --show do without
 

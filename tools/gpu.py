@@ -35,7 +35,13 @@ ROOT = Path(__file__).parents[1]
 CHECKS = ROOT / "tests" / "gpu"
 WHOLE = {"cuda": 530, "cpu": 3600}  # seconds: nine minutes with the start of this tool; a busy CPU may take longer
 RESULTS = "results.json"
-IN_SUMMARY = ("our trainer", "masking 0.5", "our loader")  # of the benchmark's lines
+IN_SUMMARY = (
+    "our trainer",
+    "masking 0.5",
+    "masking 0.5, paths skipped",
+    "our loader",
+    "our run",
+)  # of the benchmark's lines
 BENCHMARK = "tools/benchmark.py --device {device} --json {folder}/{name}.json train.amp=bf16 train.channels_last=true"
 MODELS = "vit_base_patch16_224:224:{batch} swin_tiny_patch4_window7_224:224:{batch} resnet50:224:{batch}"
 CHOSEN = "'our trainer' 'masking 0.5' 'masking 0.5, windows left out' 'random_crop 0.5'"
@@ -76,7 +82,9 @@ def benchmark(name: str, seconds: int, batch: int, options: str) -> Part:
     return Part(name, seconds, f"{BENCHMARK} {options} --models {MODELS.replace('{batch}', str(batch))}")
 
 
-COMPILED = "train.compile=true --only 'our trainer' 'masking 0.5'"
+COMPILED = "--only 'our trainer' 'masking 0.5' train.compile="
+HUGE = "deit3_huge_patch14_224:160:{batch} model.drop_path_rate=0.5 model.drop_path_shape=uniform"  # as its recipe
+SKIPPING = "--parts steps memory --rounds 3 --only 'timm task' 'masking 0.5' 'masking 0.5, paths skipped'"
 STUDIES = {f"study_{model}": f"configs/studies/cifar10_{model}.yaml" for model in ("vit", "resnet", "swin")}
 STUDYING = "tools/compare_runs.py --jobs 6 --minutes 2.4 --study {study} data.dataset=folder train.amp=bf16"
 
@@ -86,11 +94,13 @@ PARTS = {  # by device, what says most first
     "cuda": (
         Part("checks", 210, CHECKING),
         benchmark("eager_128", 110, 128, f"--parts steps --rounds 5 --only 'bare loop' 'timm task' {CHOSEN}"),
-        benchmark("compiled_128", 150, 128, f"--parts steps --rounds 5 {COMPILED}"),
+        benchmark("captured_128", 150, 128, f"--parts steps --rounds 5 {COMPILED}reduce-overhead"),
+        Part("skipping", 60, f"{BENCHMARK} {SKIPPING} --models {HUGE.replace('{batch}', '128')}"),
+        Part("runs", 60, f"{BENCHMARK} --parts runs --rounds 3 --workers 16 --models resnet50:224:128"),
         benchmark("memory_128", 60, 128, "--parts memory"),
         Part("loading", 45, f"{BENCHMARK} --parts data --rounds 5 --workers 16"),
         benchmark("eager_512", 110, 512, f"--parts steps --rounds 2 --only {CHOSEN}"),
-        benchmark("compiled_512", 150, 512, f"--parts steps --rounds 2 {COMPILED}"),
+        benchmark("compiled_512", 150, 512, f"--parts steps --rounds 2 {COMPILED}true"),
         *(
             Part(name, 165, STUDYING.replace("{study}", study)) for name, study in STUDIES.items()
         ),  # each goes on next time
@@ -98,6 +108,11 @@ PARTS = {  # by device, what says most first
     "cpu": (
         Part("checks", 1200, CHECKING),
         Part("steps", 1200, f"{BENCHMARK} --parts steps memory --rounds 1 --models test_vit:160:2 --only {CHOSEN}"),
+        Part("skipping", 1200, f"{BENCHMARK} {SKIPPING} --models test_vit:160:4 model.drop_path_rate=0.5"),
+        Part(
+            "captured", 1200, f"{BENCHMARK} --parts steps --rounds 1 --models test_vit:160:2 {COMPILED}reduce-overhead"
+        ),
+        Part("runs", 1200, f"{BENCHMARK} --parts runs --rounds 1 --workers 2 --models test_vit:160:16"),
         Part("loading", 1200, f"{BENCHMARK} --parts data --quick --rounds 1 --workers 2"),
     ),
 }

@@ -10,30 +10,38 @@ import torch
 from tools import benchmark
 from tools.benchmark import table
 from tools.benchmarking.loading import measure_loading
-from tools.benchmarking.steps import compared, in_turns
+from tools.benchmarking.runs import measure_runs
+from tools.benchmarking.steps import compared, configuration, in_turns
 
 TINY = ["--models", "resnet10t:64:2", "--rounds", "2"]
-DEPTHS = ["stochastic depth 0.5", "stochastic depth 0.5, skipped"]
-SOME = ["--only", "bare loop", "our trainer", "masking 0.5", "random_crop 0.5", *DEPTHS]
+SKIPPED = ["our trainer, paths skipped", "masking 0.5, paths skipped"]
+SOME = ["--only", "bare loop", "timm task", "our trainer", "masking 0.5", "random_crop 0.5", *SKIPPED]
+DEPTH = ["model.drop_path_rate=0.5", "model.drop_path_shape=uniform"]
 
 
 @pytest.mark.slow
 def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     file = tmp_path / "folder" / "results.json"
-    code, printed, _ = call(benchmark, "--parts", "steps", "memory", *TINY, *SOME, "--json", file)
+    code, printed, _ = call(benchmark, "--parts", "steps", "memory", *TINY, *SOME, *DEPTH, "--json", file)
     lines = {(line["part"], line["name"]): line for line in json.loads(file.read_text())["lines"]}
     trainer, masked, cropped = (lines["steps", name] for name in ("our trainer", "masking 0.5", "random_crop 0.5"))
     assert code == 0 and (trainer["against"], trainer["limit"]) == ("bare loop", 1.0)
     assert (masked["against"], masked["limit"]) == ("our trainer", 2.0)  # pixels that are masked are computed
-    skipped = lines["steps", DEPTHS[1]]
-    assert skipped["against"] == DEPTHS[0] and 0.5 < skipped["limit"] < 0.8
+    skipped, both = (lines["steps", name] for name in SKIPPED)
+    assert (skipped["against"], both["against"]) == ("our trainer", "timm task")
+    assert 0.5 < skipped["limit"] < 0.8 and both["limit"] == pytest.approx(2 * skipped["limit"])
     assert 1.2 < cropped["limit"] < 1.6 and all(line["value"] > 0 for line in lines.values())
     plain, with_masking = lines["memory", "our trainer"], lines["memory", "masking 0.5"]
     assert with_masking["ratio"] == pytest.approx(with_masking["value"] / plain["value"])
     assert 10 < plain["value"] < 1000 and 1 < with_masking["limit"] < 1.5  # 20 MB of gradients
     assert all(name in printed for _, name in lines)
     shown = call(benchmark, "--show", file)[1]
-    assert shown.count("| masking 0.5") == 2 and "### Peak memory" in shown
+    asked = [line.removeprefix("### ") for line in shown.splitlines() if line.startswith("### ")]
+    assert sorted(asked) == [f"{what}?" for what in (
+        "How much memory does it need", "What do skipped paths save", "What does a sub-model cost",
+        "What does the trainer cost",
+    )]  # fmt: skip
+    assert all(f"| {line['name']}" in shown for line in lines.values()) and shown.rstrip().endswith("`")
 
 
 def test_loading_is_measured_against_timms_and_ways_to_hold_images_against_each_other():
@@ -41,6 +49,12 @@ def test_loading_is_measured_against_timms_and_ways_to_hold_images_against_each_
     assert [ours["name"] for _, ours in pairs] == ["our loader", "data.draft_decoding", "shards", "shards"]
     for reference, ours in pairs:
         assert reference["value"] > 0 and ours["against"] == reference["name"] and ours["ratio"] > 0
+
+
+def test_whole_runs_are_measured_beside_timms_loop():
+    (lines,) = measure_runs([configuration("resnet10t:64:4")], 9, 1, 2, torch.device("cpu"), None)
+    assert [line["name"] for line in lines] == ["timm's loop", "our run"]
+    assert lines[1]["against"] == "timm's loop" and lines[1]["ratio"] > 0 and "9 JPEGs, 1 workers" in lines[1]["case"]
 
 
 def test_every_round_has_every_contender_and_begins_with_another():

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from timm.data import create_dataset, create_loader
 from engine.config import TransformConfig
 from engine.config_file import load_config
 from engine.data.datasets import build_source
-from engine.data.loaders import DataLoaders
+from engine.data.loaders import Batch, DataLoaders
 from engine.distributed import Process
-from tools.benchmarking.steps import CONFIG, OUR_LOADER, TIMMS_LOADER, Line, compared, in_turns
+from tools.benchmarking.steps import CONFIG, Line, compared, in_turns
 from tools.preparing import open_splits, write_shards
 
 HEIGHT, WIDTH, IMAGE_SIZE = 375, 500, 224  # pixels, as most of ImageNet's, and of the model
@@ -29,6 +29,7 @@ HUGE = (4000, 3000)  # pixels, what a telephone's camera gives
 SMALL, SAMPLES = 32, 500  # pixels of CIFAR-10, and images in a shard
 RECIPE = {"auto_augment": "rand-m9-inc1", "color_jitter": 0.4}
 ERASING = 0.25
+OUR_LOADER, TIMMS_LOADER = "our loader", "timm's create_loader"
 FOLDER, SHARDS, WHOLE, REDUCED = "class folders", "shards", "decoded whole", "data.draft_decoding"
 Epoch = Callable[[], Any]
 
@@ -47,8 +48,9 @@ def measure_loading(
         if photographs is None:
             write_images(folder, images)
         count, what = len([*folder.glob("train/*/*")]), f"to {IMAGE_SIZE} px, batch {batch}, {workers} workers"
-        epochs = {TIMMS_LOADER: timms_epoch(folder, batch, workers, device)}
-        epochs[OUR_LOADER] = our_epoch(folder, batch, workers, device, *_recipe())
+        loader = timms_loader(folder, IMAGE_SIZE, batch, workers, device)
+        epochs = {TIMMS_LOADER: lambda: deque(loader, maxlen=0)}
+        epochs[OUR_LOADER] = our_epoch(folder, batch, workers, device, *recipe())
         size = f"{WIDTH} x {HEIGHT}" if photographs is None else photographs.name
         yield _lines(f"{count} JPEGs of {size} {what}", in_turns(epochs, rounds), count)
 
@@ -101,7 +103,8 @@ def _lines(case: str, seconds: dict[str, list[float]], images: int) -> list[Line
     return list(compared("data", case, "images/s", speeds).values())
 
 
-def _recipe() -> list[str]:
+def recipe() -> list[str]:
+    """Overrides for the transforms that timm's loader has here."""
     return [f"transform.random_erase={ERASING}", *(f"transform.{key}={value}" for key, value in RECIPE.items())]
 
 
@@ -126,11 +129,11 @@ def our_epoch(root: Path, batch: int, workers: int, device: torch.device, *overr
     return epoch
 
 
-def timms_epoch(root: Path, batch: int, workers: int, device: torch.device) -> Epoch:
+def timms_loader(root: Path, image_size: int, batch: int, workers: int, device: torch.device) -> Iterable[Batch]:
     """Loads every training image once, as timm does."""
-    loader = create_loader(
+    return create_loader(
         create_dataset("", root=str(root), split="train"),
-        input_size=(3, IMAGE_SIZE, IMAGE_SIZE),
+        input_size=(3, image_size, image_size),
         batch_size=batch,
         is_training=True,
         re_prob=ERASING,
@@ -142,7 +145,6 @@ def timms_epoch(root: Path, batch: int, workers: int, device: torch.device) -> E
         persistent_workers=False,
         **RECIPE,
     )
-    return lambda: deque(loader, maxlen=0)
 
 
 def write_images(root: Path, count: int, width: int = WIDTH, height: int = HEIGHT) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import repeat
@@ -13,7 +14,7 @@ import torch
 from engine.config import Config
 from engine.hooks.reporting import peak_resident
 from models.build import build_on_meta
-from tools.benchmarking.steps import MASKED, PLAIN, Line, compared, title, trainer_on_one_batch
+from tools.benchmarking.steps import MASKED, PLAIN, Line, compared, step_of, title
 
 STEPS = 3
 LEAST_IMAGES = 16  # so that activations outweigh gradients, as on GPUs
@@ -21,26 +22,29 @@ LEAST_IMAGES = 16  # so that activations outweigh gradients, as on GPUs
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def measure_memory(config: Config, device: torch.device) -> list[Line]:
+def measure_memory(config: Config, device: torch.device, only: Sequence[str] | None) -> list[Line]:
     """Weights, gradients, optimiser states and activations, at most, in a few steps.
 
-    The limit: gradients of the main model are there while the sub-model computes, and not in plain training's forward.
+    The limit of masking: gradients of the main model are there while the sub-model computes, and not in plain
+    training's forward.
     """
     batch = max(config.train.global_batch, LEAST_IMAGES)
     config = replace(config, train=replace(config.train, global_batch=batch))
     parameters = sum(weight.numel() for weight in build_on_meta(config.model.name, num_classes=10).parameters())
     os.environ.update(EXACT)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        plain, masked = pool.map(peak, (PLAIN, MASKED), repeat(config), repeat(device))
-    lines = compared("memory", title(config), "MB", {PLAIN: [plain / 1e6], MASKED: [masked / 1e6]})
-    lines[MASKED]["limit"] = 1 + 4 * parameters / plain
+        names = only or (PLAIN, MASKED)
+        peaks = dict(zip(names, pool.map(peak, names, repeat(config), repeat(device)), strict=True))
+    lines = compared("memory", title(config), "MB", {name: [nbytes / 1e6] for name, nbytes in peaks.items()})
+    if {PLAIN, MASKED} <= peaks.keys():
+        lines[MASKED]["limit"] = 1 + 4 * parameters / peaks[PLAIN]
     return list(lines.values())
 
 
 def peak(name: str, config: Config, device: torch.device) -> int:
     """Bytes that training needed at most, beyond what the process had before."""
     before = peak_resident()
-    trainer = trainer_on_one_batch(name, config, device)
+    step = step_of(name, config, device)
     for _ in range(STEPS):
-        trainer.run_iteration()
+        step()
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident() - before

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from itertools import repeat
 from typing import Any
 
@@ -23,34 +22,37 @@ import augsub
 from engine.checkpoint import CheckpointStore
 from engine.compilation import compile_forward
 from engine.config import Config, SubModelConfig
-from engine.config_file import CONFIGS, load_config
+from engine.config_file import CONFIGS, load_config, parse_config, to_yaml
 from engine.data.datasets import build_source
-from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete
+from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete, create_configured_model
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.hooks.training import LearningRateSchedule, NaNGuard
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
-from models.build import build_on_meta, create_model
 from models.complexity import analyze
-from models.recipe import make_drop_path_uniform
 
 CONFIG = CONFIGS / "_base_" / "benchmark.yaml"
 BARE, TIMM, PLAIN, MASKED = "bare loop", "timm task", "our trainer", "masking 0.5"
-SUB_MODELS = {
-    MASKED: {"name": "masking", "ratio": 0.5},
-    "masking 0.5, windows left out": {"name": "masking", "ratio": 0.5, "mode": "drop_windows"},
-    "random_crop 0.5": {"name": "random_crop", "ratio": 0.5},
-    "drop_path 0.2": {"name": "drop_path", "ratio": 0.2},
-    "drop_path 0.5, skipped": {"name": "drop_path", "ratio": 0.5, "mode": "skip"},
-    "dropout 0.2": {"name": "dropout", "ratio": 0.2},
+MASKING, SKIPS, COMPILES = {"name": "masking", "ratio": 0.5}, {"skip_dropped_paths": True}, {"compile": True}
+TRAINERS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # ours: sub-model, and keys of `train`
+    PLAIN: (None, {}),
+    MASKED: (MASKING, {}),
+    "masking 0.5, windows left out": ({**MASKING, "mode": "drop_windows"}, {}),
+    "random_crop 0.5": ({"name": "random_crop", "ratio": 0.5}, {}),
+    "drop_path 0.2": ({"name": "drop_path", "ratio": 0.2}, {}),
+    "drop_path 0.5, skipped": ({"name": "drop_path", "ratio": 0.5, "mode": "skip"}, {}),
+    "dropout 0.2": ({"name": "dropout", "ratio": 0.2}, {}),
+    "our trainer, paths skipped": (None, SKIPS),
+    "masking 0.5, paths skipped": (MASKING, SKIPS),
+    "our trainer, compiled": (None, COMPILES),
+    "masking 0.5, compiled": (MASKING, COMPILES),
 }
-RATE = 0.5
-DEPTH, SKIPPED = "stochastic depth 0.5", "stochastic depth 0.5, skipped"  # of the main model, without sub-models
-TIMMS_LOADER, OUR_LOADER = "timm's create_loader", "our loader"
-LOADERS = {OUR_LOADER: TIMMS_LOADER, "shards": "class folders", "data.draft_decoding": "decoded whole"}
-AGAINST = dict.fromkeys((*SUB_MODELS, DEPTH), PLAIN) | {SKIPPED: DEPTH, TIMM: BARE, PLAIN: BARE}
-AGAINST |= LOADERS
+AGAINST = dict.fromkeys(TRAINERS, PLAIN) | {  # in the loaders' tables and those of whole runs, too
+    **{TIMM: BARE, PLAIN: BARE, "masking 0.5, paths skipped": TIMM, "masking 0.5, compiled": MASKED},
+    **{"our loader": "timm's create_loader", "shards": "class folders", "data.draft_decoding": "decoded whole"},
+    "our run": "timm's loop",
+}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
 Line = dict[str, Any]  # of a table, as the JSON file has it
 
@@ -116,16 +118,11 @@ def measure_steps(config: Config, device: torch.device, rounds: int, only: Seque
         InputError: it does not allow them.
     """
     flops, costs = training_costs(config)
-    chosen = [name for name in costs if only is None or name in only]
+    chosen = [name for name in costs if (COMPILES not in TRAINERS.get(name, ()) if only is None else name in only)]
     if not chosen or not set(only or ()) <= {*costs, *AGAINST}:
         raise InputError(f"--only {', '.join(only)}: {config.model.name} allows {', '.join(costs)}")
     is_gpu = device.type == "cuda"
-    steps = {
-        name: _plain_steps(name, config, device).__next__
-        if name in (BARE, TIMM)
-        else trainer_on_one_batch(name, config, device).run_iteration
-        for name in chosen
-    }
+    steps = {name: step_of(name, config, device) for name in chosen}
     seconds = in_turns(steps, rounds, warm_up=3 if config.train.compile else 1, repeats=10 if is_gpu else 1)
     # on a CPU there is nothing to wait for
     waits = {name: f", {count_waits(step)} waits for the device" for name, step in steps.items() if is_gpu}
@@ -140,41 +137,48 @@ def measure_steps(config: Config, device: torch.device, rounds: int, only: Seque
         # a multiply-add is two FLOPs, a backward two forwards
         mfu = "" if peak is None else f", MFU {100 * 3 * 2 * flops * costs[name] * speed / peak:.1f} %"
         line["note"] = f"{speed:.0f} images/s{mfu}{waits.get(name, '')}"
-        line["limit"] = None if name == BARE else costs[name]
+        line["limit"] = costs[name] / costs[line["against"]] if line["against"] else None
     return list(lines.values())
 
 
 def training_costs(config: Config) -> tuple[int, dict[str, float]]:
     """Multiply-adds of the main model for one image; and for all that the model allows a step in parts of plain's."""
-    size = config.data.image_size
-    model = build_on_meta(config.model.name, image_size=size, num_classes=10)
-    costs = dict.fromkeys((BARE, TIMM, PLAIN), 1.0)
-    for name, description in SUB_MODELS.items():
-        try:
-            costs[name] = analyze(model, (3, size, size), [augsub.build(description)]).training_cost
-        except ValueError:  # not with this model
+    size, costs = config.data.image_size, {BARE: 1.0, TIMM: 1.0}
+    with torch.device("meta"):
+        model = create_configured_model(config, build_source(config))
+    for name, (description, keys) in TRAINERS.items():
+        if keys == SKIPS and not config.model.drop_path_rate:
             continue
-    flops = analyze(model, (3, size, size)).main.flops
-    make_drop_path_uniform(model, RATE)
-    with suppress(ValueError):
-        costs |= {DEPTH: 1.0, SKIPPED: analyze(model, (3, size, size), skip_dropped_paths=True).training_cost}
-    return flops, costs
+        sub_models = [] if description is None else [augsub.build(description)]
+        with suppress(ValueError):  # not with this model
+            costs[name] = analyze(model, (3, size, size), sub_models, keys == SKIPS).training_cost
+    return analyze(model, (3, size, size)).main.flops, costs
 
 
-def trainer_on_one_batch(name: str, config: Config, device: torch.device) -> Trainer:
-    """Our trainer on one batch again and again, with the hooks that act at every step."""
-    config, process = deepcopy(config), Process(rank=0, world_size=1, device=device)
-    if name in SUB_MODELS:
-        config.augsub.sub_models = [SubModelConfig(augmentations=[SUB_MODELS[name]])]
-    if name in (DEPTH, SKIPPED):
-        config.model.drop_path_rate, config.model.drop_path_shape = RATE, "uniform"
-        config.train.skip_dropped_paths = name == SKIPPED
+def step_of(name: str, config: Config, device: torch.device) -> Callable[[], object]:
+    """The next step, on one batch again and again."""
+    batches = repeat(one_batch(config, device))
+    if name in (BARE, TIMM):
+        return plain_steps(name, config, device, batches).__next__
+    trainer = trainer_of(name, config, device)
+    trainer.batches = batches
+    return trainer.run_iteration
+
+
+def trainer_of(name: str, config: Config, device: torch.device, overrides: Sequence[str] = ()) -> Trainer:
+    """Our trainer with the hooks that act at every step."""
+    config, process = (
+        parse_config(to_yaml(config), "the benchmark", overrides),
+        Process(rank=0, world_size=1, device=device),
+    )
+    description, keys = TRAINERS[name]
+    config.augsub.sub_models = [] if description is None else [SubModelConfig(augmentations=[description])]
+    vars(config.train).update(keys)
     store = CheckpointStore(RunFolder(config.output_dir), process)  # nothing is written there
     trainer = build_trainer(config, build_source(config), process, store)
     trainer.hooks = [hook for hook in trainer.hooks if isinstance(hook, LearningRateSchedule | NaNGuard)]
     for hook in trainer.hooks:
         hook.before_train()
-    trainer.batches = repeat(one_batch(config, device))
     return trainer
 
 
@@ -186,18 +190,19 @@ def one_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     return images.to(device, memory_format=layout), labels.to(device)
 
 
-def _plain_steps(name: str, config: Config, device: torch.device) -> Iterator[None]:
+def plain_steps(
+    name: str, config: Config, device: torch.device, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[None]:
     """The step that everybody writes, or that of timm's train.py, with the optimiser and precision of our trainer."""
     precision = build_precision(config, Process(rank=0, world_size=1, device=device))
-    model: nn.Module = create_model(config.model.name, image_size=config.data.image_size, num_classes=10).to(device)
+    model = create_configured_model(config, build_source(config)).to(device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer, criterion = build_model_optimizer(config.optimizer, model), nn.CrossEntropyLoss()
     task = ClassificationTask(model, criterion, device=device, verbose=False) if name == TIMM else None
     compile_forward(model, config.train.compile)
-    images, labels = one_batch(config, device)
     scaler = precision.scaler
-    while True:
+    for images, labels in batches:
         with precision.autocast():
             loss = criterion(model(images), labels) if task is None else task(images, labels)["loss"]
         scaler.scale(loss).backward()
