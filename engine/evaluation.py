@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -215,6 +215,7 @@ class Result:
         parts: figures on each source of the images, by name.
         augmentation: of the sub-model; None: the main model.
         probes: top-1 in percent of classifiers on its features, by their names.
+        reference: errors in percent by corruption, to which those of this model are related; none of other images.
     """
 
     prefix: str
@@ -222,6 +223,7 @@ class Result:
     parts: dict[str, dict[str, float]]
     augmentation: augsub.SubModelAugmentation | None = None
     probes: dict[str, float] = field(default_factory=dict)
+    reference: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:
@@ -235,6 +237,22 @@ class Result:
         return (members[0].name, members[0].ratio) if len(members) == 1 else (str(self.augmentation), None)
 
     @property
+    def corruption_errors(self) -> dict[str, float]:
+        """Top-1 error in percent by corruption, mean over severities."""
+        errors: dict[str, list[float]] = {}
+        for place, figures in self.parts.items():
+            errors.setdefault(place.partition("/")[0], []).append(100 - figures["top1"])
+        return {name: sum(of_one) / len(of_one) for name, of_one in errors.items()}
+
+    @property
     def mean_corruption_error(self) -> float:
-        """Top-1 error in percent, mean over all corruptions and severities; not divided by AlexNet's as the mCE is."""
-        return sum(100 - figures["top1"] for figures in self.parts.values()) / len(self.parts)
+        """Top-1 error in percent, mean over all corruptions and severities."""
+        return sum(self.corruption_errors.values()) / len(self.corruption_errors)
+
+    @property
+    def mce(self) -> float | None:
+        """The same in percent of the reference's errors, mean over corruptions; None without a reference."""
+        if not self.reference:
+            return None
+        relative = [100 * error / self.reference[name] for name, error in self.corruption_errors.items()]
+        return sum(relative) / len(relative)

@@ -108,9 +108,13 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
         cells = [[*which, *values, sum(values) / len(values)] for which, values in errors.items()]
         main = [result for result in results if result.augmentation is None]
         means = [[result.weights, "mean", *[None] * 5, result.mean_corruption_error] for result in main]
-        title = "top-1 error in % by severity (not divided by AlexNet's)"
         headers = ["weights", "corruption", *"12345", "mean"]
-        blocks.append(f"{title}\n{tabulate([*cells, *means], headers=headers, floatfmt='.2f')}")
+        blocks.append(f"top-1 error in % by severity\n{tabulate([*cells, *means], headers=headers, floatfmt='.2f')}")
+        blocks += [
+            f"mCE of {result.weights} weights, in % of AlexNet's errors: {result.mce:.2f}"
+            for result in main
+            if result.mce is not None
+        ]
     return "\n\n".join(blocks)
 
 
@@ -163,7 +167,12 @@ def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
             }
         )
         if len(result.parts) > 1:
-            content[-1] |= {"mean_corruption_error": result.mean_corruption_error, "parts": result.parts}
+            content[-1] |= {
+                "mean_corruption_error": result.mean_corruption_error,
+                "corruption_errors": result.corruption_errors,
+                **({} if result.mce is None else {"mce": result.mce}),
+                "parts": result.parts,
+            }
     return content
 
 

@@ -19,7 +19,7 @@ from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_l
 from engine.config_file import parse_config
 from engine.data.corruptions import corrupted
 from engine.data.datasets import build_source
-from engine.data.imagenet_family import CORRUPTED, VARIANTS, open_variant, synsets
+from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
@@ -204,7 +204,8 @@ def evaluate_weights(
             found = {}
             if probes and augmentation is None:
                 found = probe(probes, model, config, source, process, precision, bad_files)
-            results.append(Result(prefix, whole, parts, augmentation, found))
+            reference = CORRUPTIONS if variant == "c" else {}
+            results.append(Result(prefix, whole, parts, augmentation, found, reference))
     bad_files.unite(process)
     return {"source": str(file or "timm's pretrained weights"), **_described(config, variant, source, model)}, results
 

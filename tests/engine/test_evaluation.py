@@ -12,6 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss,
 from torch import nn
 
 import augsub
+from engine.data.imagenet_family import CORRUPTIONS
 from engine.data.images import IGNORED
 from engine.data.source import DataSource
 from engine.distributed import Process
@@ -180,6 +181,22 @@ def test_a_benchmark_of_several_sets_is_measured_apart_and_together(tmp_path):
     assert found["mean_corruption_error"] == pytest.approx(sum(errors) / 10)
     confused = sum(pair["images"] for pair in found["most_confused"])  # four classes have few pairs: all are listed
     assert confused == sum(int((~right).sum()) for right in hits.values())
+
+
+def test_corruption_errors_relative_to_alexnets_are_as_published():
+    """Of torchvision's ResNet-50: top-1 and the corruption error, both in percent, as others have computed them."""
+    published = {
+        "brightness": (68.02, 56.64), "contrast": (39.06, 71.43), "defocus_blur": (38.75, 74.71),
+        "elastic_transform": (45.25, 84.75), "fog": (45.83, 66.11), "frost": (38.14, 74.84),
+        "gaussian_noise": (29.29, 79.77), "glass_blur": (26.79, 88.61), "impulse_noise": (23.81, 82.58),
+    }  # fmt: skip
+    for name, (top1, relative) in published.items():
+        parts = {f"{name}/{severity}": {"top1": top1 + severity - 3} for severity in range(1, 6)}
+        assert Result("", None, parts, reference=CORRUPTIONS).mce == pytest.approx(relative, abs=0.01)
+    parts = {f"{name}/1": {"top1": top1} for name, (top1, _) in published.items()}
+    mean = sum(relative for _, relative in published.values()) / len(published)
+    assert Result("", None, parts, reference=CORRUPTIONS).mce == pytest.approx(mean, abs=0.01)
+    assert Result("", None, parts).mce is None
 
 
 @pytest.mark.parametrize("num_classes", [2, 40])
