@@ -146,7 +146,7 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
         with _leaving_together(control):
             yield Process(dist.get_rank(), world_size, device, control)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's are plain, and name its files
+        if not is_lost_contact(error):
             raise
         raise RunError(
             f"lost contact: another process has ended, or did not take part for {timeout_minutes:g} minutes "
@@ -156,6 +156,11 @@ def process_group(timeout_minutes: float) -> Iterator[Process]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether another process is gone, or did not take part in something."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's are plain, and name its files
 
 
 def _join(device: torch.device, timeout: timedelta) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +25,7 @@ from engine.seeding import derive_seed, seed_all
 Loader = Iterable[tuple[Tensor, Tensor]]
 WEIGHTS = {"": "trained", "ema_": "averaged"}  # by the prefix of their results
 MOST_CONFUSED = 25  # pairs of classes that are listed and drawn
+QUANTILES, DRAWS = np.array([0.025, 0.975]), 2000  # of an interval of 95 %; and how often a mean over classes is drawn
 BINS = 15  # of confidence, of equal width; bin i holds (i / 15, (i + 1) / 15], as in Guo et al., arXiv 1706.04599
 
 
@@ -35,6 +37,7 @@ class Metrics:
         by_class: (2, K) images of each class, and right ones.
         calibration: (3, BINS) images, confidence (the largest softmax probability) and right ones, by confidence.
         confusion: [true, predicted], (K, K) images.
+        outcomes: true and predicted class of each image in the data set's order, (2, N), once they are reduced.
 
     Args:
         source: the images, to know calibration and confusion of their K classes too; None: accuracy and cross-entropy
@@ -53,6 +56,7 @@ class Metrics:
             self._candidates = None if source.candidates is None else torch.tensor(source.candidates, device=device)
             self._accepted = None if source.accepted is None else source.accepted.to(device)
             self.calibration, self.confusion = zeros(3, BINS), zeros(num_classes, num_classes)
+            self.outcomes, self._own_outcomes = np.zeros((2, 0), np.int64), []
             self._sums += [self.calibration, self.confusion]
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -80,16 +84,22 @@ class Metrics:
             self.calibration.index_add_(1, bins, sums * counted)
             cells = labels.clamp(min=0) * self.confusion.shape[1] + predicted
             self.confusion.view(-1).index_add_(0, cells, counted.double())
+            self._own_outcomes.append(torch.stack([labels, predicted]))
 
     def reduce(self, process: Process) -> None:
         """Add up what all processes have counted. They must call it together, once, at the end."""
         for sums in self._sums:
             process.sum(sums)
+        if self._is_detailed:  # a process has every world_size-th image
+            shares = process.gather(torch.cat(self._own_outcomes, dim=1).cpu().numpy())
+            self.outcomes = np.stack(shares, axis=-1).reshape(2, -1)
 
     def add(self, other: Metrics) -> None:
         """Take over what was counted on other images."""
         for own, others in zip(self._sums, other._sums, strict=True):
             own += others
+        if self._is_detailed:
+            self.outcomes = np.concatenate([self.outcomes, other.outcomes], axis=1)
 
     def figures(self) -> dict[str, float]:
         """`top1` and `top5` in percent, mean cross-entropy `eval_loss`, number of `images`.
@@ -119,6 +129,25 @@ class Metrics:
         images, confidence, correct = self.calibration
         return float(100 * (correct - confidence).abs().sum() / images.sum())
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of each accuracy in percent, the interval of 95 % that a bootstrap over the images gives.
+
+        The mean of zeros and ones that are drawn again is binomial, which needs no drawing; the mean over classes, each
+        with as many images as it has, is drawn so.
+        """
+        from scipy.stats import binom  # here: a run without evaluation does not need it
+
+        images, _, *right = self.totals[:4].tolist()
+        found = {
+            name: tuple(100 / images * binom.ppf(QUANTILES, images, hits / images))
+            for name, hits in zip(("top1", "top5"), right, strict=True)
+        }
+        counts, hits = self.confusion.sum(dim=1).cpu().numpy(), self.confusion.diag().cpu().numpy()
+        counts, hits = counts[counts > 0].astype(int), hits[counts > 0]
+        drawn = np.random.default_rng(0).binomial(counts, hits / counts, (DRAWS, len(counts))) / counts
+        found["balanced_accuracy"] = tuple(100 * np.quantile(drawn.mean(axis=1), QUANTILES))
+        return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+
     def of_classes(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Of each class its `images`, and `top1` in percent, None without images."""
         counts, hits = self.confusion.sum(dim=1).tolist(), self.confusion.diag().tolist()
@@ -134,7 +163,7 @@ class Metrics:
             {"true": names[true], "predicted": names[predicted], "images": images}
             for true, predicted, images in self.most_confused(MOST_CONFUSED)
         ]
-        return {"calibration": dict(calibration), "most_confused": confused}
+        return {"intervals": self.intervals(), "calibration": dict(calibration), "most_confused": confused}
 
     def most_confused(self, number: int) -> list[tuple[int, int, int]]:
         """Pairs (true, predicted, images) of different classes, most images first; those without images left out."""
@@ -215,6 +244,7 @@ class Result:
         parts: figures on each source of the images, by name.
         augmentation: of the sub-model; None: the main model.
         probes: top-1 in percent of classifiers on its features, by their names.
+        speed: of its forwards, by the names of `measure_speed`; nothing if nobody asked.
         reference: errors in percent by corruption, to which those of this model are related; none of other images.
     """
 
@@ -223,6 +253,7 @@ class Result:
     parts: dict[str, dict[str, float]]
     augmentation: augsub.SubModelAugmentation | None = None
     probes: dict[str, float] = field(default_factory=dict)
+    speed: Mapping[str, float] = field(default_factory=dict)
     reference: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from engine import atomic
 from engine.config import OF_SEVERAL_LABELS, sides
+from engine.data.images import IGNORED
 from engine.errors import writing_errors
 from engine.evaluation import BINS, MOST_CONFUSED, Metrics, Result
 from engine.figure import BLUE, OKABE_ITO, label_plainly, save
@@ -31,15 +32,21 @@ NOT_ALWAYS = (
     "corruptions.png",
     "sub_models.csv",
     "ratios.png",
+    "elastic.png",
     "ema_confusion.png",
     "ema_calibration.png",
     "precision_recall.png",
     "ema_precision_recall.png",
+    "predictions.csv",
+    "ema_predictions.csv",
 )
+SCORES = ("top1", "top1_low", "top1_high", "top5", *OF_SEVERAL_LABELS)
+SPEED = ("infer_samples_per_sec", "infer_latency", "infer_gmacs")
+BUDGETS = (0.75, 0.5, 0.25)  # of the main model's multiply-adds
 # Columns of the terminal's tables; the files have more
 PRINTED = {
-    "results": ("weights", "images", "top1", "top5", *OF_SEVERAL_LABELS, "cross_entropy", "ece"),
-    "sub_models": ("weights", "sub_model", "ratio", "top1", "top5", *OF_SEVERAL_LABELS, "cross_entropy"),
+    "results": ("weights", "images", *SCORES, "cross_entropy", "ece", *SPEED),
+    "sub_models": ("weights", "sub_model", "ratio", *SCORES, "cross_entropy", *SPEED),
 }
 Row = dict[str, Any]
 
@@ -53,6 +60,7 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         if result.augmentation is not None:
             name, ratio = result.sub_model
             row = {**weights, "sub_model": name, "ratio": ratio, **_scores(figures), **cross_entropy}
+            row |= {name: round(value, 3) for name, value in result.speed.items()}
             found["sub_models"].append(row)
             continue
         model = {"model": evaluated["model"], "img_size": _as_number(evaluated["image_size"]), **_scores(figures)}
@@ -60,7 +68,10 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         model |= {"crop_pct": evaluated["crop"], "interpolation": evaluated["interpolation"], **weights}
         model |= {"images": figures["images"], **cross_entropy}
         model |= {name: round(figures[name], 3) for name in ("ece", "balanced_accuracy") if name in figures}
+        for name, interval in getattr(result.metrics, "intervals", dict)().items():
+            model |= {f"{name}_{end}": round(value, 3) for end, value in zip(("low", "high"), interval, strict=True)}
         model |= {f"{name}_top1": round(top1, 3) for name, top1 in result.probes.items()}
+        model |= {name: round(value, 3) for name, value in result.speed.items()}
         found["results"].append(model)
         found["classes"] += [{**weights, **row} for row in result.metrics.of_classes(evaluated["class_names"])]
         for place, part in result.parts.items() if len(result.parts) > 1 else ():
@@ -101,6 +112,7 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
             own = [column for column in columns if column in there]
             own += [column for column in there if column.endswith("_top1")]
             blocks.append(tabulate([[row[column] for column in own] for row in found[name]], headers=own))
+    blocks += _elastic(found)
     errors: dict[tuple[str, str], list[float]] = {}
     for row in found["corruptions"]:
         errors.setdefault((row["weights"], row["corruption"]), []).append(row["top1_err"])
@@ -118,6 +130,22 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
     return "\n\n".join(blocks)
 
 
+def _elastic(found: Mapping[str, Sequence[Row]]) -> list[str]:
+    """For each budget of multiply-adds the sub-model that keeps most, if their forwards were counted."""
+    main, score = found["results"][0], "map" if "map" in found["results"][0] else "top1"
+    if "infer_gmacs" not in main or not found["sub_models"]:
+        return []
+    rows = []
+    for budget in BUDGETS:
+        within = [row for row in found["sub_models"] if row["infer_gmacs"] <= budget * main["infer_gmacs"]]
+        best = max(within, key=lambda row: row[score], default=None)
+        if best is not None:
+            kept = [best[key] for key in ("sub_model", "ratio", score, "infer_gmacs", "infer_samples_per_sec")]
+            rows.append([f"{100 * budget:.0f} %", *kept])
+    headers = ["of the GMACs", "sub_model", "ratio", score, "infer_gmacs", "infer_samples_per_sec"]
+    return [f"best for a budget\n{tabulate(rows, headers=headers)}"] if rows else []
+
+
 def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result]) -> None:
     """Files of all results of an evaluation, in place of those of an earlier one.
 
@@ -130,6 +158,11 @@ def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result])
     content = {**evaluated, "results": _as_json(names, results)}
     files = {"results.json": to_json(content, indent=2)}
     files |= {f"{name}.csv": _as_csv(lines) for name, lines in found.items() if lines}
+    files |= {
+        f"{result.prefix}predictions.csv": _as_csv(_predictions(result.metrics, names))
+        for result in results
+        if result.augmentation is None and len(result.parts) == 1 and isinstance(result.metrics, Metrics)
+    }
     for name, text in files.items():
         with writing_errors(folder / name):
             atomic.write_text(folder / name, text)
@@ -145,6 +178,7 @@ def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result])
             draw_confusion(result.metrics, names, of_weights, folder / f"{result.prefix}confusion.png")
             draw_calibration(result.metrics, of_weights, folder / f"{result.prefix}calibration.png")
     draw_ratios(found, title, folder / "ratios.png")
+    draw_elastic(found, title, folder / "elastic.png")
     draw_corruptions(found["corruptions"], title, folder / "corruptions.png")
 
 
@@ -155,13 +189,16 @@ def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
         metrics = result.metrics
         if result.augmentation is not None:
             name, ratio = result.sub_model
-            content[-1]["sub_models"].append({"name": name, "ratio": ratio, "figures": metrics.figures()})
+            content[-1]["sub_models"].append(
+                {"name": name, "ratio": ratio, "figures": metrics.figures(), **result.speed}
+            )
             continue
         content.append(
             {
                 "weights": result.weights,
                 **metrics.figures(),
                 **{f"{name}_top1": top1 for name, top1 in result.probes.items()},
+                **result.speed,
                 **metrics.details(names),
                 "sub_models": [],
             }
@@ -174,6 +211,15 @@ def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
                 "parts": result.parts,
             }
     return content
+
+
+def _predictions(metrics: Metrics, names: Sequence[str]) -> list[Row]:
+    """A line for each image, by its number in the data set, that has a label and could be read."""
+    return [
+        {"image": number, "true": names[true], "predicted": names[predicted]}
+        for number, (true, predicted) in enumerate(metrics.outcomes.T.tolist())
+        if true != IGNORED
+    ]
 
 
 def _as_csv(lines: Sequence[Row]) -> str:
@@ -268,6 +314,29 @@ def draw_ratios(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> N
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_elastic(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> None:
+    """Accuracy over multiply-adds and over measured time of main model and sub-models, if forwards were timed."""
+    main, score = found["results"][0], "map" if "map" in found["results"][0] else "top1"
+    rows = [row for row in found["sub_models"] if row["weights"] == main["weights"] and row["ratio"] is not None]
+    if "infer_gmacs" not in main or not rows:
+        return
+    figure, both = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained", sharey=True)
+    for axes, (column, what) in zip(both, (("infer_gmacs", "GMACs"), ("infer_step_time", "ms")), strict=True):
+        axes.plot(main[column], main[score], marker="*", markersize=14, color="black", linestyle="", label="main model")
+        for colour, name in zip(OKABE_ITO, dict.fromkeys(row["sub_model"] for row in rows), strict=False):
+            own = sorted((row for row in rows if row["sub_model"] == name), key=lambda row: row["ratio"])
+            axes.plot([row[column] for row in own], [row[score] for row in own], "o-", color=colour, label=name)
+            for row in own:
+                place = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7}
+                axes.annotate(f"{row['ratio']:g}", (row[column], row[score]), **place)
+        axes.set(xlabel=f"{what} of {'an image' if what == 'GMACs' else 'a batch'}", xlim=(0, None))
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel({"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}[score])
+    both[0].legend(frameon=False)
+    figure.suptitle(title, fontsize="medium")
     save(figure, path)
 
 

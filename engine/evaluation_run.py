@@ -15,6 +15,7 @@ from torch import nn
 
 import augsub
 from engine.checkpoint import load, load_metadata
+from engine.compilation import compile_forward
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
 from engine.config_file import parse_config
 from engine.data.corruptions import corrupted
@@ -29,6 +30,7 @@ from engine.evaluation import WEIGHTS, Result, evaluate, metrics_for
 from engine.features import probe
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
+from engine.speed import measure_speed
 from models.build import check_image_shape
 from models.weights import load_weights
 
@@ -155,6 +157,8 @@ def evaluate_weights(
     augmentations: Sequence[augsub.SubModelAugmentation] = (),
     output: Path | None = None,
     probes: Sequence[str] = (),
+    speed: bool = False,
+    compile: bool = False,
 ) -> tuple[dict[str, Any], list[Result]]:
     """Evaluate the weights in a file, and their average if there is one. All processes must call it together.
 
@@ -165,6 +169,8 @@ def evaluate_weights(
         augmentations: of sub-models that are evaluated too.
         output: a folder that is made before hours are spent.
         probes: classifiers that are fitted to the features, for which the training images are needed.
+        speed: whether forwards are timed too.
+        compile: the model, by torch.compile.
 
     Returns:
         What was evaluated and how, and for all weights the result of the model and of its sub-models.
@@ -186,6 +192,7 @@ def evaluate_weights(
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
         check_image_shape(model, source.image_shape(config.data.image_size), augmentations)
     model.to(process.device)
+    compile_forward(model, compile)
     precision, results = build_precision(config, process), []
     for prefix in _loaded(
         model, config, file, synsets() if variant in VARIANTS else source.class_names, source.num_classes
@@ -204,8 +211,11 @@ def evaluate_weights(
             found = {}
             if probes and augmentation is None:
                 found = probe(probes, model, config, source, process, precision, bad_files)
+            shape, forwards = source.image_shape(config.data.image_size), {}
+            if speed:
+                forwards = measure_speed(model.eval(), shape, config.evaluation.batch, precision, process, augmentation)
             reference = CORRUPTIONS if variant == "c" else {}
-            results.append(Result(prefix, whole, parts, augmentation, found, reference))
+            results.append(Result(prefix, whole, parts, augmentation, found, forwards, reference))
     bad_files.unite(process)
     return {"source": str(file or "timm's pretrained weights"), **_described(config, variant, source, model)}, results
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from augsub.named_registry import did_you_mean
 from engine.config import OptimizerConfig, ScheduleConfig
+from engine.distributed import is_lost_contact
 from engine.errors import InputError, first_line, input_errors, is_out_of_memory
 
 FUSED = ("adam", "adamw", "sgd")  # of torch's own optimisers; timm's LAMB and others work on many tensors at once
@@ -55,7 +56,7 @@ def optimizer_errors() -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_lost_contact(error):
             raise
         raise InputError(
             "optimizer: its arguments, or its state in the checkpoint, do not fit: "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -101,7 +102,8 @@ def cells(line: Mapping[str, Any]) -> list[str]:
     """What HEADERS say."""
     ratio = "" if line["ratio"] is None else f"{line['ratio']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
     limit = "" if line["limit"] is None else f"{line['limit']:.3f}"
-    value = ", ".join(filter(None, (f"{line['value']:,.4g} {line['unit']}", line["note"].partition(",")[0])))
+    number = f"{line['value']:,.0f}" if line["value"] >= 1000 else f"{line['value']:.4g}"
+    value = ", ".join(filter(None, (f"{number} {line['unit']}", line["note"].partition(",")[0])))
     return [line["name"], value, ratio, line["against"], limit]
 
 
@@ -119,10 +121,29 @@ def show(files: Sequence[Path]) -> None:
     for question, rows in by_question.items():
         if rows:
             print(f"### {question}\n\n{markdown_table(['on', 'case', *HEADERS], rows)}\n")
+    if feeding := cores([*results.values()]):
+        print(
+            f"### How many cores feed a GPU?\n\n{markdown_table(['GPU', 'case', '', 'images/s', 'cores'], feeding)}\n"
+        )
     for file, result in results.items():
         facts = result["machine"]
         versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "timm", "python"))
         print(f"- {file.name}: {facts['device']}, {facts['cores']} CPU cores, {versions}; `{result['command']}`")
+
+
+def cores(results: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """For each step on a GPU how many loader workers keep up with it, one a core, each as fast as was measured."""
+    lines = [(result["machine"]["device"], line) for result in results for line in result["lines"]]
+    readers = [line for _, line in lines if line["name"] == "our loader"]
+    if not readers:
+        return []
+    of_one = min(line["value"] / int(re.search(r"(\d+) workers", line["case"])[1]) for line in readers)
+    rows = []
+    for device, line in lines:
+        speed = re.match(r"([\d.]+) images/s", line["note"])
+        if device.startswith("NVIDIA") and speed and line["name"] not in ("bare loop", "timm task"):
+            rows.append([device, line["case"], line["name"], speed[1], math.ceil(float(speed[1]) / of_one)])
+    return rows
 
 
 def _question(line: Mapping[str, Any]) -> str:

@@ -20,7 +20,15 @@ from functools import partial
 
 from engine.command_line import as_path, exit_code, tool_parser
 from engine.errors import InputError
-from tools.comparison.runs import CAPTION, METRICS, check_comparable, configuration_lines, read_ways, summary_table
+from tools.comparison.runs import (
+    CAPTION,
+    METRICS,
+    check_comparable,
+    configuration_lines,
+    mcnemar_table,
+    read_ways,
+    summary_table,
+)
 
 DEFAULT_JOBS = 2
 
@@ -49,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError("--jobs, --minutes: belong to --study")
         ways = read_ways(arguments.runs)
         check_comparable(ways, arguments.metric)
-        print(summary_table(ways, arguments.metric), CAPTION, configuration_lines(ways), sep="\n\n")
+        tables = [summary_table(ways, arguments.metric), CAPTION, mcnemar_table(ways), configuration_lines(ways)]
+        print(*filter(None, tables), sep="\n\n")
         if arguments.picture:
             from tools.comparison.pictures import draw_curves
 

@@ -4,6 +4,7 @@
     python tools/eval_net.py runs/digits_vit/checkpoints/last.pt --ratios 0,0.25,0.5,0.75
     python tools/eval_net.py model.safetensors --model vit_small_patch16_224 data.root=images
     python tools/eval_net.py runs/mine --variant corrupted                  # accuracy and calibration by corruption
+    python tools/eval_net.py runs/mine --ratios 0.25,0.5,0.75 --speed       # accuracy against computation and time
     python tools/eval_net.py runs/mine --features knn,linear                # how good its features are by themselves
     python tools/eval_net.py resnet50 --variant v2 data.root=imagenetv2-matched-frequency-format-val
     torchrun --nproc_per_node=8 tools/eval_net.py runs/swin_b data.image_size=256 transform.eval_crop=1
@@ -53,6 +54,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sub-model", action="store_true", help="evaluate the configuration's sub-models too")
     parser.add_argument("--augsub", metavar="NAME", help="this sub-model instead, at ratio 0.5")
     parser.add_argument("--ratios", metavar="R,R,…", help="sub-models at these ratios, for example 0,0.25,0.5,0.75")
+    parser.add_argument(
+        "--speed", action="store_true", help="time forwards too: images/s, latency; count multiply-adds"
+    )
+    parser.add_argument("--compile", action="store_true", help="the model, by torch.compile")
     parser.add_argument("--features", metavar="P,P", help="classifiers on the features too: knn,linear")
     return parse_with_overrides(parser, arguments)
 
@@ -89,7 +94,15 @@ def run(arguments: argparse.Namespace) -> None:
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
         description, results = evaluate_weights(
-            config, checkpoint, process, arguments.variant, augmentations, output, probes
+            config,
+            checkpoint,
+            process,
+            arguments.variant,
+            augmentations,
+            output,
+            probes,
+            arguments.speed,
+            arguments.compile,
         )
         if process.is_main:
             print(tables(description, results))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -14,6 +13,7 @@ from engine.config import Config
 from engine.data.images import UnreadableImage
 from engine.data.source import DataSource
 from engine.errors import is_out_of_memory
+from engine.speed import timed
 from engine.text import readable_size, readable_time
 from engine.trainer import Trainer
 
@@ -27,7 +27,7 @@ def time_rows(config: Config, trainer: Trainer, has_data: bool) -> list[tuple[st
     images, seconds = micro_batch_time(config, trainer)
     if not images:
         return [("time", f"not known: {device.type} has too little memory for the fewest images at once")]
-    update = timed(trainer, lambda: trainer.precision.step(trainer.optimizer))
+    update = timed(trainer.process, lambda: trainer.precision.step(trainer.optimizer))
     step = data.accumulation * seconds * data.micro_batch / images + update
     per_step = data.accumulation * data.micro_batch
     basis = f"{1000 * step:,.0f} ms per step, measured with {images} of {data.micro_batch} images at once"
@@ -62,8 +62,8 @@ def micro_batch_time(config: Config, trainer: Trainer) -> tuple[int, float]:
                 trainer.objective.backward(trainer.model, batch, targets, trainer.precision.backward)
 
         try:
-            timed(trainer, branches)  # the first time is slower
-            images, seconds = count, timed(trainer, branches)
+            timed(trainer.process, branches)  # the first time is slower
+            images, seconds = count, timed(trainer.process, branches)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -80,15 +80,6 @@ def reading_rate(source: DataSource) -> float:
         with suppress(UnreadableImage):
             source.train[number]
     return count / (time.perf_counter() - start)
-
-
-def timed(trainer: Trainer, compute: Callable[[], None]) -> float:
-    """Seconds of the slowest process."""
-    device, start = trainer.process.device, time.perf_counter()
-    compute()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return max(trainer.process.gather(time.perf_counter() - start))
 
 
 def _rate(value: float) -> str:

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
 
@@ -181,6 +182,26 @@ def test_a_benchmark_of_several_sets_is_measured_apart_and_together(tmp_path):
     assert found["mean_corruption_error"] == pytest.approx(sum(errors) / 10)
     confused = sum(pair["images"] for pair in found["most_confused"])  # four classes have few pairs: all are listed
     assert confused == sum(int((~right).sum()) for right in hits.values())
+
+
+def test_intervals_are_those_of_a_bootstrap_over_the_images(outputs):
+    logits, labels = outputs
+    metrics = counting(CLASSES)
+    for images, answers in batches_of(logits, labels):
+        metrics.update(images, answers)
+    metrics.reduce(ALONE)
+    np.testing.assert_array_equal(metrics.outcomes, [labels, logits.argmax(1)])
+    right = (logits.argmax(1) == labels).numpy().astype(float)
+    of_five = np.array([label in row for label, row in zip(labels, logits.topk(5).indices, strict=True)], dtype=float)
+    found = metrics.intervals()
+    for name, hits in (("top1", right), ("top5", of_five)):
+        expected = stats.bootstrap((hits,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
+        assert found[name] == pytest.approx((100 * expected.low, 100 * expected.high), abs=1.01 * 100 / IMAGES)
+    rng, means = np.random.default_rng(1), []
+    for _ in range(2000):
+        of_class = [right[labels.numpy() == label] for label in range(CLASSES)]
+        means.append(np.mean([rng.choice(hits, len(hits)).mean() for hits in of_class]))
+    assert found["balanced_accuracy"] == pytest.approx(100 * np.quantile(means, [0.025, 0.975]), abs=1)
 
 
 def test_corruption_errors_relative_to_alexnets_are_as_published():

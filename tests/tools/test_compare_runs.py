@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -147,6 +148,26 @@ def test_what_evaluations_found_of_the_last_checkpoints(finished, call):
     assert rows(printed)["b"][-3:-1] == ["3.00 ± 0.00", "22.75 ± 0.25"] and rows(printed)["a"][-2] == "20.50 ± 0.50"
     shutil.rmtree("a_1/evaluation")
     assert "calibration" not in call(compare_runs, "a_*", "b_*")[1]
+
+
+def test_two_models_are_compared_image_by_image(finished, call):
+    """Ten images: the second model is right where the first is wrong in six, and the other way round in one."""
+    true, first = "aabbababab", "aabbbabaaa"
+    second = "abbbababab"
+    for name, predicted, overrides in (("plain", first, [NO_SUB_MODEL]), ("masked", second, [])):
+        finished(name, 90.0, *overrides)
+        file = Path(name, "evaluation", "last", "predictions.csv")
+        file.parent.mkdir(parents=True)
+        lines = [f"{number},{one},{other}" for number, (one, other) in enumerate(zip(true, predicted, strict=True))]
+        file.write_text("\n".join(["image,true,predicted", *lines]))
+    gained = sum(mine == label != theirs for label, theirs, mine in zip(true, first, second, strict=True))
+    lost = sum(theirs == label != mine for label, theirs, mine in zip(true, first, second, strict=True))
+    code, printed, _ = call(compare_runs, "plain", "masked")
+    p = 2 * sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost)
+    assert code == 0 and re.search(rf"masked +\| plain +\| 0 +\| {gained} +\| {lost} +\| {p:.2g} +\|", printed)
+    Path("plain/evaluation/last/predictions.csv").write_text("image,true,predicted\n0,b,b\n")
+    code, _, error = call(compare_runs, "plain", "masked")
+    assert code == 2 and "masked: its predictions are of other images than those of plain" in error
 
 
 def test_what_belongs_together_and_its_names(finished, call):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ from sklearn.preprocessing import StandardScaler
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch.nn import functional as F
 
+import augsub
 from engine import defaults
 from engine.checkpoint import load
 from engine.config_file import load_config
 from engine.data.source import build_digits
 from engine.distributed import Process
 from engine.evaluation_run import LONGEST, folder_for
+from models.complexity import count_forward
 from tools import compare_runs, eval_net
 from tools.exporting import export
 
@@ -108,6 +111,9 @@ def with_timm_alone(name: str, weights: Path, root: Path) -> dict[str, float]:
         "top5": 100 * (ranks[:, :5] == labels[:, None]).any(dim=1).double().mean().item(),
         "eval_loss": F.cross_entropy(logits, labels).item(),
         "images": len(labels),
+        "predictions": [
+            (true, predicted) for true, predicted in zip(labels.tolist(), ranks[:, 0].tolist(), strict=True)
+        ],
     }
 
 
@@ -134,7 +140,7 @@ def test_the_figures_are_those_of_timm_alone(evaluate, command, torchrun, images
     if in_two_processes:
         finished = command(*torchrun, EVAL_NET, *arguments, "--output", folder)
         assert finished.returncode == 0, finished.stderr
-        assert finished.stdout.count("top1") == 1  # one process reports
+        assert finished.stdout.count("cross_entropy") == 1  # one process reports
     else:
         evaluate(*arguments, "--output", folder)
     (found,), expected = results(folder), with_timm_alone(name, weights, images)
@@ -142,6 +148,11 @@ def test_the_figures_are_those_of_timm_alone(evaluate, command, torchrun, images
     assert [found["top1"], found["top5"]] == pytest.approx([expected["top1"], expected["top5"]])
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
     assert [(row["class"], int(row["images"])) for row in rows(folder / "classes.csv")] == list(COUNTS.items())
+    names, found = [*COUNTS], rows(folder / "predictions.csv")
+    assert [(row["true"], row["predicted"]) for row in found] == [
+        (names[true], names[predicted]) for true, predicted in expected["predictions"]
+    ]
+    assert [row["image"] for row in found] == [*map(str, range(39))]
     (row,) = rows(folder / "results.csv")
     timms = ["model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation"]
     assert list(row)[:9] == timms and float(row["top1"]) == pytest.approx(expected["top1"], abs=5e-4)
@@ -225,6 +236,39 @@ def test_ratio_zero_is_the_main_model(evaluate, trained, tmp_path):
     evaluate(trained, "--sub-model", "--augsub", "drop_path", "--output", tmp_path / "other")
     (sub,) = results(tmp_path / "other")[0]["sub_models"]
     assert (sub["name"], sub["ratio"]) == ("drop_path", 0.5) and sub["figures"]["eval_loss"] != first["eval_loss"]
+
+
+def test_forwards_are_timed_and_counted(evaluate, trained, tmp_path):
+    printed = evaluate(trained, "--ratios", "0.25,0.5,0.75", "--speed", "--output", tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        main = next(csv.DictReader(file))
+    with (tmp_path / "sub_models.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["weights"] == "trained"]
+    model = augsub.patch(
+        timm.create_model(
+            "vit_tiny_patch16_224",
+            num_classes=10,
+            in_chans=1,
+            img_size=8,
+            patch_size=2,
+            embed_dim=64,
+            depth=1,
+            num_heads=4,
+        )
+    )
+    for row, augmentation in zip(
+        [main, *rows], [None, *(augsub.build("masking", ratio=float(row["ratio"])) for row in rows)], strict=True
+    ):
+        counted = count_forward(model.eval(), (1, 1, 8, 8), augmentation)
+        assert float(row["infer_gmacs"]) == pytest.approx(counted.flops / 1e9, abs=5e-4)
+        rate, milliseconds = float(row["infer_samples_per_sec"]), float(row["infer_step_time"])
+        assert row["infer_batch_size"] == "800" and rate == pytest.approx(800 / milliseconds * 1e3, rel=0.01)
+        assert 0 < float(row["infer_latency"]) < milliseconds
+    budget = printed.partition("best for a budget")[2].split("\n\n")[0]
+    within = [row for row in rows if float(row["infer_gmacs"]) <= 0.5 * float(main["infer_gmacs"])]
+    best = max(within, key=lambda row: float(row["top1"]))
+    assert re.search(rf"50 % +masking +{float(best['ratio']):g} +{float(best['top1']):g}", budget)
+    assert Image.open(tmp_path / "elastic.png").size[0] > 800
 
 
 def test_exported_weights_and_another_image_size(evaluate, trained, tmp_path):

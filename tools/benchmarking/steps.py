@@ -136,7 +136,7 @@ def measure_steps(config: Config, device: torch.device, rounds: int, only: Seque
         speed = 1e3 * config.train.global_batch / line["value"]  # images/s
         # a multiply-add is two FLOPs, a backward two forwards
         mfu = "" if peak is None else f", MFU {100 * 3 * 2 * flops * costs[name] * speed / peak:.1f} %"
-        line["note"] = f"{speed:.0f} images/s{mfu}{waits.get(name, '')}"
+        line["note"] = f"{speed:.4g} images/s{mfu}{waits.get(name, '')}"
         line["limit"] = costs[name] / costs[line["against"]] if line["against"] else None
     return list(lines.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import math
@@ -257,6 +258,42 @@ def difference_text(way: Way, metric: str, confidence: float = CONFIDENCE) -> st
     is_partial = len(by_seed) < max(len(way.runs), len(way.baseline.runs))
     common = f" over seeds {', '.join(map(str, by_seed))}" if is_partial else ""
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{common}"
+
+
+def mcnemar_table(ways: Sequence[Way]) -> str:
+    """McNemar's exact test of each run against that of its baseline and seed, by their images; "" without such.
+
+    Whether two models differ on these images, where the intervals over seeds ask whether two ways of training do.
+
+    Raises:
+        InputError: two runs were evaluated on different images.
+    """
+    from scipy import stats
+
+    rows = []
+    for way in (way for way in ways if way.baseline):
+        for seed, run in way.runs.items():
+            other = way.baseline.runs.get(seed)
+            own, others = predictions(run.path), [] if other is None else predictions(other.path)
+            if not own or not others:
+                continue
+            if [line[:2] for line in own] != [line[:2] for line in others]:
+                raise InputError(f"{run.path}: its predictions are of other images than those of {other.path}")
+            pairs = [(mine[1] == mine[2], theirs[1] == theirs[2]) for mine, theirs in zip(own, others, strict=True)]
+            gained, lost = pairs.count((True, False)), pairs.count((False, True))
+            p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+            rows.append([way.name, way.baseline.name, seed, gained, lost, f"{p:.2g}"])
+    header = ["training", "against", "seed", "right here alone", "right there alone", "McNemar's p"]
+    return markdown_table(header, rows) if rows else ""
+
+
+def predictions(run: Path) -> list[tuple[str, str, str]]:
+    """Image, true and predicted class, as eval_net.py has found of the last checkpoint; nothing if it has not."""
+    file = run / "evaluation" / EVALUATED[""] / "predictions.csv"
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as opened:
+        return [(row["image"], row["true"], row["predicted"]) for row in csv.DictReader(opened)]
 
 
 def configuration_lines(ways: Sequence[Way]) -> str:
