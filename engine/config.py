@@ -356,9 +356,8 @@ class DistributedConfig(Section):
     # ddp: every process has the whole model | fsdp2: parameters and states are divided
     strategy: Annotated[str, one_of("ddp", "fsdp2")] = "ddp"
     reshard_after_forward: bool = True  # fsdp2: gather parameters again in backward: less memory, more traffic
-    reduce_dtype: Annotated[str, one_of("float32", "bf16")] = (
-        "float32"  # in which gradients travel; bf16: half the bytes
-    )
+    # in which gradients travel; bf16: half the bytes
+    reduce_dtype: Annotated[str, one_of("float32", "bf16")] = "float32"
     sync_batchnorm: bool = False  # BatchNorm over the images of all processes, on GPUs
     timeout_minutes: Positive = 10.0  # after which a hung collective ends the run
 

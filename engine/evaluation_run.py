@@ -26,8 +26,10 @@ from engine.data.source import DataSource, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
-from engine.evaluation import WEIGHTS, Result, evaluate, metrics_for
+from engine.evaluation import WEIGHTS, Metrics, Result, evaluate, metrics_for
 from engine.features import probe
+from engine.multi_label import MultiLabelMetrics
+from engine.precision import Precision
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
 from engine.speed import measure_speed
@@ -179,45 +181,70 @@ def evaluate_weights(
         InputError: weights that are not complete, or of other classes; images that do not fit the model.
         RunError: a logit is NaN or infinite; `output` cannot be made.
     """
-    if has_several_labels(config) and (probes or variant is not None):
-        raise InputError("--variant, --features: are for images with one label, which evaluation.metric denies")
-    if probes and variant is not None:
-        raise InputError(f"--features: not with --variant {variant}, which has no training images")
+    _check_asked(config, variant, probes)
     sources = held_out_sources(config, variant, with_training=bool(probes))
     for source in sources.values():
         log_left_out(source)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
     loaders = {name: Batches(config, source, process, bad_files) for name, source in sources.items()}
     model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
+    shape = source.image_shape(config.data.image_size)
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(model, source.image_shape(config.data.image_size), augmentations)
+        check_image_shape(model, shape, augmentations)
     model.to(process.device)
     compile_forward(model, compile)
     precision, results = build_precision(config, process), []
-    for prefix in _loaded(
-        model, config, file, synsets() if variant in VARIANTS else source.class_names, source.num_classes
-    ):
-        if process.is_main and output is not None:
-            with writing_errors(f"--output {output}"):
-                output.mkdir(parents=True, exist_ok=True)
+    class_names = synsets() if variant in VARIANTS else source.class_names
+    for prefix in _loaded(model, config, file, class_names, source.num_classes):
+        _make(output, process)
         for augmentation in (None, *augmentations):
-            sub_model = "" if augmentation is None else f"the sub-model {augmentation} of "
-            whole, parts = metrics_for(source, process.device), {}
-            for name, loader in loaders.items():
-                label = f"{sub_model}the {WEIGHTS[prefix]} weights{name and f' on {name}'}"
-                part = metrics_for(source, process.device)
-                parts[name] = evaluate(model, loader, precision, process, label, part, augmentation, config.seed)
-                whole.add(part)
-            found = {}
+            what = "" if augmentation is None else f"the sub-model {augmentation} of "
+            what += f"the {WEIGHTS[prefix]} weights"
+            whole, parts = _on_all(model, loaders, source, precision, process, what, augmentation, config.seed)
+            found, forwards = {}, {}
             if probes and augmentation is None:
                 found = probe(probes, model, config, source, process, precision, bad_files)
-            shape, forwards = source.image_shape(config.data.image_size), {}
             if speed:
-                forwards = measure_speed(model.eval(), shape, config.evaluation.batch, precision, process, augmentation)
+                batch = config.evaluation.batch
+                forwards = measure_speed(model.eval(), shape, batch, precision, process, augmentation)
             reference = CORRUPTIONS if variant == "c" else {}
             results.append(Result(prefix, whole, parts, augmentation, found, forwards, reference))
     bad_files.unite(process)
     return {"source": str(file or "timm's pretrained weights"), **_described(config, variant, source, model)}, results
+
+
+def _on_all(
+    model: nn.Module,
+    loaders: Mapping[str, Batches],
+    source: DataSource,
+    precision: Precision,
+    process: Process,
+    what: str,
+    augmentation: augsub.SubModelAugmentation | None,
+    seed: int,
+) -> tuple[Metrics | MultiLabelMetrics, dict[str, dict[str, float]]]:
+    """The metrics over all sets of images, and the figures of each."""
+    whole, parts = metrics_for(source, process.device), {}
+    for name, loader in loaders.items():
+        part, place = metrics_for(source, process.device), f"{what}{name and f' on {name}'}"
+        parts[name] = evaluate(model, loader, precision, process, place, part, augmentation, seed)
+        whole.add(part)
+    return whole, parts
+
+
+def _make(output: Path | None, process: Process) -> None:
+    """Make the folder of the results."""
+    if process.is_main and output is not None:
+        with writing_errors(f"--output {output}"):
+            output.mkdir(parents=True, exist_ok=True)
+
+
+def _check_asked(config: Config, variant: str | None, probes: Sequence[str]) -> None:
+    """Raise InputError for what does not go together."""
+    if has_several_labels(config) and (probes or variant is not None):
+        raise InputError("--variant, --features: are for images with one label, which evaluation.metric denies")
+    if probes and variant is not None:
+        raise InputError(f"--features: not with --variant {variant}, which has no training images")
 
 
 def held_out_sources(config: Config, variant: str | None, with_training: bool = False) -> dict[str, DataSource]:

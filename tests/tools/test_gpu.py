@@ -81,7 +81,10 @@ def test_what_gpus_have_shown_is_counted_from_their_results(call, tmp_path):
     ("arguments", "error"),
     [
         (["--device", "cuda"], "error: --device cuda: torch sees no such device; --device cpu runs the same"),
-        (["--device", "cpu", "--only", "stepps"], "error: --only stepps: allowed are checks, steps, loading\n"),
+        (
+            ["--device", "cpu", "--only", "stepps"],
+            "error: --only stepps: allowed are checks, steps, skipping, captured, runs, loading\n",
+        ),
         (["--show", "nowhere"], "error: --show nowhere: no such folder\n"),
     ],
 )
