@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,10 +109,20 @@ class DataLoaders:
         return iter(Batches(self._config, self.source, self._process, self.bad_files, order))
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A scheduler may signal every process of a job: the trainer finishes its step, and needs its workers for that."""
+def _begin_worker(trainer: int, worker: int) -> None:
+    """What a loader's worker does first.
+
+    A scheduler may signal every process of a job: the trainer finishes its step, and needs its workers for that. A
+    worker whose trainer died while it was forked ends: torch would take its new parent for the trainer and wait for
+    ever, and the connections that it has inherited would hide the death from the other processes of the run.
+
+    Args:
+        trainer: the process that made the loader.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != trainer:
+        os._exit(1)
 
 
 class BadFiles(HookBase):
@@ -212,7 +223,7 @@ class Batches(Iterable[Batch]):
             batch_sampler=self._order,
             num_workers=min(config.data.workers, os.cpu_count() or 1),  # their number changes no batch
             collate_fn=collate,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
             pin_memory=process.device.type == "cuda",
             generator=torch.Generator(),  # torch draws a seed for the workers: not from the training's generator
         )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from engine.checkpoint import load
+from engine.data.loaders import _begin_worker
 from tests.faults.conftest import assert_same_end
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +163,32 @@ def test_an_overflow_in_one_shard(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, tmp_path / "overflow.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def _killed_while_forking(pids: str) -> None:
+    """Forks workers that need a second to begin, and dies before they do."""
+    begin = partial(_begin_worker, os.getpid())
+
+    def slowly(worker: int) -> None:
+        time.sleep(1)
+        begin(worker)
+
+    loader = DataLoader(range(100), num_workers=2, worker_init_fn=slowly)
+    workers = iter(loader)._workers
+    Path(pids).write_text(" ".join(str(worker.pid) for worker in workers))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.faults(
+    fault="SIGKILL of a process while it forks its loader's workers",
+    promise="they end too, so that their copies of its connections hide its death from nobody",
+)
+def test_workers_do_not_outlive_a_process_that_dies_while_it_forks_them(tmp_path):
+    parent = multiprocessing.get_context("fork").Process(target=_killed_while_forking, args=(str(tmp_path / "pids"),))
+    parent.start()
+    parent.join()
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
