@@ -431,6 +431,11 @@ def marked(mark: Mark, section: type[Section] | None = None, prefix: str = "") -
     return found
 
 
+def image_channels(data: DataConfig) -> int:
+    """Channels of an image in a file, as it is read."""
+    return data.in_chans or RGB
+
+
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width in pixels of what `data.image_size` says."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from engine.config import COLUMNS, PHOTOGRAPHS, RGB, UNTRANSFORMED, Config, Section, has_several_labels, notes
+from engine.config import (
+    COLUMNS,
+    PHOTOGRAPHS,
+    RGB,
+    UNTRANSFORMED,
+    Config,
+    Section,
+    has_several_labels,
+    image_channels,
+    notes,
+)
 from engine.config_rules import Rule
 from engine.errors import InputError
 
@@ -96,7 +106,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def _channels(config: Config) -> Iterator[str]:
     """Keys that do not go with the number of channels."""
-    data, transform, count = config.data, config.transform, config.data.in_chans or RGB
+    data, transform, count = config.data, config.transform, image_channels(config.data)
     if data.dataset in UNTRANSFORMED and data.in_chans not in (None, UNTRANSFORMED[data.dataset]):
         yield f"data.in_chans = {count}: data.dataset = {data.dataset} has {UNTRANSFORMED[data.dataset]}"
     for key in ("mean", "std"):

@@ -40,6 +40,7 @@ NOT_ALWAYS = (
     "predictions.csv",
     "ema_predictions.csv",
 )
+SCORE_TITLES = {"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}  # of what models are judged by
 SCORES = ("top1", "top1_low", "top1_high", "top5", *OF_SEVERAL_LABELS)
 SPEED = ("infer_samples_per_sec", "infer_latency", "infer_gmacs")
 BUDGETS = (0.75, 0.5, 0.25)  # of the main model's multiply-adds
@@ -130,9 +131,14 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
     return "\n\n".join(blocks)
 
 
+def _score(found: Mapping[str, Sequence[Row]]) -> str:
+    """By which column models are judged."""
+    return next(score for score in ("map", "top1") if score in found["results"][0])
+
+
 def _elastic(found: Mapping[str, Sequence[Row]]) -> list[str]:
     """For each budget of multiply-adds the sub-model that keeps most, if their forwards were counted."""
-    main, score = found["results"][0], "map" if "map" in found["results"][0] else "top1"
+    main, score = found["results"][0], _score(found)
     if "infer_gmacs" not in main or not found["sub_models"]:
         return []
     rows = []
@@ -297,7 +303,7 @@ def draw_calibration(metrics: Metrics, title: str, path: Path) -> None:
 def draw_ratios(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> None:
     """Top-1 of sub-models over their ratio, if there are some that were evaluated at several ratios."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    score = "map" if "map" in found["results"][0] else "top1"
+    score = _score(found)
     for row in found["sub_models"]:
         if row["ratio"] is not None:
             curves.setdefault(f"{row['sub_model']}, {row['weights']} weights", []).append((row["ratio"], row[score]))
@@ -309,8 +315,7 @@ def draw_ratios(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> N
     axes.axhline(main, color="gray", linestyle="--", marker="", label=f"main model, {main:.2f} %")
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), label=name)
-    what = {"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}[score]
-    axes.set(xlabel="ratio: share that the sub-model loses", ylabel=what)
+    axes.set(xlabel="ratio: share that the sub-model loses", ylabel=SCORE_TITLES[score])
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -319,7 +324,7 @@ def draw_ratios(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> N
 
 def draw_elastic(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> None:
     """Accuracy over multiply-adds and over measured time of main model and sub-models, if forwards were timed."""
-    main, score = found["results"][0], "map" if "map" in found["results"][0] else "top1"
+    main, score = found["results"][0], _score(found)
     rows = [row for row in found["sub_models"] if row["weights"] == main["weights"] and row["ratio"] is not None]
     if "infer_gmacs" not in main or not rows:
         return
@@ -334,7 +339,7 @@ def draw_elastic(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> 
                 axes.annotate(f"{row['ratio']:g}", (row[column], row[score]), **place)
         axes.set(xlabel=f"{what} of {'an image' if what == 'GMACs' else 'a batch'}", xlim=(0, None))
         axes.grid(alpha=0.3)
-    both[0].set_ylabel({"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}[score])
+    both[0].set_ylabel(SCORE_TITLES[score])
     both[0].legend(frameon=False)
     figure.suptitle(title, fontsize="medium")
     save(figure, path)

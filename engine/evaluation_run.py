@@ -17,7 +17,7 @@ import augsub
 from engine.checkpoint import load, load_metadata
 from engine.compilation import compile_forward
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
-from engine.config_file import parse_config
+from engine.config_file import parse_config, saved_content
 from engine.data.corruptions import corrupted
 from engine.data.datasets import build_source
 from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, open_variant, synsets
@@ -78,9 +78,8 @@ def saved_config(file: Path, text: str, overrides: Sequence[str]) -> Config:
     That is which code runs (`plugins`), of which a warning tells, and that other data are meant
     (`data.allow_mismatch`).
     """
-    place = f"the configuration in {file}"
-    config = parse_config(text, place, ["plugins=[]", "data.allow_mismatch=false", *overrides])
-    if missing := [name for name in parse_config(text, place).plugins if name not in config.plugins]:
+    config = parse_config(text, f"the configuration in {file}", ["plugins=[]", "data.allow_mismatch=false", *overrides])
+    if missing := [name for name in saved_content(text).get("plugins", ()) if name not in config.plugins]:
         _warn_of_plugins(file, ",".join(missing))
     return config
 

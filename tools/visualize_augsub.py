@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--output {arguments.output}: the name must end in .png")
     if arguments.config and arguments.ratio and not arguments.augsub:
         raise InputError("--ratio: belongs to --augsub; the sub-models of a configuration have their own")
+    configs = [load_config(arguments.config, arguments.overrides)] if arguments.config else []
     # here: these bring torch and timm, for which a typo need not wait
     import augsub
     from engine.data.source import IMAGENET
@@ -73,13 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
     from tools.seen_figure import chosen, draw, rows_of
 
     files = chosen(arguments.images)
-    if arguments.config:
-        configs = [load_config(arguments.config, arguments.overrides)]
-    else:
-        names = [arguments.model] if arguments.model else FAMILIES
-        configs = [
-            parse_config("", "--model", [*MODELS_OWN, f"model.name={name}", *arguments.overrides]) for name in names
-        ]
+    names = () if arguments.config else [arguments.model] if arguments.model else FAMILIES
+    configs += [
+        parse_config("", "--model", [*MODELS_OWN, f"model.name={name}", *arguments.overrides]) for name in names
+    ]
     configs = [complete(config) for config in configs]
     with input_errors("--augsub"):
         sub_models = [

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.config import PHOTOGRAPHS, RGB, DataConfig
+from engine.config import PHOTOGRAPHS, RGB, DataConfig, image_channels
 from engine.data.channels import decode_channels
 from engine.distributed import memory_of
 from engine.errors import first_line, input_errors
@@ -64,7 +64,12 @@ class Decoding:
     @classmethod
     def of(cls, data: DataConfig) -> Decoding:
         """As a configuration says."""
-        return cls(data.exif_orientation, data.max_megapixels, data.in_chans or RGB)
+        return cls(data.exif_orientation, data.max_megapixels, image_channels(data))
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of the channels, where it has one."""
+        return "RGB" if self.in_chans == RGB else "L"
 
 
 def decode(
@@ -101,9 +106,7 @@ def decode(
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     image.load()
     image.info.pop("transparency", None)  # changes no pixel, but Pillow would warn that it is lost
-    image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(
-        "RGB" if decoding.in_chans == RGB else "L"
-    )
+    image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(decoding.mode)
     image.info[Needed.BOX] = asked.box
     return image
 
@@ -184,9 +187,7 @@ class Images(Dataset):
         """
         if self._decoded is None:
             with input_errors(f"data.cache = ram: the {self._split} images"):
-                self._decoded = DecodedImages.of(
-                    self._decode, len(self), "RGB" if self._decoding.in_chans == RGB else "L"
-                )
+                self._decoded = DecodedImages.of(self._decode, len(self), self._decoding.mode)
 
     def seen_through(self, change: Callable[[Callable[[Image.Image], Any]], Callable[[Image.Image], Any]]) -> Images:
         """The same images, what is decoded too, with another transform that `change` makes of theirs."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import Grayscale
 from torchvision.transforms.functional import pil_modes_mapping
 
-from engine.config import PHOTOGRAPHS, RGB, UNTRANSFORMED, Config, sides
+from engine.config import PHOTOGRAPHS, UNTRANSFORMED, Config, image_channels, sides
 from engine.data.images import Needed
 from engine.errors import input_errors
 
@@ -32,7 +32,7 @@ def normalisation(config: Config) -> tuple[list[float] | None, list[float] | Non
 
 def _of_each_channel(config: Config, values: Sequence[float]) -> list[float]:
     """A number for each channel, of as many, or of those of red, green and blue their average."""
-    count = config.data.in_chans or RGB
+    count = image_channels(config.data)
     return [*values] if len(values) == count else [sum(values) / len(values)] * count
 
 
@@ -128,7 +128,7 @@ def build_transform(config: Config, is_training: bool) -> Callable[[Any], Tensor
                 operation.aug_fn = posterize
     if config.data.in_chans == 1:
         built.transforms.insert(-1, Grayscale())  # a colour policy's own grey has three channels
-    if config.data.draft_decoding and len(mean) in PHOTOGRAPHS:
+    if config.data.draft_decoding and image_channels(config.data) in PHOTOGRAPHS:
         first, side = built.transforms[0], math.ceil(max(sides(image_size)) / (transform.eval_crop or 1))
         built.transforms[0] = ReducedCrop(first) if is_training else ReducedResize(first, side)
     return built
