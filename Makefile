@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # of the checks for GPUs: `cpu` runs the same scripts without one
 DEVICE ?= cuda
 
-.PHONY: demo test test-slow test-faults test-recipes test-gpu gpu study study-gpu first-run pictures docs zoo performance lint
+.PHONY: demo test test-slow test-faults test-recipes test-browser test-gpu gpu study study-gpu first-run pictures docs zoo performance lint
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
@@ -22,6 +22,9 @@ test-slow: $(DEVELOP)  ## every class of timm, a step of every full-size recipe,
 
 test-faults: $(DEVELOP)  ## real faults in real runs
 	$(PYTEST) -m faults
+
+test-browser: docs  ## reports and the documentation in Chromium (apt install chromium, or playwright install chromium)
+	$(PYTEST) -m browser
 
 test-gpu: $(DEVELOP)  ## what only a GPU can show, in minutes; without one a line that says so
 	$(BIN)/python -m pytest -q -m gpu tests/gpu --device $(DEVICE)

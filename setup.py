@@ -8,7 +8,17 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "augsub" / "__init__.py").read_text()).group(1)
 
-TRAIN = ["omegaconf>=2.3", "matplotlib", "numpy", "scikit-learn", "scipy", "tabulate", "tensorboard", "tqdm"]
+TRAIN = [
+    "omegaconf>=2.3",
+    "markdown",
+    "matplotlib",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "tabulate",
+    "tensorboard",
+    "tqdm",
+]
 TRAINERS = {
     "timm": ["timm>=1.0.24"],
     "lightning": ["lightning>=2.2"],
@@ -24,6 +34,7 @@ DEVELOP = [
     "mkdocs-material",
     "mkdocstrings[python]",
     "mypy",
+    "playwright",
     "pytest",
     "pytest-xdist",
     "ruff",

@@ -419,7 +419,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     only_main = [
         *([Profiler(folder.trace)] if config.train.profile else []),  # after all others that belong to a step
         ProgressBar(writing),  # after the writing, whose records it shows
-        Report(config, folder, evaluation),  # at the end, when all is written
+        Report(config, folder, evaluation, pictures),  # at the end, when all is written
     ]
     return everywhere + (only_main if process.is_main else [])
 

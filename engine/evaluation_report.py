@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib import pyplot as plt
-from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve
 from tabulate import tabulate
 
 from engine import atomic
 from engine.config import OF_SEVERAL_LABELS, sides
 from engine.data.images import IGNORED
 from engine.errors import writing_errors
-from engine.evaluation import BINS, MOST_CONFUSED, Metrics, Result
-from engine.figure import BLUE, OKABE_ITO, label_plainly, save
-from engine.multi_label import MultiLabelMetrics
-from engine.text import to_json
+from engine.evaluation import Metrics, Result
+from engine.evaluation_pictures import CAPTIONS, Row, Tables, draw_evaluation, score_of
+from engine.figure import save
+from engine.html_report import plain, write_report
+from engine.text import markdown_table, to_json
 
-NAMED = 5  # of many classes those with the lowest average precision
-MATRIX_CLASSES = 30  # up to so many classes the matrix can be read
-LONGEST_TITLE, LONGEST_CLASS = 50, 24  # characters of the data's and of a class's name in a picture
 # Files of which there are some evaluations without
 NOT_ALWAYS = (
-    "corruptions.csv",
-    "corruptions.png",
-    "sub_models.csv",
-    "ratios.png",
-    "elastic.png",
-    "ema_confusion.png",
-    "ema_calibration.png",
-    "precision_recall.png",
-    "ema_precision_recall.png",
-    "predictions.csv",
-    "ema_predictions.csv",
+    *(f"{prefix}{name}.png" for prefix in ("", "ema_") for name in CAPTIONS),
+    *(f"{name}.csv" for name in ("corruptions", "sub_models", "predictions", "ema_predictions")),
 )
-SCORE_TITLES = {"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}  # of what models are judged by
 SCORES = ("top1", "top1_low", "top1_high", "top5", *OF_SEVERAL_LABELS)
 SPEED = ("infer_samples_per_sec", "infer_latency", "infer_gmacs")
 BUDGETS = (0.75, 0.5, 0.25)  # of the main model's multiply-adds
@@ -49,7 +33,6 @@ PRINTED = {
     "results": ("weights", "images", *SCORES, "cross_entropy", "ece", *SPEED),
     "sub_models": ("weights", "sub_model", "ratio", *SCORES, "cross_entropy", *SPEED),
 }
-Row = dict[str, Any]
 
 
 def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, list[Row]]:
@@ -83,6 +66,12 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
     return found
 
 
+def _described_size(evaluated: Mapping[str, Any]) -> str:
+    """How large images were, and how they got so."""
+    size = "{} x {} pixels".format(*sides(evaluated["image_size"]))
+    return size if evaluated["crop"] is None else f"{size}, crop {evaluated['crop']:g}, {evaluated['interpolation']}"
+
+
 def _as_number(image_size: int | Sequence[int]) -> int | str:
     """A square's side; 192x256 of other images."""
     height, width = sides(image_size)
@@ -102,9 +91,7 @@ def _scores(figures: Mapping[str, float]) -> Row:
 
 def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
     """The tables for the terminal, in percent."""
-    size = "{} x {} pixels".format(*sides(evaluated["image_size"]))
-    if evaluated["crop"] is not None:
-        size += f", crop {evaluated['crop']:g}, {evaluated['interpolation']}"
+    size = _described_size(evaluated)
     blocks = [f"{evaluated['model']}, {evaluated['source']}\n{evaluated['data']}, {size}"]
     found = rows(evaluated, results)
     for name, columns in PRINTED.items():
@@ -131,14 +118,9 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
     return "\n\n".join(blocks)
 
 
-def _score(found: Mapping[str, Sequence[Row]]) -> str:
-    """By which column models are judged."""
-    return next(score for score in ("map", "top1") if score in found["results"][0])
-
-
-def _elastic(found: Mapping[str, Sequence[Row]]) -> list[str]:
+def _elastic(found: Tables) -> list[str]:
     """For each budget of multiply-adds the sub-model that keeps most, if their forwards were counted."""
-    main, score = found["results"][0], _score(found)
+    main, score = found["results"][0], score_of(found)
     if "infer_gmacs" not in main or not found["sub_models"]:
         return []
     rows = []
@@ -172,20 +154,75 @@ def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result])
     for name, text in files.items():
         with writing_errors(folder / name):
             atomic.write_text(folder / name, text)
-    title = f"{evaluated['model']}\n{evaluated['data'][-LONGEST_TITLE:]}"
-    for result in results:
-        if result.augmentation is None:
-            of_weights = f"{title}{', averaged weights' if result.prefix else ''}"
-            if isinstance(result.metrics, MultiLabelMetrics):
-                draw_precision_recall(
-                    result.metrics, names, of_weights, folder / f"{result.prefix}precision_recall.png"
-                )
-                continue
-            draw_confusion(result.metrics, names, of_weights, folder / f"{result.prefix}confusion.png")
-            draw_calibration(result.metrics, of_weights, folder / f"{result.prefix}calibration.png")
-    draw_ratios(found, title, folder / "ratios.png")
-    draw_elastic(found, title, folder / "elastic.png")
-    draw_corruptions(found["corruptions"], title, folder / "corruptions.png")
+    pictures = draw_evaluation(evaluated, results, found)
+    for name, figure in pictures.items():
+        save(figure, folder / f"{name}.png")
+    examples = {title: images for result in results for title, images in result.examples.items()}
+    write_report(folder / "report.html", _page(evaluated, results, found, pictures), {**pictures, **examples})
+
+
+def _page(evaluated: Mapping[str, Any], results: Sequence[Result], found: Tables, pictures: Collection[str]) -> str:
+    """The report as Markdown."""
+
+    def shown(*names: str) -> list[str]:
+        """Those of the pictures that there are."""
+        ways = {"": "", "ema_": ", averaged weights"}
+        return [
+            f"![{CAPTIONS[name]}{which}]({prefix}{name})"
+            for name in names
+            for prefix, which in ways.items()
+            if prefix + name in pictures
+        ]
+
+    def examples(of_sub_models: bool) -> list[str]:
+        own = [result for result in results if (result.augmentation is not None) == of_sub_models]
+        titles = dict.fromkeys(title for result in own for title in result.examples)
+        return [f"![{plain(title)}]({title})" for title in titles]
+
+    sections = {
+        f"# {plain(evaluated['model'])}": [
+            f"{plain(evaluated['source'])}  \n{plain(evaluated['data'])}, {_described_size(evaluated)}",
+            _figures_table(found["results"]),
+            *shown("confusion", "calibration", "precision_recall"),
+        ],
+        "## Mistakes": examples(of_sub_models=False),
+        "## Sub-models": [
+            *_table(found["sub_models"], [name for name in PRINTED["sub_models"] if name != "weights"]),
+            *shown("ratios", "elastic"),
+            *examples(of_sub_models=True),
+        ],
+        "## Corruptions": [*shown("corruptions"), *_table(found["corruptions"], ())],
+        "## Classes": _table(found["classes"], ()),
+    }
+    return "\n\n".join(part for title, parts in sections.items() if parts for part in (title, *parts))
+
+
+def _figures_table(rows: Sequence[Row]) -> str:
+    """A line for each figure, with its interval, a column for each of the weights."""
+    names = [
+        name for name in rows[0] if name not in ("weights", "model") and not name.endswith(("_err", "_low", "_high"))
+    ]
+    cells = [
+        [
+            name,
+            *(
+                f"{row[name]} [{row[f'{name}_low']}, {row[f'{name}_high']}]" if f"{name}_low" in row else row[name]
+                for row in rows
+            ),
+        ]
+        for name in names
+        if rows[0][name] is not None
+    ]
+    return markdown_table(["", *(row["weights"] for row in rows)], cells)
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """Rows of a table, if there are some, in these columns or in all; which weights they are of where that differs."""
+    if not rows:
+        return []
+    weights = ["weights"] if len({row["weights"] for row in rows}) > 1 else []
+    names = weights + [name for name in columns or rows[0] if name in rows[0] and name != "weights"]
+    return [markdown_table(names, [[plain(row[name]) for name in names] for row in rows])]
 
 
 def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
@@ -235,132 +272,3 @@ def _as_csv(lines: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
-
-
-def draw_confusion(metrics: Metrics, class_names: Sequence[str], title: str, path: Path) -> None:
-    """The matrix of few classes, shares of the true class in percent; the most confused pairs of many."""
-    names = [name[:LONGEST_CLASS] for name in class_names]
-    side = 3.2 + 0.42 * min(len(names), MATRIX_CLASSES)
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    axes.set_title(title, fontsize="medium")
-    if len(names) <= MATRIX_CLASSES:
-        images = metrics.confusion.cpu().numpy()
-        shares = 100 * images / np.maximum(images.sum(axis=1, keepdims=True), 1)
-        display = ConfusionMatrixDisplay(shares, display_labels=names)
-        style = {"cmap": "Blues", "values_format": ".0f", "text_kw": {"fontsize": 8}, "im_kw": {"vmin": 0, "vmax": 100}}
-        display.plot(ax=axes, xticks_rotation="vertical" if max(map(len, names)) > 2 else "horizontal", **style)
-        axes.set(xlabel="predicted class", ylabel="true class, % of its images")
-    else:
-        pairs = metrics.most_confused(MOST_CONFUSED)
-        labels = [f"{names[true]} → {names[predicted]}" for true, predicted, _ in pairs]
-        axes.bar_label(axes.barh(range(len(pairs)), [images for *_, images in pairs], color=BLUE), padding=3)
-        axes.set_yticks(range(len(pairs)), labels, fontsize=8)
-        axes.invert_yaxis()
-        axes.set(xlabel=f"images, of the most confused pairs of {len(names)} classes", ylabel="true → predicted class")
-    save(figure, path)
-
-
-def draw_precision_recall(metrics: MultiLabelMetrics, class_names: Sequence[str], title: str, path: Path) -> None:
-    """Precision over recall of each of few classes; of many, the average precision of each over its images."""
-    figure, axes = plt.subplots(figsize=(6.4, 5), layout="constrained")
-    axes.set_title(title, fontsize="medium")
-    rows = [row for row in metrics.of_classes(class_names) if row["images"]]
-    if len(rows) <= len(OKABE_ITO):
-        for row, colour in zip(rows, OKABE_ITO, strict=False):
-            number = class_names.index(row["class"])
-            label = f"{row['class'][:LONGEST_CLASS]}, AP {row['ap']:.1f} %"
-            curve = precision_recall_curve(metrics.targets[:, number], metrics.probabilities[:, number])
-            axes.plot(curve[1], curve[0], drawstyle="steps-post", color=colour, label=label)
-        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
-        axes.legend(frameon=False, fontsize=8)
-    else:
-        axes.scatter([row["images"] for row in rows], [row["ap"] for row in rows], s=12, color=BLUE)
-        axes.set(xlabel="held-out images of the class", ylabel="average precision (%)", xscale="log", ylim=(0, 101))
-        label_plainly(axes.xaxis)
-        for row in sorted(rows, key=lambda row: row["ap"])[:NAMED]:
-            place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
-            axes.annotate(row["class"][:LONGEST_CLASS], (row["images"], row["ap"]), **place)
-    axes.grid(alpha=0.3)
-    save(figure, path)
-
-
-def draw_calibration(metrics: Metrics, title: str, path: Path) -> None:
-    """Reliability diagram: accuracy over confidence above, where the images are below."""
-    images, confidence, correct = metrics.calibration.cpu().numpy()
-    filled = images > 0
-    figure, (diagram, histogram) = plt.subplots(
-        2, 1, figsize=(5.4, 6.4), layout="constrained", sharex=True, height_ratios=(3, 1)
-    )
-    accuracy, mean_confidence = correct[filled] / images[filled], confidence[filled] / images[filled]
-    CalibrationDisplay(accuracy, mean_confidence, y_prob=None).plot(ax=diagram, name="model", color=BLUE)
-    diagram.set(xlabel="", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    diagram.set_title(f"{title}\nECE {metrics.calibration_error:.2f} %, {BINS} bins", fontsize="medium")
-    histogram.bar((np.arange(BINS) + 0.5) / BINS, 100 * images / images.sum(), 1 / BINS, color=BLUE, edgecolor="white")
-    histogram.set(xlabel="confidence (largest softmax probability)", ylabel="images (%)")
-    save(figure, path)
-
-
-def draw_ratios(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> None:
-    """Top-1 of sub-models over their ratio, if there are some that were evaluated at several ratios."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    score = _score(found)
-    for row in found["sub_models"]:
-        if row["ratio"] is not None:
-            curves.setdefault(f"{row['sub_model']}, {row['weights']} weights", []).append((row["ratio"], row[score]))
-    if not any(len(points) > 1 for points in curves.values()):
-        return
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    axes.set_prop_cycle(color=OKABE_ITO, marker=list("os^DvPX"))
-    main = found["results"][0][score]
-    axes.axhline(main, color="gray", linestyle="--", marker="", label=f"main model, {main:.2f} %")
-    for name, points in curves.items():
-        axes.plot(*zip(*sorted(points), strict=True), label=name)
-    axes.set(xlabel="ratio: share that the sub-model loses", ylabel=SCORE_TITLES[score])
-    axes.set_title(title, fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    save(figure, path)
-
-
-def draw_elastic(found: Mapping[str, Sequence[Row]], title: str, path: Path) -> None:
-    """Accuracy over multiply-adds and over measured time of main model and sub-models, if forwards were timed."""
-    main, score = found["results"][0], _score(found)
-    rows = [row for row in found["sub_models"] if row["weights"] == main["weights"] and row["ratio"] is not None]
-    if "infer_gmacs" not in main or not rows:
-        return
-    figure, both = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained", sharey=True)
-    for axes, (column, what) in zip(both, (("infer_gmacs", "GMACs"), ("infer_step_time", "ms")), strict=True):
-        axes.plot(main[column], main[score], marker="*", markersize=14, color="black", linestyle="", label="main model")
-        for colour, name in zip(OKABE_ITO, dict.fromkeys(row["sub_model"] for row in rows), strict=False):
-            own = sorted((row for row in rows if row["sub_model"] == name), key=lambda row: row["ratio"])
-            axes.plot([row[column] for row in own], [row[score] for row in own], "o-", color=colour, label=name)
-            for row in own:
-                place = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7}
-                axes.annotate(f"{row['ratio']:g}", (row[column], row[score]), **place)
-        axes.set(xlabel=f"{what} of {'an image' if what == 'GMACs' else 'a batch'}", xlim=(0, None))
-        axes.grid(alpha=0.3)
-    both[0].set_ylabel(SCORE_TITLES[score])
-    both[0].legend(frameon=False)
-    figure.suptitle(title, fontsize="medium")
-    save(figure, path)
-
-
-def draw_corruptions(lines: Sequence[Row], title: str, path: Path) -> None:
-    """Top-1 accuracy and calibration error by corruption and severity; of averaged weights, if there are some."""
-    of_weights = [line for line in lines if line["weights"] == lines[-1]["weights"]]
-    if not of_weights:
-        return
-    names = list(dict.fromkeys(line["corruption"] for line in of_weights))
-    panels = (("top1", "top-1 accuracy (%)", "Blues"), ("ece", "expected calibration error (%)", "Oranges"))
-    size = (11, 1.6 + 0.34 * len(names))
-    figure, both = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    for axes, (column, what, colours) in zip(both, panels, strict=True):
-        values = np.array([line[column] for line in of_weights]).reshape(len(names), -1)
-        axes.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto")
-        for (row, severity), value in np.ndenumerate(values):
-            axes.text(severity, row, f"{value:.1f}", ha="center", va="center", color="white" if value > 60 else "black")
-        axes.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
-        axes.set(xlabel="severity", title=what)
-    both[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    figure.suptitle(title, fontsize="medium")
-    save(figure, path)

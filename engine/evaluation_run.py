@@ -6,12 +6,13 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from torch import nn
+from torch import Tensor, nn
 
 import augsub
 from engine.checkpoint import load, load_metadata
@@ -27,6 +28,7 @@ from engine.defaults import build_precision, check_pretrained_classes, complete,
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
 from engine.evaluation import WEIGHTS, Metrics, Result, evaluate, metrics_for
+from engine.examples import SHOWN, draw_mistakes, draw_seen
 from engine.features import probe
 from engine.multi_label import MultiLabelMetrics
 from engine.precision import Precision
@@ -145,43 +147,50 @@ def evaluate_only(config: Config, process: Process) -> dict[str, float]:
     if file is None and not config.model.pretrained:
         ways = "evaluation.checkpoint, model.pretrained=true or output_dir"
         raise InputError(f"nothing to evaluate: {last} does not exist; set {ways}")
-    _, results = evaluate_weights(complete(config), file, process)
+    _, results = evaluate_weights(complete(config), file, process, Asked())
     figures = {result.prefix + name: value for result in results for name, value in result.metrics.figures().items()}
     return {name: value for name, value in figures.items() if not name.endswith("ece")}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation is to find out.
+
+    Attributes:
+        variant: one of ImageNet's relatives, or corruptions of them, in place of the configuration's held-out images.
+        augmentations: of sub-models that are evaluated too.
+        probes: classifiers that are fitted to the features, for which the training images are needed.
+        speed: whether forwards are timed too.
+        compile: the model, by torch.compile.
+        output: a folder that is made before hours are spent.
+    """
+
+    variant: str | None = None
+    augmentations: Sequence[augsub.SubModelAugmentation] = ()
+    probes: Sequence[str] = ()
+    speed: bool = False
+    compile: bool = False
+    output: Path | None = None
+
+
 def evaluate_weights(
-    config: Config,
-    file: str | Path | None,
-    process: Process,
-    variant: str | None = None,
-    augmentations: Sequence[augsub.SubModelAugmentation] = (),
-    output: Path | None = None,
-    probes: Sequence[str] = (),
-    speed: bool = False,
-    compile: bool = False,
+    config: Config, file: str | Path | None, process: Process, asked: Asked
 ) -> tuple[dict[str, Any], list[Result]]:
     """Evaluate the weights in a file, and their average if there is one. All processes must call it together.
 
     Args:
         config: a complete configuration.
         file: a checkpoint or any file of weights; None: timm's pretrained ones.
-        variant: one of ImageNet's relatives, or corruptions of them, in place of the configuration's held-out images.
-        augmentations: of sub-models that are evaluated too.
-        output: a folder that is made before hours are spent.
-        probes: classifiers that are fitted to the features, for which the training images are needed.
-        speed: whether forwards are timed too.
-        compile: the model, by torch.compile.
 
     Returns:
         What was evaluated and how, and for all weights the result of the model and of its sub-models.
 
     Raises:
         InputError: weights that are not complete, or of other classes; images that do not fit the model.
-        RunError: a logit is NaN or infinite; `output` cannot be made.
+        RunError: a logit is NaN or infinite; the output cannot be made.
     """
-    _check_asked(config, variant, probes)
-    sources = held_out_sources(config, variant, with_training=bool(probes))
+    _check_asked(config, asked)
+    sources = held_out_sources(config, asked.variant, with_training=bool(asked.probes))
     for source in sources.values():
         log_left_out(source)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
@@ -189,27 +198,50 @@ def evaluate_weights(
     model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
     shape = source.image_shape(config.data.image_size)
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(model, shape, augmentations)
+        check_image_shape(model, shape, asked.augmentations)
     model.to(process.device)
-    compile_forward(model, compile)
+    compile_forward(model, asked.compile)
     precision, results = build_precision(config, process), []
-    class_names = synsets() if variant in VARIANTS else source.class_names
+    class_names = synsets() if asked.variant in VARIANTS else source.class_names
     for prefix in _loaded(model, config, file, class_names, source.num_classes):
-        _make(output, process)
-        for augmentation in (None, *augmentations):
+        _make(asked.output, process)
+        for augmentation in (None, *asked.augmentations):
             what = "" if augmentation is None else f"the sub-model {augmentation} of "
             what += f"the {WEIGHTS[prefix]} weights"
             whole, parts = _on_all(model, loaders, source, precision, process, what, augmentation, config.seed)
             found, forwards = {}, {}
-            if probes and augmentation is None:
-                found = probe(probes, model, config, source, process, precision, bad_files)
-            if speed:
+            if asked.probes and augmentation is None:
+                found = probe(asked.probes, model, config, source, process, precision, bad_files)
+            if asked.speed:
                 batch = config.evaluation.batch
                 forwards = measure_speed(model.eval(), shape, batch, precision, process, augmentation)
-            reference = CORRUPTIONS if variant == "c" else {}
-            results.append(Result(prefix, whole, parts, augmentation, found, forwards, reference))
+            reference = CORRUPTIONS if asked.variant == "c" else {}
+            result = Result(prefix, whole, parts, augmentation, found, forwards, reference)
+            examples = _examples(result, model, loaders, source, config, asked) if process.is_main else {}
+            results.append(replace(result, examples=examples))
     bad_files.unite(process)
-    return {"source": str(file or "timm's pretrained weights"), **_described(config, variant, source, model)}, results
+    described = _described(config, asked.variant, source, model)
+    return {"source": str(file or "timm's pretrained weights"), **described}, results
+
+
+def _examples(
+    result: Result,
+    model: nn.Module,
+    loaders: Mapping[str, Batches],
+    source: DataSource,
+    config: Config,
+    asked: Asked,
+) -> dict[str, Tensor]:
+    """Pictures for the report: of the main model its mistakes, of a sub-model what it sees."""
+    loader, augmentation = next(iter(loaders.values())), result.augmentation
+    if augmentation is not None:
+        titles = {"what the main model sees": None, f"what the sub-model {augmentation} sees": augmentation}
+        return {} if result.prefix else draw_seen(model, loader.examples(SHOWN), titles, config, asked.compile)
+    if len(loaders) > 1 or not isinstance(result.metrics, Metrics):
+        return {}
+    which = f" by the {result.weights} weights" if result.prefix else ""
+    mistakes = draw_mistakes(result.metrics, loader, source.class_names, config)
+    return {title + which: images for title, images in mistakes.items()}
 
 
 def _on_all(
@@ -238,12 +270,12 @@ def _make(output: Path | None, process: Process) -> None:
             output.mkdir(parents=True, exist_ok=True)
 
 
-def _check_asked(config: Config, variant: str | None, probes: Sequence[str]) -> None:
+def _check_asked(config: Config, asked: Asked) -> None:
     """Raise InputError for what does not go together."""
-    if has_several_labels(config) and (probes or variant is not None):
+    if has_several_labels(config) and (asked.probes or asked.variant is not None):
         raise InputError("--variant, --features: are for images with one label, which evaluation.metric denies")
-    if probes and variant is not None:
-        raise InputError(f"--features: not with --variant {variant}, which has no training images")
+    if asked.probes and asked.variant is not None:
+        raise InputError(f"--features: not with --variant {asked.variant}, which has no training images")
 
 
 def held_out_sources(config: Config, variant: str | None, with_training: bool = False) -> dict[str, DataSource]:

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import rcParams
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
@@ -21,7 +18,7 @@ from engine.writers import Record
 if TYPE_CHECKING:
     from engine.optim import Schedule  # who draws something else does not wait for timm
 
-plt.rcParams["text.parse_math"] = False  # a $ in the name of a run or a class is a $
+rcParams["text.parse_math"] = False  # a $ in the name of a run or a class is a $
 # Okabe and Ito's palette, for colour-blind readers too; their yellow is too pale for lines
 OKABE_ITO = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
@@ -29,19 +26,16 @@ OKABE_ITO = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
 
 
 def save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Write a figure in the format that the file's name ends in, whole or not at all, and close it.
+    """Write a figure in the format that the file's name ends in, whole or not at all.
 
     Raises:
         InputError: matplotlib does not know the format.
         RunError: the file cannot be written.
     """
-    try:
-        with input_errors(str(path)), writing_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic.new_content(path) as file:
-                figure.savefig(file, dpi=dpi, format=path.suffix.removeprefix(".") or None)
-    finally:
-        plt.close(figure)
+    with input_errors(str(path)), writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.new_content(path) as file:
+            figure.savefig(file, dpi=dpi, format=path.suffix.removeprefix(".") or None)
 
 
 class PlainLogFormatter(LogFormatter):
@@ -57,6 +51,7 @@ def label_plainly(axis: Axis) -> None:
     axis.set_minor_formatter(PlainLogFormatter())  # where there are few
 
 
+MOST_MARKERS = 200  # on a line
 # Of the curves of a run, in two panels: what is drawn by which name, in which colour
 CURVES = (
     {
@@ -73,14 +68,16 @@ CURVES = (
 )
 
 
-def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
+def draw_curves(records: Sequence[Record], title: str) -> Figure:
     """Training losses on the left, held-out accuracy on the right, over epochs."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure((11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2)
     for axes, curves in zip(panels, CURVES, strict=True):
         for name, (label, colour) in curves.items():
             points = [(record["epoch"], record[name]) for record in records if name in record]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=2.5)
+                marker = "o" if len(points) <= MOST_MARKERS else ""
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=2.5)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
@@ -91,15 +88,13 @@ def draw_curves(records: Sequence[Record], title: str, path: Path) -> None:
     accuracy.set(xlabel="epoch", ylabel="mean average precision (%)" if is_map else "top-1 accuracy (%)")
     accuracy.set_title("Held-out images" if is_map else "Held-out accuracy")
     figure.suptitle(title)
-    save(figure, path)
+    return figure
 
 
 POINTS = 2000  # more than the picture has columns
 
 
-def draw_schedule(
-    schedule: Schedule, steps_per_epoch: int, stop: float | None, full_rate: float, title: str, path: Path
-) -> None:
+def draw_schedule(schedule: Schedule, steps_per_epoch: int, stop: float | None, full_rate: float, title: str) -> Figure:
     """Draw all steps of a schedule.
 
     Args:
@@ -110,7 +105,8 @@ def draw_schedule(
     steps = [*range(0, schedule.total, max(1, schedule.total // POINTS)), schedule.total]
     epochs = [step / steps_per_epoch for step in steps]
     rates = [full_rate * schedule(min(step, schedule.total - 1)) for step in steps]
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure((7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
     if schedule.warmup:
         axes.axvspan(0, (schedule.lag + schedule.warmup) / steps_per_epoch, color=ORANGE, alpha=0.2, label="warmup")
     axes.plot(
@@ -123,4 +119,4 @@ def draw_schedule(
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    save(figure, path)
+    return figure

@@ -30,6 +30,7 @@ class RunFolder:
         self.wandb_id = self.path / "wandb_id"
         self.trace = self.path / "trace.json"
         self.curves = self.path / "curves.png"
+        self.report = self.path / "report.html"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / CHECKPOINTS
         self.last = self.checkpoints / "last.pt"

@@ -60,9 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
         tables = [summary_table(ways, arguments.metric), CAPTION, mcnemar_table(ways), configuration_lines(ways)]
         print(*filter(None, tables), sep="\n\n")
         if arguments.picture:
-            from tools.comparison.pictures import draw_curves
+            from engine.figure import save
+            from tools.comparison.pictures import DPI, draw_curves
 
-            draw_curves(ways, arguments.metric, arguments.picture)
+            save(draw_curves(ways, arguments.metric), arguments.picture, DPI)
         return
     from tools.comparison.study import run_study  # here: it brings torch
 

@@ -21,7 +21,7 @@ from engine.defaults import (
 )
 from engine.distributed import Process, is_sharded, memory_of
 from engine.errors import InputError
-from engine.figure import draw_schedule
+from engine.figure import draw_schedule, save
 from engine.objective import build_teacher
 from engine.optim import build_schedule
 from engine.run_folder import RunFolder
@@ -162,12 +162,12 @@ def draw(config: Config, trainer: Trainer) -> Path:
     """The learning rate; where its picture is."""
     per_epoch, train, picture = trainer.data.iterations_per_epoch, config.train, RunFolder(config.output_dir).plan
     is_stopped = trainer.max_iterations < train.epochs * per_epoch
-    draw_schedule(
+    figure = draw_schedule(
         build_schedule(config.schedule, config.optimizer, train.epochs, per_epoch, train.global_batch),
         steps_per_epoch=1 if config.schedule.unit == "epoch" else per_epoch,
         stop=trainer.max_iterations / per_epoch if is_stopped else None,
         full_rate=max(group["lr_scale"] for group in trainer.optimizer.param_groups),
         title=f"{Path(config.output_dir).name}: learning rate",
-        path=picture,
     )
+    save(figure, picture)
     return picture

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.defaults import complete
     from engine.distributed import process_group
     from engine.evaluation_report import tables, write
-    from engine.evaluation_run import evaluate_weights, find_target, folder_for, sub_models
+    from engine.evaluation_run import Asked, evaluate_weights, find_target, folder_for, sub_models
     from engine.features import chosen_probes
 
     if launched_rank() == 0:
@@ -83,27 +83,18 @@ def run(arguments: argparse.Namespace) -> None:
     config = complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     augmentations = sub_models(config, arguments.augsub, ratios) if wanted else []
-    asked = [
+    named = [
         f"{key}={vars(arguments)[key]}" for key in ("variant", "augsub", "ratios", "features") if vars(arguments)[key]
     ]
-    asked += [*(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
-    output = arguments.output or folder_for(arguments.what, checkpoint, asked)
+    named += [*(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
+    output = arguments.output or folder_for(arguments.what, checkpoint, named)
     with (
         process_group(config.distributed.timeout_minutes) as process,
         worker_deaths(config.data.workers),
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
-        description, results = evaluate_weights(
-            config,
-            checkpoint,
-            process,
-            arguments.variant,
-            augmentations,
-            output,
-            probes,
-            arguments.speed,
-            arguments.compile,
-        )
+        asked = Asked(arguments.variant, augmentations, probes, arguments.speed, arguments.compile, output)
+        description, results = evaluate_weights(config, checkpoint, process, asked)
         if process.is_main:
             print(tables(description, results))
             write(output, description, results)

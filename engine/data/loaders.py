@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from engine.config import PHOTOGRAPHS, Config, TrainConfig
 from engine.data.images import IGNORED, Images, UnreadableImage
 from engine.data.source import DataSource
-from engine.data.stream import SeededDataset, TrainingOrder, held_out_order, sampling_weights
+from engine.data.stream import SampleKey, SeededDataset, TrainingOrder, held_out_order, sampling_weights
 from engine.data.transforms import Delivery, normalisation
 from engine.distributed import Process
 from engine.errors import InputError, RunError, first_line
@@ -209,6 +209,7 @@ class Batches(Iterable[Batch]):
             order = held_out_order(len(source.held_out), process.rank, process.world_size, config.evaluation.batch)
         self._order = order
         images = source.train if self._is_training else source.held_out
+        self._size = len(images)
         self._to_decode = images if config.data.cache == "ram" and isinstance(images, Images) else None
         is_bytes = normalisation(config)[0] is not None and source.in_chans in PHOTOGRAPHS
         blank = torch.zeros(source.image_shape(config.data.image_size), dtype=torch.uint8 if is_bytes else None)
@@ -248,9 +249,12 @@ class Batches(Iterable[Batch]):
                 received._shutdown_workers()  # torch has no public name for it
 
     def examples(self, count: int) -> Tensor:
-        """At most `count` images (B, C, H, W), spread over the data, loaded by this process; black if unreadable."""
-        keys = [key for batch in self._order for key in batch]
-        pairs = self._dataset.__getitems__(keys[:: math.ceil(len(keys) / count)])
+        """At most `count` images (B, C, H, W), spread over the data."""
+        return self.images(range(0, self._size, math.ceil(self._size / count)))
+
+    def images(self, numbers: Iterable[int]) -> Tensor:
+        """Images (B, C, H, W) by their numbers in the data set, loaded by this process; black if unreadable."""
+        pairs = self._dataset.__getitems__([SampleKey(number, seed=0) for number in numbers])
         return self._deliver(*collate(pairs)[0])[0]
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,21 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import augsub
 from engine import atomic
 from engine.config import Config
-from engine.data.transforms import normalisation
+from engine.config_file import differences
 from engine.evaluation import WEIGHTS, evaluate, metrics_for
-from engine.figure import draw_curves
+from engine.examples import SHOWN, draw_seen
+from engine.figure import draw_curves, save
+from engine.html_report import plain, write_report
 from engine.run_folder import RunFolder
-from engine.text import text_table, to_json
+from engine.text import markdown_table, text_table, to_json
 from engine.train_loop import HookBase
 from engine.writers import Record, Writer, open_writers, read_lines, require_wandb
-from models.pictures import record, render, render_main
 
 LOGGER = logging.getLogger("engine")
-SHOWN = {
+SHOWN_FIGURES = {
     "top1": "top-1", "top5": "top-5", "map": "mAP", "f1_macro": "macro F1", "f1_micro": "micro F1",
     "ema_top1": "top-1, EMA", "ema_map": "mAP, EMA",
 }  # fmt: skip
@@ -172,29 +174,24 @@ class WriteRecords(HookBase):
 
 @dataclass
 class SubModelPictures(HookBase):
-    """Hands pictures of what main model and sub-models see of a few held-out images to the writers, at a run's start.
+    """Pictures of what main model and sub-models see of a few held-out images; the writers get them at a run's start.
 
     All processes must have it if the model is sharded: it makes forwards.
     """
 
-    SHOWN = 8  # images
     config: Config
     writing: WriteRecords
+    images: dict[str, Tensor] = field(default_factory=dict)  # (B, 3, H, W) uint8 by title
 
     def before_train(self) -> None:
-        if self.trainer.iteration == 0:
-            self.writing.write_images(self._draw(self.trainer.data.held_out.examples(self.SHOWN)))
-
-    def _draw(self, images: Tensor) -> dict[str, Tensor]:
-        """Pictures (B, 3, H, W) uint8 by title, of images (B, C, H, W)."""
-        mean, std = normalisation(self.config)
-        pictures = {"main model": render_main(images, mean, std)}
-        # nothing is compiled for it under train.compile
-        with torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext():
-            for number, sub_model in enumerate(self.trainer.objective.sub_models):
-                recording = record(self.trainer.bare_model, images, sub_model.augmentation, self.config.seed)
-                pictures[f"sub-model {number}, {sub_model.augmentation}"] = render(recording, mean, std)
-        return pictures
+        trainer = self.trainer
+        augmentations: dict[str, augsub.SubModelAugmentation | None] = {"main model": None}
+        for number, sub_model in enumerate(trainer.objective.sub_models):
+            augmentations[f"sub-model {number}, {sub_model.augmentation}"] = sub_model.augmentation
+        images, is_compiled = trainer.data.held_out.examples(SHOWN), bool(self.config.train.compile)
+        self.images = draw_seen(trainer.bare_model, images, augmentations, self.config, is_compiled)
+        if trainer.iteration == 0:
+            self.writing.write_images(self.images)
 
 
 @dataclass
@@ -236,13 +233,15 @@ class ProgressBar(HookBase):
 
 
 class Report(HookBase):
-    """Writes summary.json and curves.png and prints the table, after the last step."""
+    """Writes summary.json, curves.png and report.html and prints the table, after the last step."""
 
     state_name = "report"
 
-    def __init__(self, config: Config, folder: RunFolder, evaluation: Evaluation) -> None:
+    def __init__(self, config: Config, folder: RunFolder, evaluation: Evaluation, pictures: SubModelPictures) -> None:
         self._folder = folder
         self._evaluation = evaluation
+        self._pictures = pictures
+        self._config = config
         self._title = f"{folder.path.name}: {config.model.name} on {config.data.dataset}"
         self._facts = _facts(config)  # a resumed run keeps those of its start
         self._seconds_before = 0.0
@@ -255,8 +254,33 @@ class Report(HookBase):
         records = read_lines(self._folder.metrics)
         summary = self._summary(mean_losses(records, self.trainer.data.iterations_per_epoch))
         atomic.write_text(self._folder.summary, f"{to_json(summary, indent=2)}\n")
-        draw_curves(records, self._title, self._folder.curves)
-        LOGGER.info("\n%s\n%s", self._title, text_table(self._rows(summary)))
+        curves = draw_curves(records, self._title)
+        save(curves, self._folder.curves)
+        rows = self._rows(summary)
+        page = self._page(rows, [record for record in records if self._evaluation.metric in record])
+        write_report(self._folder.report, page, {"curves": curves, **self._pictures.images})
+        LOGGER.info("\n%s\n%s", self._title, text_table(rows))
+
+    def _page(self, rows: Sequence[tuple[str, str]], evaluations: Sequence[Record]) -> str:
+        """The report as Markdown."""
+        settings = differences(self._config, Config())
+        names = [name for name in evaluations[-1] if name == "epoch" or name in self._evaluation.latest]
+        return "\n\n".join(
+            [
+                f"# {plain(self._title)}",
+                markdown_table(["", ""], [[name, plain(value)] for name, value in rows]),
+                "![Losses and accuracy over epochs](curves)",
+                "## Evaluations",
+                markdown_table(
+                    names,
+                    [[f"{record[name]:.5g}" if name in record else "" for name in names] for record in evaluations],
+                ),
+                "## What the models see",
+                *(f"![{plain(title)}]({title})" for title in self._pictures.images),
+                "## Configuration, where it is not the default",
+                markdown_table(["key", "value"], [[f"`{key}`", plain(value)] for key, (value, _) in settings.items()]),
+            ]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds(), "facts": [list(fact) for fact in self._facts]}
@@ -288,7 +312,7 @@ class Report(HookBase):
             ("main loss", f"{summary['main_loss']:.4f}"),
             ("sub loss", f"{summary['sub_loss']:.4f}" if "sub_loss" in summary else "no sub-model"),
         ]
-        shown = [(name, text) for name, text in SHOWN.items() if name in summary]
+        shown = [(name, text) for name, text in SHOWN_FIGURES.items() if name in summary]
         rows += [(f"held-out {text}", f"{summary[name]:.2f} %") for name, text in shown]
         rows[2] = (rows[2][0], f"{rows[2][1]} of {summary['images']} images")
         skipped = [("bad files skipped", f"{summary['bad_files']} (named in {self._folder.log.name})")]

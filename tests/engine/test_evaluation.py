@@ -19,7 +19,9 @@ from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import RunError
 from engine.evaluation import Metrics, Result, evaluate
-from engine.evaluation_report import draw_confusion, tables, write
+from engine.evaluation_pictures import draw_confusion
+from engine.evaluation_report import tables, write
+from engine.figure import save
 from engine.precision import Precision
 
 CPU = torch.device("cpu")
@@ -225,7 +227,6 @@ def test_there_is_a_picture_of_few_classes_and_of_many_right_or_wrong(num_classe
     for number, shift in enumerate((0, 1)):  # all right, then all wrong
         metrics = counting(num_classes)
         metrics.update(torch.eye(num_classes), torch.arange(num_classes).roll(shift))
-        draw_confusion(
-            metrics, ["a class with a long name, which others have too"] * num_classes, "$x", tmp_path / f"{number}.png"
-        )
+        names = ["a class with a long name, which others have too"] * num_classes
+        save(draw_confusion(metrics, names, "$x"), tmp_path / f"{number}.png")
     assert (tmp_path / "0.png").stat().st_size != (tmp_path / "1.png").stat().st_size

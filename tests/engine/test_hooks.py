@@ -20,7 +20,7 @@ from engine.distributed import Process
 from engine.errors import NonFiniteLossError, Preempted
 from engine.evaluation import evaluate
 from engine.hooks import HOOK_REGISTRY, build_own_hooks
-from engine.hooks.reporting import Evaluation, Report, WriteRecords, mean_losses
+from engine.hooks.reporting import Evaluation, Report, SubModelPictures, WriteRecords, mean_losses
 from engine.hooks.saving import Checkpoint, Preemption
 from engine.hooks.training import (
     ExponentialMovingAverage,
@@ -243,7 +243,9 @@ def test_on_a_plateau_the_learning_rate_falls_again_and_again():
 
 
 def test_a_resumed_report_counts_on_and_keeps_where_the_run_started(tmp_path):
-    report = Report(Config(), RunFolder(tmp_path), Evaluation(period=1, metric="top1"))
+    report = Report(
+        Config(), RunFolder(tmp_path), Evaluation(period=1, metric="top1"), SubModelPictures(Config(), None)
+    )
     assert 0 <= report.state_dict()["seconds"] < 60
     report.load_state_dict({"seconds": 1000.0, "facts": [["started from", "mae.pth"]]})
     assert 1000 <= report.state_dict()["seconds"] < 1060

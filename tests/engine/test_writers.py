@@ -119,15 +119,14 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
     assert math.isnan(first["main_loss"]) and second["main_loss"] == 2.0
     JSONLinesWriter(path, 1).close()  # as a resumed run does: the line is of an iteration still
     assert len(read_lines(path)) == 1
-    figure.draw_curves([first, second], "overflow", tmp_path / "curves.png")
+    figure.save(figure.draw_curves([first, second], "overflow"), tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("factor", [1, 1.3, 30])
-def test_losses_are_marked_by_plain_numbers(factor, tmp_path, monkeypatch):
+def test_losses_are_marked_by_plain_numbers(factor):
     """Also where they stay within a power of ten: formulas would need a matplotlib that reads $ in any name as one."""
-    drawn, save = [], figure.save
-    monkeypatch.setattr(figure, "save", lambda drawing, path: (drawn.append(drawing), save(drawing, path)))
     records = [{"epoch": float(epoch), "main_loss": 2.3 / factor**epoch} for epoch in range(4)]
-    figure.draw_curves(records, "run", tmp_path / "curves.png")
-    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels(which="both") if label.get_text()]
+    drawn = figure.draw_curves(records, "run")
+    drawn.draw_without_rendering()
+    labels = [label.get_text() for label in drawn.axes[0].get_yticklabels(which="both") if label.get_text()]
     assert labels and all(float(label.replace("\N{MINUS SIGN}", "-")) > 0 for label in labels)

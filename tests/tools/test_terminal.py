@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
 import tools.compare_runs
@@ -86,8 +86,8 @@ def test_nothing_heavy_is_imported_for_help():
 
 
 def test_pictures_take_any_name(call, folder):
-    figure, axes = plt.subplots()
-    axes.set_title("a $x$ $_{ \\frac")
+    figure = Figure()
+    figure.subplots().set_title("a $x$ $_{ \\frac")
     save(figure, folder / "a.png")
     image = folder / LATIN_1
     (folder / "bäume" / "val" / "Bäume" / "é0.png").rename(image)

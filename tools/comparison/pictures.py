@@ -6,16 +6,14 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from cycler import cycler
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from engine.figure import BLUE, OKABE_ITO, save
+from engine.figure import BLUE, OKABE_ITO
 from tools.comparison.runs import METRICS, Way, interval
 
 DPI = 130
@@ -33,24 +31,25 @@ def every_way(by_config: ByConfig) -> list[Way]:
     return [way for ways in by_config.values() for way in ways]
 
 
-def draw_curves(ways: Sequence[Way], metric: str, path: Path) -> None:
+def draw_curves(ways: Sequence[Way], metric: str) -> Figure:
     """All ways in one pair of axes: training loss on the left, accuracy on the right."""
     height = 4.2 + 0.25 * math.ceil(len(ways) / LEGEND_COLUMNS)
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
+    figure = Figure((11, height), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
     _draw(loss, ways, "main_loss")
     _draw(accuracy, ways, metric)
     figure.legend(handles=accuracy.lines, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
-    save(figure, path, DPI)
+    return figure
 
 
-def draw_panels(by_config: ByConfig, quantity: str, path: Path) -> bool:
+def draw_panels(by_config: ByConfig, quantity: str) -> Figure:
     """A panel for each way but the baseline, which is in all of them."""
     ways = every_way(by_config)
     tried = [way for way in ways if way.baseline]
     columns = min(MOST_COLUMNS, len(tried))
     rows = math.ceil(len(tried) / columns)
-    size = (3.7 * columns, 3.3 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    figure = Figure((3.7 * columns, 3.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(tried) :]:
         axes.set_axis_off()
     for index, (way, axes) in enumerate(zip(tried, grid.flat, strict=False)):
@@ -73,19 +72,19 @@ def draw_panels(by_config: ByConfig, quantity: str, path: Path) -> bool:
     figure.legend(
         grid[0, 0].lines, ["baseline", "the way in the title"], loc="outside lower center", ncols=2, frameon=False
     )
-    save(figure, path, DPI)
-    return True
+    return figure
 
 
-def draw_losses(by_config: ByConfig, metric: str, path: Path) -> bool:
+def draw_losses(by_config: ByConfig, metric: str) -> Figure | None:
     """The same of the training loss of the main model."""
-    return draw_panels(by_config, "main_loss", path)
+    return draw_panels(by_config, "main_loss")
 
 
-def draw_differences(by_config: ByConfig, metric: str, path: Path) -> bool:
+def draw_differences(by_config: ByConfig, metric: str) -> Figure | None:
     """A row for each way but the baseline: its interval, and the difference of each seed."""
     tried = [way for way in every_way(by_config) if way.baseline]
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(tried)), layout="constrained")
+    figure = Figure((8, 1.4 + 0.42 * len(tried)), layout="constrained")
+    axes = figure.subplots()
     for row, way in enumerate(tried):
         of_seeds = list(way.differences(metric).values())
         mean, half = interval(of_seeds)
@@ -100,11 +99,10 @@ def draw_differences(by_config: ByConfig, metric: str, path: Path) -> bool:
     drawn = [axes.collections[0], axes.containers[0]]
     labels = ["one seed", "mean, interval of 95 %"]
     figure.legend(drawn, labels, loc="outside upper right", ncols=2, frameon=False)
-    save(figure, path, DPI)
-    return True
+    return figure
 
 
-def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
+def draw_prices(by_config: ByConfig, metric: str) -> Figure | None:
     """A panel for each configuration: gains over FLOPs, and a line through the ways that no cheaper one beats."""
     figure, panels = _row_of_panels(by_config)
     for axes, (config, (_, *tried)) in zip(panels, by_config.items(), strict=True):
@@ -124,11 +122,10 @@ def draw_prices(by_config: ByConfig, metric: str, path: Path) -> bool:
         axes.set_xlabel("FLOPs of all forwards, in parts of the baseline's")
         axes.set_ylabel(f"held-out {METRICS[metric]}, difference to the baseline (points)")
         axes.margins(0.15)
-    save(figure, path, DPI)
-    return True
+    return figure
 
 
-def draw_computation(by_config: ByConfig, metric: str, path: Path) -> bool:
+def draw_computation(by_config: ByConfig, metric: str) -> Figure | None:
     """A panel for each configuration: accuracies over the computation so far, in parts of the baseline's whole."""
     figure, panels = _row_of_panels(by_config)
     for axes, (config, ways) in zip(panels, by_config.items(), strict=True):
@@ -139,19 +136,18 @@ def draw_computation(by_config: ByConfig, metric: str, path: Path) -> bool:
             axes.plot(spent, values.mean(0), marker="o", markersize=3, label=way.name.removeprefix(f"{config}, "))
         axes.set(xlabel="FLOPs of all forwards, in parts of the baseline's", ylabel=f"held-out {METRICS[metric]} (%)")
         axes.legend(frameon=False, fontsize="small")
-    save(figure, path, DPI)
-    return True
+    return figure
 
 
-def draw_sweeps(by_config: ByConfig, metric: str, path: Path) -> bool:
-    """Accuracies over a number, where ways are named by a word and the number; False if none are."""
+def draw_sweeps(by_config: ByConfig, metric: str) -> Figure | None:
+    """Accuracies over a number, where ways are named by a word and the number; None if none are."""
     sweeps: dict[str, dict[str, list[tuple[float, Way]]]] = {config: {} for config in by_config}
     for config, ways in by_config.items():
         for way in ways:
             if named := NUMBERED.fullmatch(way.name.removeprefix(f"{config}, ")):
                 sweeps[config].setdefault(named[1], []).append((float(named[2]), way))
     if not any(len(points) > 2 for of_config in sweeps.values() for points in of_config.values()):
-        return False
+        return None
     figure, panels = _row_of_panels(by_config)
     for axes, (config, (baseline, *_)) in zip(panels, by_config.items(), strict=True):
         axes.axhline(np.mean(baseline.values(metric)), color="black", linewidth=1, label="baseline")
@@ -161,19 +157,18 @@ def draw_sweeps(by_config: ByConfig, metric: str, path: Path) -> bool:
             axes.errorbar(numbers, means, yerr=halves, fmt="o-", capsize=3, label=name)
         axes.set(xlabel="ratio", ylabel=f"held-out {METRICS[metric]} (%)")
         axes.legend(frameon=False)
-    save(figure, path, DPI)
-    return True
+    return figure
 
 
-def draw_gradients(by_config: ByConfig, metric: str, path: Path) -> bool:
-    """The sub-model's gradient in parts of the main model's, over epochs; False if no run recorded both."""
+def draw_gradients(by_config: ByConfig, metric: str) -> Figure | None:
+    """The sub-model's gradient in parts of the main model's, over epochs; None if no run recorded both."""
     both = ("main_grad_norm", "sub_grad_norm")
     recorded = {
         config: [way for way in ways if all(curve(way, name)[0].size for name in both)]
         for config, ways in by_config.items()
     }
     if not any(recorded.values()):
-        return False
+        return None
     figure, panels = _row_of_panels(by_config)
     for axes, (config, ways) in zip(panels, recorded.items(), strict=True):
         axes.set_prop_cycle(STYLES)
@@ -182,14 +177,13 @@ def draw_gradients(by_config: ByConfig, metric: str, path: Path) -> bool:
             axes.plot(epochs, (sub / main).mean(0), label=way.name.removeprefix(f"{config}, "))
         axes.set(xlabel="epoch", ylabel="gradient norm, sub-model / main model")
         axes.legend(frameon=False)
-    save(figure, path, DPI)
-    return True
+    return figure
 
 
 def _row_of_panels(by_config: ByConfig) -> tuple[Figure, Sequence[Axes]]:
     """One for each configuration, under its name."""
-    size = (6.5 * len(by_config), 4.5)
-    figure, panels = plt.subplots(1, len(by_config), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure((6.5 * len(by_config), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(by_config), squeeze=False)
     for axes, config in zip(panels.flat, by_config, strict=True):
         axes.set_title(config, fontsize="medium")
         axes.grid(alpha=0.3)

@@ -28,11 +28,13 @@ from engine.config import Config, sides
 from engine.config_file import differences, fill_in_from, leaves, load_config, read_over, reported
 from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError, writing_errors
+from engine.figure import save
+from engine.html_report import write_report
 from engine.run_folder import RunFolder
 from engine.text import expanded, markdown_table
 from tools.analysis import analyze_configured
 from tools.comparison import runs as compared
-from tools.comparison.pictures import PICTURES, every_way
+from tools.comparison.pictures import DPI, PICTURES, every_way
 from tools.comparison.results import (
     Result,
     add_result,
@@ -286,24 +288,30 @@ def found_ways(study: Study, runs: Sequence[PlannedRun], results: Sequence[Resul
 
 
 def write_page(study: Study, by_config: Mapping[str, list[Way]], left: int, command: str) -> list[Path]:
-    """Draw the pictures and write the page that shows them; all of them are returned."""
+    """Draw the pictures, write the page that shows them and the report; all of them are returned."""
     page, ways = Path(study.report), every_way(by_config)
     check_comparable(ways, METRIC)
-    pictures = {}  # what they show, by their path
-    for name, (caption, draw) in PICTURES.items():
-        path = page.with_name(f"{page.stem}_{name}.png")
-        if draw(by_config, METRIC, path):
-            pictures[path] = caption
-    text = fill_page(study, by_config, pictures, left, command)
+    drawn = {f"{page.stem}_{name}.png": draw(by_config, METRIC) for name, (_, draw) in PICTURES.items()}
+    figures = {name: figure for name, figure in drawn.items() if figure is not None}
+    captions = {name: caption for name, (caption, _) in zip(drawn, PICTURES.values(), strict=True) if name in figures}
+    for name, figure in figures.items():
+        save(figure, page.with_name(name), DPI)
+    text = fill_page(study, by_config, captions, left, command)
     with writing_errors(page):
         atomic.write_text(page, text)
-    return [page, *pictures]
+    report = Path(study.output_dir) / "report.html"
+    write_report(report, text, figures)
+    return [page, *map(page.with_name, figures), report]
 
 
 def fill_page(
-    study: Study, by_config: Mapping[str, list[Way]], pictures: Mapping[Path, str], left: int, command: str
+    study: Study, by_config: Mapping[str, list[Way]], pictures: Mapping[str, str], left: int, command: str
 ) -> str:
-    """The report."""
+    """The page.
+
+    Args:
+        pictures: their captions, by name.
+    """
     facts, samples, ways = [], [], every_way(by_config)
     for base, (baseline, *_) in by_config.items():
         run, accuracy = baseline.first, statistics.fmean(baseline.values(METRIC))
@@ -346,5 +354,5 @@ def fill_page(
             f"- **{way}**: {', '.join(f'`{override}`' for override in overrides) or 'the configuration as it is'}"
             for way, overrides in study.ways.items()
         ),
-        pictures="\n\n".join(f"![{caption}]({path.name})" for path, caption in pictures.items()),
+        pictures="\n\n".join(f"![{caption}]({name})" for name, caption in pictures.items()),
     )
