@@ -259,7 +259,8 @@ def test_the_report_of_a_finished_study(study, capsys):
         forge(run.config.output_dir, to_yaml(run.config), top1, run.config.seed, seconds=3.0 * top1)
     written, left = run_study(study, jobs=2)
     text = Path("report.md").read_text()
-    assert written == [Path("report.md"), *(Path(name) for name in re.findall(r"\]\((\w+\.png)\)", text))]
+    pictures = re.findall(r"\]\((\w+\.png)\)", text)
+        assert written == [*map(Path, ["report.md", *pictures]), Path("runs/study/report.html")]
     assert (
         not left and len(written) == 6 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
     )
