@@ -260,9 +260,9 @@ def test_the_report_of_a_finished_study(study, capsys):
     written, left = run_study(study, jobs=2)
     text = Path("report.md").read_text()
     pictures = re.findall(r"\]\((\w+\.png)\)", text)
-        assert written == [*map(Path, ["report.md", *pictures]), Path("runs/study/report.html")]
+    assert written == [*map(Path, ["report.md", *pictures]), Path("runs/study/report.html")]
     assert (
-        not left and len(written) == 6 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
+        not left and len(written) == 7 and all(path.stat().st_size for path in written) and not capsys.readouterr().err
     )
     assert "Written by `python tools/compare_runs.py --study study.yaml`: 4 runs" in text
     assert "1000 training images and 797 held-out ones of 8 x 8 pixels" in text
