@@ -23,7 +23,7 @@ test-slow: $(DEVELOP)  ## every class of timm, a step of every full-size recipe,
 test-faults: $(DEVELOP)  ## real faults in real runs
 	$(PYTEST) -m faults
 
-test-browser: docs  ## reports and the documentation in Chromium (apt install chromium, or playwright install chromium)
+test-browser: $(DEVELOP)  ## reports and the documentation in Chromium (apt install chromium, or playwright install chromium)
 	$(PYTEST) -m browser
 
 test-gpu: $(DEVELOP)  ## what only a GPU can show, in minutes; without one a line that says so
@@ -64,7 +64,8 @@ pictures: $(DEVELOP)  ## what sub-models see, for the documentation
 
 docs: $(DEVELOP)  ## refresh computed tables, then the documentation as a site in site/; a warning is an error
 	$(BIN)/python docs/refresh.py docs/configuration.md docs/recipes.md docs/reliability.md docs/scaling.md
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python docs/site.py
+	$(BIN)/zensical build --clean --strict
 
 zoo: $(DEVELOP)  ## follow the installed timm: its classes in docs/model_support.md, which the tests take from there
 	$(BIN)/python docs/refresh.py docs/model_support.md

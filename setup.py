@@ -31,7 +31,6 @@ LORA = ["peft"]
 TIFF = ["tifffile"]
 SHARDS = ["webdataset", "fsspec", "aiohttp"]
 DEVELOP = [
-    "mkdocs-material",
     "mkdocstrings[python]",
     "mypy",
     "playwright",
@@ -39,6 +38,7 @@ DEVELOP = [
     "pytest-xdist",
     "ruff",
     "setuptools>=77",
+    "zensical",
 ]
 
 setup(
