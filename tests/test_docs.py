@@ -243,3 +243,9 @@ def test_the_site_is_built_without_a_warning():
     api = (ROOT / "site" / "api" / "index.html").read_text()
     assert "SubModelObjective" in api and "weighted sum of all branches" in api
     assert (ROOT / "site" / "source" / "configs" / "swin_b.yaml" / "index.html").exists()
+
+
+def test_no_code_of_the_readme_scrolls():
+    """A page of 1,280 pixels has room for some 93 characters; on the site lines are folded."""
+    lines = [line for block in code_blocks(README, r"\w*") for line in block.splitlines()]
+    assert [line for line in lines if len(line) > 93] == []
