@@ -246,6 +246,7 @@ class Result:
         probes: top-1 in percent of classifiers on its features, by their names.
         speed: of its forwards, by the names of `measure_speed`; nothing if nobody asked.
         reference: errors in percent by corruption, to which those of this model are related; none of other images.
+        clean: figures on clean images of the same classes; nothing if nobody asked.
         examples: pictures (n, 3, H, W) uint8 by their titles: images of confused classes, what the sub-model sees.
     """
 
@@ -256,6 +257,7 @@ class Result:
     probes: dict[str, float] = field(default_factory=dict)
     speed: Mapping[str, float] = field(default_factory=dict)
     reference: Mapping[str, float] = field(default_factory=dict)
+    clean: Mapping[str, float] = field(default_factory=dict)
     examples: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

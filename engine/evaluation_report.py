@@ -30,7 +30,7 @@ SPEED = ("infer_samples_per_sec", "infer_latency", "infer_gmacs")
 BUDGETS = (0.75, 0.5, 0.25)  # of the main model's multiply-adds
 # Columns of the terminal's tables; the files have more
 PRINTED = {
-    "results": ("weights", "images", *SCORES, "cross_entropy", "ece", *SPEED),
+    "results": ("weights", "images", *SCORES, "difference", "cross_entropy", "ece", *SPEED),
     "sub_models": ("weights", "sub_model", "ratio", *SCORES, "cross_entropy", *SPEED),
 }
 
@@ -55,6 +55,9 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         for name, interval in getattr(result.metrics, "intervals", dict)().items():
             model |= {f"{name}_{end}": round(value, 3) for end, value in zip(("low", "high"), interval, strict=True)}
         model |= {f"{name}_top1": round(top1, 3) for name, top1 in result.probes.items()}
+        if result.clean:
+            clean = round(result.clean["top1"], 3)
+            model |= {"clean_top1": clean, "difference": round(figures["top1"] - clean, 3)}
         model |= {name: round(value, 3) for name, value in result.speed.items()}
         found["results"].append(model)
         found["classes"] += [{**weights, **row} for row in result.metrics.of_classes(evaluated["class_names"])]
@@ -241,6 +244,7 @@ def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:
                 "weights": result.weights,
                 **metrics.figures(),
                 **{f"{name}_top1": top1 for name, top1 in result.probes.items()},
+                **({"clean": dict(result.clean)} if result.clean else {}),
                 **result.speed,
                 **metrics.details(names),
                 "sub_models": [],

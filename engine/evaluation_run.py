@@ -21,7 +21,7 @@ from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_l
 from engine.config_file import parse_config, saved_content
 from engine.data.corruptions import corrupted
 from engine.data.datasets import build_source
-from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, open_variant, synsets
+from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, clean_images, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
@@ -158,6 +158,7 @@ class Asked:
 
     Attributes:
         variant: one of ImageNet's relatives, or corruptions of them, in place of the configuration's held-out images.
+        clean: folder of ImageNet's validation images, to compare a variant with.
         augmentations: of sub-models that are evaluated too.
         probes: classifiers that are fitted to the features, for which the training images are needed.
         speed: whether forwards are timed too.
@@ -166,6 +167,7 @@ class Asked:
     """
 
     variant: str | None = None
+    clean: str | None = None
     augmentations: Sequence[augsub.SubModelAugmentation] = ()
     probes: Sequence[str] = ()
     speed: bool = False
@@ -195,6 +197,7 @@ def evaluate_weights(
         log_left_out(source)
     bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
     loaders = {name: Batches(config, source, process, bad_files) for name, source in sources.items()}
+    clean = None if asked.clean is None else clean_images(asked.variant, source, asked.clean, config)
     model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
     shape = source.image_shape(config.data.image_size)
     with input_errors(f"data.image_size with model.name = {config.model.name}"):
@@ -209,14 +212,17 @@ def evaluate_weights(
             what = "" if augmentation is None else f"the sub-model {augmentation} of "
             what += f"the {WEIGHTS[prefix]} weights"
             whole, parts = _on_all(model, loaders, source, precision, process, what, augmentation, config.seed)
-            found, forwards = {}, {}
+            found, forwards, on_clean = {}, {}, {}
+            if clean is not None and augmentation is None:
+                counted, loader = metrics_for(clean, process.device), Batches(config, clean, process, bad_files)
+                on_clean = evaluate(model, loader, precision, process, f"{what} on clean images", counted)
             if asked.probes and augmentation is None:
                 found = probe(asked.probes, model, config, source, process, precision, bad_files)
             if asked.speed:
                 batch = config.evaluation.batch
                 forwards = measure_speed(model.eval(), shape, batch, precision, process, augmentation)
             reference = CORRUPTIONS if asked.variant == "c" else {}
-            result = Result(prefix, whole, parts, augmentation, found, forwards, reference)
+            result = Result(prefix, whole, parts, augmentation, found, forwards, reference, on_clean)
             examples = _examples(result, model, loaders, source, config, asked) if process.is_main else {}
             results.append(replace(result, examples=examples))
     bad_files.unite(process)

@@ -46,8 +46,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help="ImageNet's relatives: real, v2, a, r, sketch, c; or corrupted, noise, blur and the like over any images",
+        help="ImageNet's relatives: real, v2, a, r, sketch, objectnet, c; or corrupted: noise, blur … over any images",
     )
+    parser.add_argument("--clean", metavar="FOLDER", type=expanded, help="ImageNet's validation, to compare with")
     parser.add_argument(
         "--output", type=as_path, metavar="FOLDER", help="default: a folder of evaluation/ in the run or in runs/"
     )
@@ -93,7 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
         worker_deaths(config.data.workers),
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
-        asked = Asked(arguments.variant, augmentations, probes, arguments.speed, arguments.compile, output)
+        asked = Asked(
+            arguments.variant, arguments.clean, augmentations, probes, arguments.speed, arguments.compile, output
+        )
         description, results = evaluate_weights(config, checkpoint, process, asked)
         if process.is_main:
             print(tables(description, results))

@@ -97,7 +97,7 @@ class ImageFiles:
         return self.samples[index][0].removeprefix(self.root)
 
 
-def image_folder(root: Path, names: Sequence[str] = ()) -> ImageFiles:
+def image_folder(root: Path, names: Sequence[str] = (), leaves_out_others: bool = False) -> ImageFiles:
     """The images directly in class folders.
 
     Images are numbered in the natural order of their paths, classes in that of their names, which is timm's order where
@@ -105,6 +105,7 @@ def image_folder(root: Path, names: Sequence[str] = ()) -> ImageFiles:
 
     Args:
         names: of the class folders in their order, if that is known: all must be there, and no others.
+        leaves_out_others: whether images outside of these folders are left out instead of refused.
 
     Raises:
         InputError: no class folders, one without an image, or an image that does not lie directly in one.
@@ -118,6 +119,8 @@ def image_folder(root: Path, names: Sequence[str] = ()) -> ImageFiles:
     for path in images_below(root, files.left_out):
         folder = os.path.dirname(path)
         if folder not in labels:
+            if leaves_out_others:
+                continue
             some = f"{', '.join([*classes][:3])} … ({len(classes)})"
             raise InputError(f"{path}: an image must lie directly in a class folder of {root}: {some}")
         files.samples.append((path, labels[folder]))

@@ -1,18 +1,24 @@
 """The test sets around ImageNet-1k: the same classes, other images or other labels.
 
-=======  =======================================================  ==============================================
-variant  what it is                                               `data.root` holds
-=======  =======================================================  ==============================================
-real     ImageNet's validation images with all labels that are    ILSVRC2012_val_<number>.JPEG, at any depth
-         right (Beyer et al., arXiv 2006.07159), from timm
-v2       new images (Recht et al., arXiv 1902.10811)              folders named 0 to 999, the classes' numbers
-a        images that fool a ResNet-50, 200 classes                folders named by synset
-         (Hendrycks et al., arXiv 1907.07174)
-r        renditions, 200 classes (arXiv 2006.16241)               folders named by synset
-sketch   sketches (Wang et al., arXiv 1905.13549)                 folders named by synset
-c        corrupted validation images, cropped to 224 pixels       <corruption>/<severity>/<synset>
-         already (Hendrycks and Dietterich, arXiv 1903.12261)
-=======  =======================================================  ==============================================
+=========  =====================================================  ==============================================
+variant    what it is                                             `data.root` holds
+=========  =====================================================  ==============================================
+real       ImageNet's validation images with all labels that are  ILSVRC2012_val_<number>.JPEG, at any depth
+           right (Beyer et al., arXiv 2006.07159), from timm
+v2         new images (Recht et al., arXiv 1902.10811)            folders named 0 to 999, the classes' numbers
+a          images that fool a ResNet-50, 200 classes              folders named by synset
+           (Hendrycks et al., arXiv 1907.07174)
+r          renditions, 200 classes (arXiv 2006.16241)             folders named by synset
+sketch     sketches, all classes (Wang et al., arXiv 1905.13549)  folders named by synset
+objectnet  objects from unusual sides, in unusual places, the     images/ and mappings/, as it is unpacked
+           113 classes that ImageNet has too (Barbu et al.,
+           NeurIPS 2019); their red border of 2 pixels is cut
+c          corrupted validation images, cropped to 224 pixels     <corruption>/<severity>/<synset>
+           already (Hendrycks and Dietterich, arXiv 1903.12261)
+=========  =====================================================  ==============================================
+
+Of a, r and objectnet the model chooses among ImageNet's classes that can be right there (of objectnet as Taori et al.,
+arXiv 2007.00644, have it). Clean images, for comparison, are those of ImageNet's validation of the same classes.
 
 Class folders lie in `data.root` itself or in its folder of `data.eval_split`.
 """
@@ -25,11 +31,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from PIL import ImageOps
 from timm.data import ImageNetInfo
 
 from engine.config import Config
@@ -38,11 +45,12 @@ from engine.data.files import ImageFiles, image_folder, images_below, split_fold
 from engine.data.images import IGNORED, Decoding, Images
 from engine.data.source import DataSource
 from engine.data.transforms import build_transform
-from engine.errors import InputError
+from engine.errors import InputError, input_errors
 
 LOGGER = logging.getLogger("engine")
 CORRUPTED = "corrupted"  # of any images, engine/data/corruptions.py
-VARIANTS = ("real", "v2", "a", "r", "sketch", "c")
+VARIANTS = ("real", "v2", "a", "r", "sketch", "objectnet", "c")
+COMPARED = ("v2", "a", "r", "sketch", "objectnet")  # with clean images of the same classes
 # What a variant sets unless the user does: the images of c are cropped, its authors (robustness/ImageNet-C/test.py) use
 # all of them
 VARIANT_SETTINGS = {"c": ("transform.eval_crop=1.0",)}
@@ -73,6 +81,8 @@ def open_variant(variant: str, config: Config) -> dict[str, DataSource]:
         return _open_real(root, config)
     if variant == "c":
         return _open_corruptions(root, config)
+    if variant == "objectnet":
+        return _open_objectnet(root, config)
     candidates = list(map(int, _text(f"imagenet_{variant}_indices.txt").split())) if variant in ("a", "r") else None
     numbers = candidates or range(NUM_CLASSES)
     names = [str(number) if variant == "v2" else _info().index_to_label_name(number) for number in numbers]
@@ -100,6 +110,48 @@ def _open_real(root: Path, config: Config) -> dict[str, DataSource]:
     return {"": replace(source, accepted=accepted)}
 
 
+def _open_objectnet(root: Path, config: Config) -> dict[str, DataSource]:
+    """Labels are the numbers of ObjectNet's classes, of which several of ImageNet's may be right."""
+    known = {_info().index_to_description(number): number for number in range(NUM_CLASSES)}
+    mappings = root / "mappings"
+    texts = [mappings / name for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")]
+    if missing := [str(file) for file in texts if not file.exists()]:
+        raise InputError(f"--variant objectnet: {missing[0]} is missing: data.root holds images/ and mappings/")
+    with input_errors(f"--variant objectnet: {mappings}"):
+        folders, right = (json.loads(file.read_text()) for file in texts)
+        named = {folder: right[label].split("; ") for folder, label in folders.items() if label in right}
+    if unknown := {name for names in named.values() for name in names} - known.keys():
+        raise InputError(f"--variant objectnet: {mappings}: no class of ImageNet: {', '.join(sorted(unknown))}")
+    candidates = sorted({known[name] for names in named.values() for name in names})
+    places = [[candidates.index(known[name]) for name in names] for names in named.values()]
+    widest = max(map(len, places))
+    accepted = torch.tensor([own + [IGNORED] * (widest - len(own)) for own in places])
+    source = _source(image_folder(root / "images", [*named], leaves_out_others=True), config, candidates, border=2)
+    return {"": replace(source, candidates=candidates, accepted=accepted)}
+
+
+def clean_images(variant: str | None, source: DataSource, folder: str, config: Config) -> DataSource:
+    """ImageNet's validation images of a variant's classes, among which the model chooses.
+
+    Args:
+        source: of the variant.
+        folder: class folders named by synset, or the folder of a split that holds them.
+
+    Raises:
+        InputError: a variant that has none to compare, or folders that are missing.
+    """
+    if variant not in COMPARED:
+        raise InputError(
+            f"--clean: goes with --variant {', '.join(COMPARED)}, not with {variant or 'plain evaluation'}"
+        )
+    root, numbers = Path(folder), source.candidates or range(NUM_CLASSES)
+    if not root.is_dir():
+        raise InputError(f"--clean {folder}: no such folder")
+    names = [_info().index_to_label_name(number) for number in numbers]
+    images = image_folder(split_folder(root, config.data.eval_split) or root, names, leaves_out_others=True)
+    return replace(_source(images, config, numbers), candidates=source.candidates)
+
+
 def _open_corruptions(root: Path, config: Config) -> dict[str, DataSource]:
     """One source for each corruption and severity, named "fog/3"."""
     present = [name for name in CORRUPTIONS if (root / name).is_dir()]
@@ -112,13 +164,19 @@ def _open_corruptions(root: Path, config: Config) -> dict[str, DataSource]:
     return {place: _source(image_folder(root / place, synsets()), config, numbers) for place in places}
 
 
-def _source(items: ImageFiles, config: Config, numbers: Sequence[int]) -> DataSource:
-    """Held-out images whose labels are places in `numbers`; a class is called n01498041 stingray."""
+def _source(items: ImageFiles, config: Config, numbers: Sequence[int], border: int = 0) -> DataSource:
+    """Held-out images whose labels are places in `numbers`; a class is called n01498041 stingray.
+
+    Args:
+        border: pixels that are cut off at each side before anything else.
+    """
     transform, decoding, info = build_transform(config, is_training=False), Decoding.of(config.data), _info()
     names = [
         f"{info.index_to_label_name(number)} {info.index_to_description(number).partition(',')[0]}"
         for number in numbers
     ]
+    if border:
+        transform.transforms.insert(0, partial(ImageOps.crop, border=border))
     images = Images(items, transform, "held-out", decoding=decoding)
     return DataSource(None, images, NUM_CLASSES, decoding.in_chans, names)
 

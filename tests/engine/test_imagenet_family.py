@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config
-from engine.data.imagenet_family import VARIANT_SETTINGS, open_variant
+from engine.data.imagenet_family import VARIANT_SETTINGS, clean_images, open_variant
 from engine.data.images import IGNORED
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource
@@ -130,6 +130,62 @@ def test_real_accuracy_is_that_of_timm(tmp_path):
     assert figures["top5"] == pytest.approx(evaluator.get_accuracy(5))
 
 
+def pictures(folder: Path, names: list[str]) -> None:
+    """A picture of its own for each name, with a red border of two pixels."""
+    for number, name in enumerate(names):
+        pixels = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(number))
+        pixels[:, [0, 1, -2, -1]] = pixels[:, :, [0, 1, -2, -1]] = torch.tensor([1.0, 0, 0])[:, None, None]
+        (folder / name).mkdir(parents=True)
+        to_pil_image(pixels).save(folder / name / "0.png")
+
+
+def test_objectnet_has_the_classes_of_imagenet_and_no_border(tmp_path):
+    """Of a bicycle two classes are right; an argmax over all that may be right somewhere says which is meant."""
+    root, config = tmp_path / "objectnet", configuration(tmp_path / "objectnet")
+    pictures(root / "images", ["bicycle", "beer_bottle", "air_freshener"])
+    (root / "mappings").mkdir()
+    labels = {"bicycle": "Bicycle", "air_freshener": "Air freshener", "beer_bottle": "Beer bottle"}
+    bicycles = "mountain bike, all-terrain bike, off-roader; bicycle-built-for-two, tandem bicycle, tandem"
+    (root / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps(labels))
+    right = {"Bicycle": bicycles, "Beer bottle": "beer bottle"}
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(right))
+    source = open_variant("objectnet", config)[""]
+    assert source.candidates == [440, 444, 671] and len(source.held_out) == 2
+    assert 255 not in source.held_out[0][0][0, :, 0] or not (source.held_out[0][0][1:, :, 0] == 0).all()
+    bicycle = {Path(path).parent.name: number for number, (path, _) in enumerate(source.held_out._items.samples)}[
+        "bicycle"
+    ]
+    for best, is_right in ((671, True), (444, True), (440, False), (0, True)):
+        logits = torch.zeros(1, 1000)
+        logits[0, 671], logits[0, best] = 1.0, 2.0  # class 0 is right nowhere: it is not asked for
+        metrics = Metrics(torch.device("cpu"), source)
+        metrics.update(logits, torch.tensor([source.held_out[bicycle][1]]))
+        assert metrics.totals[2].item() == is_right
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps({"Bicycle": "velocipede"}))
+    with pytest.raises(InputError, match="no class of ImageNet: velocipede"):
+        open_variant("objectnet", config)
+    (root / "mappings" / "objectnet_to_imagenet_1k.json").unlink()
+    with pytest.raises(InputError, match=r"--variant objectnet: .*objectnet_to_imagenet_1k.json is missing"):
+        open_variant("objectnet", config)
+
+
+@pytest.mark.parametrize("variant", ["a", "sketch"])
+def test_clean_images_are_of_the_same_classes_chosen_among_the_same(variant, tmp_path, picture):
+    make(tmp_path / "variant", FOLDERS[variant], picture)
+    make(tmp_path / "imagenet" / "val", SYNSETS, picture)
+    config = configuration(tmp_path / "variant")
+    source = open_variant(variant, config)[""]
+    clean = clean_images(variant, source, str(tmp_path / "imagenet"), config)
+    assert len(clean.held_out) == len(FOLDERS[variant]) and clean.candidates == source.candidates
+    own, theirs = labels_by_file(source), labels_by_file(clean)
+    assert {path.parent.name: label for path, label in own.items()} == {
+        path.parent.name: label for path, label in theirs.items()
+    }
+    for wrong, folder, complaint in ((variant, "nowhere", "no such folder"), ("c", "imagenet", "not with c")):
+        with pytest.raises(InputError, match=complaint):
+            clean_images(wrong, source, str(tmp_path / folder), config)
+
+
 def test_corruptions_are_sets_of_their_own_of_which_nothing_is_cut(tmp_path, caplog):
     root, pixels = tmp_path / "data", torch.arange(3 * 64, dtype=torch.uint8).reshape(3, 8, 8)
     to_pil_image(pixels).save(tmp_path / "picture.png")
@@ -162,7 +218,7 @@ def test_corruptions_are_sets_of_their_own_of_which_nothing_is_cut(tmp_path, cap
         ("a", [*FOLDERS["a"], "n00000000"], "n00000000/0.png: an image must lie directly in a class folder of"),
         ("v2", FOLDERS["v2"][1:], "data/0: the class folder holds no image"),
         ("sketch", ["cat"], "data/cat/0.png: an image must lie directly in a class folder of"),
-        ("b", ["cat"], "--variant b: allowed is real, v2, a, r, sketch, c"),
+        ("b", ["cat"], "--variant b: allowed is real, v2, a, r, sketch, objectnet, c"),
         ("c", [], "no such folder"),
         ("c", ["fogg"], "--variant c needs the folders of corruptions: gaussian_noise, "),
         ("c", ["fog"], "fog/1/n01440764: the class folder holds no image"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import re
 import shutil
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from torch.nn import functional as F
 
 import augsub
@@ -310,6 +312,35 @@ def test_a_checkpoint_does_not_say_which_code_runs(evaluate, trained, tmp_path, 
     assert (tmp_path / "sentinel").exists()
 
 
+@pytest.mark.slow
+def test_a_variant_is_compared_with_clean_images_of_its_classes(evaluate, tmp_path):
+    """A model that answers one class whatever it sees is as right as that class is frequent."""
+    info = ImageNetInfo()
+    synsets = [info.index_to_label_name(number) for number in range(1000)]
+    own = (files("timm.data") / "_info" / "imagenet_a_synsets.txt").read_text().split()
+    model = timm.create_model("test_vit")
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias[[synsets.index(own[7]), synsets.index("n01440764")]] = torch.tensor([1.0, 2.0])  # not in a
+    assert "n01440764" not in own
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "0.png")
+    for folder, names in (("a", own), ("imagenet/val", synsets)):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for number in range(3 if folder != "a" and name == own[7] else 1):
+                os.link(tmp_path / "0.png", tmp_path / folder / name / f"{number}.png")
+    size = ("data.image_size=32", "data.workers=0", f"data.root={tmp_path / 'a'}")
+    variant = ("--variant", "a", "--clean", str(tmp_path / "imagenet"))
+    results = tmp_path / "results"
+    output = evaluate(tmp_path / "model.pth", "--model", "test_vit", *variant, "--output", results, *size)
+    (result,) = json.loads((results / "results.json").read_text())["results"]
+    assert result["top1"] == pytest.approx(100 / 200) and result["clean"]["top1"] == pytest.approx(300 / 202)
+    (row,) = csv.DictReader((results / "results.csv").open())
+    assert float(row["difference"]) == pytest.approx(100 / 200 - 300 / 202, abs=2e-3)
+    assert "difference" in output
+
+
 FILE = ("test_vit.pth", "--model", "test_vit")
 REFUSED = {
     ("test_vit.pth",): "test_vit.pth holds no configuration: say which model these weights are of, --model NAME",
@@ -325,6 +356,7 @@ REFUSED = {
     ("RUN", "--augsub", "masking", "--ratios", "0.99"): "8 x 8 pixels do not fit: ",
     ("RUN", "--augsub", "maskin"): "--augsub maskin: unknown augmentation 'maskin', did you mean 'masking'?",
     ("RUN", "--sub-model", "augsub.sub_models=[]"): "--sub-model: the configuration has none",
+    ("RUN", "--clean", "."): "--clean: goes with --variant v2, a, r, sketch, objectnet, not with plain evaluation",
     ("RUN", "--variant", "a"): "--variant a: is read from folders, not from data.dataset = digits",
     ("RUN", "--output", "test_vit.pth/results"): "--output test_vit.pth/results cannot be written: ",
 }
