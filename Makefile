@@ -48,6 +48,7 @@ first-run: $(DEVELOP)  ## repeat docs/first_run.md: what its commands print, and
 	mkdir -p docs/first_run
 	cp runs/plan_digits_vit.png docs/first_run/plan.png
 	cp runs/digits_vit/curves.png runs/digits_vit/evaluation/*.png docs/first_run/
+	$(BIN)/python docs/screenshot.py runs/digits_vit/report.html docs/first_run/report.png
 
 VIT := $(BIN)/python tools/visualize_augsub.py --model vit_small_patch16_224
 pictures: $(DEVELOP)  ## what sub-models see, for the documentation

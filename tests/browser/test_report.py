@@ -108,7 +108,7 @@ def test_an_evaluation_shows_the_figures_beside_it_and_mistakes(page, evaluation
 
 
 def test_a_study_is_its_page_with_drawings(page, study):
-    show(page, study / "runs" / "report.html")
+    show(page, study / "runs" / "study.html")
     text = (study / "study.md").read_text()
     assert page.locator("h2").all_inner_texts() == [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert page.locator("figure").count() == text.count("![")

@@ -299,7 +299,7 @@ def write_page(study: Study, by_config: Mapping[str, list[Way]], left: int, comm
     text = fill_page(study, by_config, captions, left, command)
     with writing_errors(page):
         atomic.write_text(page, text)
-    report = Path(study.output_dir) / "report.html"
+    report = Path(study.output_dir) / f"{page.stem}.html"  # studies may share the folder
     write_report(report, text, figures)
     return [page, *map(page.with_name, figures), report]
 
