@@ -30,6 +30,8 @@ PAGE = Path(__file__).with_suffix(".html")
 EXTENSIONS = ("tables", "fenced_code", "sane_lists")
 PICTURE = re.compile(r'<p><img alt="(.*?)" src="(.*?)" ?/?></p>')
 PADDING = 0.06  # inches around a pair of axes
+CSS_PIXELS = 96  # per inch
+SMALLEST = 0.6  # of a drawing's size, which a phone scrolls rather than shrinks further
 MOST_POINTS = 500  # of a curve whose values are told
 SPECIAL = re.compile(r"([\\`*_{}\[\]|#])")  # characters that Markdown reads
 Picture = Figure | Tensor
@@ -96,8 +98,10 @@ def _axes(figure: Figure) -> str:
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "augsub"}):  # text as text, same bytes
             figure.savefig(svg, format="svg", bbox_inches=inches, transparent=True, metadata={"Date": None})
         values = to_json(_curves(part, box)) if isinstance(part, Axes) else "[]"
+        width = CSS_PIXELS * inches.width
+        style = f"width:{width:.0f}px;min-width:{SMALLEST * width:.0f}px"
         content.append(
-            f'<div class="drawing" style="width:{96 * inches.width:.0f}px" data-curves="{html.escape(values)}">'
+            f'<div class="drawing" style="{style}" data-curves="{html.escape(values)}">'
             f'<img alt="" src="{_data_url("image/svg+xml", svg)}"></div>'
         )
         part.set_visible(False)
