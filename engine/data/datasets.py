@@ -11,9 +11,9 @@ import numpy as np
 from timm.data import create_dataset
 
 from augsub.named_registry import did_you_mean
-from engine.config import PHOTOGRAPHS, UNTRANSFORMED, Config, DataConfig, has_several_labels
+from engine.config import PHOTOGRAPHS, UNTRANSFORMED, Config, DataConfig, has_several_labels, image_channels
 from engine.data.files import ImageFiles, Table, image_folder, image_table, split_folder, split_names
-from engine.data.images import Decoding, Images, UnreadableImage, labels_of
+from engine.data.images import Images, UnreadableImage, labels_of
 from engine.data.parquet import open_parquet
 from engine.data.shards import open_shards
 from engine.data.source import DataSource, build_digits, build_synthetic
@@ -51,7 +51,6 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
         )
     num_classes = max(class_names) + 1
     chosen = _chosen(data, train, held_out, [*labels])
-    decoding = Decoding.of(data)
     sets = {
         split: Images(
             items,
@@ -60,18 +59,18 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
             chosen[split],
             labels,
             num_classes if has_several else None,
-            decoding,
+            data,
         )
         for split, items, is_training in (("training", train, True), ("held-out", held_out, False))
         if items is not None and (with_training or not is_training)
     }
-    if decoding.in_chans not in PHOTOGRAPHS:
+    if image_channels(data) not in PHOTOGRAPHS:
         _check_channels(sets["held-out"])
     return DataSource(
         train=sets.get("training"),
         held_out=sets["held-out"],
         num_classes=num_classes,
-        in_chans=decoding.in_chans,
+        in_chans=image_channels(data),
         class_names=[class_names.get(number, str(number)) for number in range(num_classes)],
         has_several_labels=has_several,
     )

@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 from timm.data import ImageNetInfo
 
-from engine.config import Config
+from engine.config import Config, image_channels
 from engine.data.datasets import root_of
 from engine.data.files import ImageFiles, image_folder, images_below, split_folder
-from engine.data.images import IGNORED, Decoding, Images
+from engine.data.images import IGNORED, Images
 from engine.data.source import DataSource
 from engine.data.transforms import build_transform
 from engine.errors import InputError
@@ -114,13 +114,13 @@ def _open_corruptions(root: Path, config: Config) -> dict[str, DataSource]:
 
 def _source(items: ImageFiles, config: Config, numbers: Sequence[int]) -> DataSource:
     """Held-out images whose labels are places in `numbers`; a class is called n01498041 stingray."""
-    transform, decoding, info = build_transform(config, is_training=False), Decoding.of(config.data), _info()
+    transform, info = build_transform(config, is_training=False), _info()
     names = [
         f"{info.index_to_label_name(number)} {info.index_to_description(number).partition(',')[0]}"
         for number in numbers
     ]
-    images = Images(items, transform, "held-out", decoding=decoding)
-    return DataSource(None, images, NUM_CLASSES, decoding.in_chans, names)
+    images = Images(items, transform, "held-out", data=config.data)
+    return DataSource(None, images, NUM_CLASSES, image_channels(config.data), names)
 
 
 _info = cache(ImageNetInfo)
