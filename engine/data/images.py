@@ -13,18 +13,18 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.config import PHOTOGRAPHS, RGB, DataConfig, image_channels
-from engine.data.channels import decode_channels
 from engine.distributed import memory_of
 from engine.errors import first_line, input_errors
 from engine.text import readable_size
 
 IGNORED = -1  # label of what is no image: it fills a share, or stands for a file that cannot be read
 LABELS = ("labels", "targets", "_labels")  # where data sets have them
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how files begin, the last two those of more than 4 GB
 LAST_UPRIGHT = 4  # EXIF's orientations above it change width and height
 AS_TIMM = DataConfig()  # decodes as timm and torchvision do, which weights and published numbers go by
 AS_TIMM.freeze()
@@ -68,12 +68,10 @@ def decode(
     """
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning and at twice as many an error
     if image_channels(data) not in PHOTOGRAPHS:
-        return decode_channels(source, image_channels(data), data.max_megapixels)
+        return _decode_channels(source, data)
     image = source if isinstance(source, Image.Image) else Image.open(source)
     width, height = image.size
-    if width * height > data.max_megapixels * 1e6:
-        allowed = f"data.max_megapixels = {data.max_megapixels:g} allows"
-        raise ValueError(f"{width} x {height} pixels are {width * height / 1e6:.1f} million, more than {allowed}")
+    _refuse_too_many(width, height, data)
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if data.exif_orientation else 1
     asked = Needed()
     if needed is not None:
@@ -86,6 +84,54 @@ def decode(
     image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(mode_of(data))
     image.info[Needed.BOX] = asked.box
     return image
+
+
+def _refuse_too_many(width: int, height: int, data: DataConfig) -> None:
+    if width * height > data.max_megapixels * 1e6:
+        allowed = f"data.max_megapixels = {data.max_megapixels:g} allows"
+        raise ValueError(f"{width} x {height} pixels are {width * height / 1e6:.1f} million, more than {allowed}")
+
+
+def _decode_channels(source: BinaryIO | Image.Image, data: DataConfig) -> Tensor:
+    """All channels of an image (C, H, W) float32, for timm's crops and flips: a satellite's, or with transparency.
+
+    Integers are between 0 and 1 by the range of their type; floats stay as they are.
+
+    Raises:
+        ValueError: other channels or more pixels than the configuration says.
+    """
+    pixels = _tiff(source) if not isinstance(source, Image.Image) and _is_tiff(source) else _frames(source)
+    channels, height, width = pixels.shape
+    if channels != image_channels(data):
+        raise ValueError(f"has {channels} channels, data.in_chans = {image_channels(data)}")
+    _refuse_too_many(width, height, data)
+    if pixels.dtype.kind in "ui":
+        pixels = pixels / np.float32(np.iinfo(pixels.dtype).max)
+    return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+
+
+def _is_tiff(source: BinaryIO) -> bool:
+    start = source.read(4)
+    source.seek(0)
+    return start in TIFF
+
+
+def _tiff(source: BinaryIO) -> np.ndarray:
+    """The first series of a TIFF file, (C, H, W), whether its channels are pages or lie in each pixel."""
+    with input_errors("TIFF needs another package, pip install 'augsub[tiff]'"):
+        from tifffile import TiffFile  # Pillow knows no pixels of more than four channels
+    with TiffFile(source) as file:
+        series = file.series[0]
+        pixels, axes = series.asarray(), series.axes
+    pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (-2, -1))
+    return pixels.reshape(-1, *pixels.shape[-2:])
+
+
+def _frames(source: BinaryIO | Image.Image) -> np.ndarray:
+    """The bands of all frames that Pillow finds, (C, H, W)."""
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    frames = [np.atleast_3d(np.asarray(frame)) for frame in ImageSequence.Iterator(image)]
+    return np.concatenate(frames, axis=-1).transpose(2, 0, 1)
 
 
 def mode_of(data: DataConfig) -> str:
