@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
-from engine.compilation import compile_forward
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
 from engine.data.datasets import build_source
@@ -43,7 +42,7 @@ from engine.hooks.training import (
 from engine.loss import build_criterion, build_mixup, class_weights
 from engine.objective import build_objective, build_teacher
 from engine.optim import build_optimizer, build_schedule
-from engine.precision import Precision
+from engine.precision import Precision, compile_forward
 from engine.run_folder import RunFolder
 from engine.seeding import seed_all
 from engine.train_loop import HookBase

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import augsub
 from engine.checkpoint import load, load_metadata
-from engine.compilation import compile_forward
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
 from engine.config_file import parse_config, saved_content
 from engine.data.corruptions import corrupted
@@ -31,7 +30,7 @@ from engine.evaluation import WEIGHTS, Metrics, Result, evaluate, metrics_for
 from engine.examples import SHOWN, draw_mistakes, draw_seen
 from engine.features import probe
 from engine.multi_label import MultiLabelMetrics
-from engine.precision import Precision
+from engine.precision import Precision, compile_forward
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
 from engine.speed import measure_speed

@@ -13,12 +13,11 @@ from torch.optim import Optimizer
 
 from augsub import Objective, ObjectiveOutput
 from engine.checkpoint import check_structure
-from engine.compilation import begin_step
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.optim import optimizer_errors
-from engine.precision import Precision
+from engine.precision import Precision, begin_step
 from engine.seeding import derive_seed, seed_all
 from engine.train_loop import TrainerBase
 
