@@ -39,8 +39,7 @@ from engine.hooks.training import (
     SameBatchNormStatistics,
     StopMixing,
 )
-from engine.loss import build_criterion, build_mixup, class_weights
-from engine.objective import build_objective, build_teacher
+from engine.loss import build_criterion, build_mixup, build_objective, build_teacher, class_weights
 from engine.optim import build_optimizer, build_schedule
 from engine.precision import Precision, compile_forward
 from engine.run_folder import RunFolder
