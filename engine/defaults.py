@@ -21,9 +21,8 @@ import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
-from engine.data.datasets import build_source
 from engine.data.loaders import DataLoaders, batch_for
-from engine.data.source import DataSource, check_classes, check_resumed
+from engine.data.source import DataSource, build_source, check_classes, check_resumed
 from engine.distributed import Process, is_sharded, replicate, shard, synchronise_batchnorm
 from engine.errors import InputError, input_errors, memory_errors
 from engine.hooks import build_own_hooks

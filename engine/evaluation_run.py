@@ -19,10 +19,9 @@ from engine.checkpoint import load, load_metadata
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
 from engine.config_file import parse_config, saved_content
 from engine.data.corruptions import corrupted
-from engine.data.datasets import build_source
 from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
-from engine.data.source import DataSource, check_classes
+from engine.data.source import DataSource, build_source, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors

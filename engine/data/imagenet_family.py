@@ -33,10 +33,9 @@ import torch
 from timm.data import ImageNetInfo
 
 from engine.config import Config, image_channels
-from engine.data.datasets import root_of
 from engine.data.files import ImageFiles, image_folder, images_below, split_folder
 from engine.data.images import IGNORED, Images
-from engine.data.source import DataSource
+from engine.data.source import DataSource, root_of
 from engine.data.transforms import build_transform
 from engine.errors import InputError
 

@@ -16,9 +16,9 @@ import tools.predict
 import tools.train_net
 from engine.config import DataConfig
 from engine.config_check import check
-from engine.data.datasets import build_source
 from engine.data.images import UnreadableImage, decode
 from engine.data.loaders import DataLoaders
+from engine.data.source import build_source
 from engine.data.transforms import Normalise, normalisation
 from engine.distributed import Process
 from engine.errors import InputError

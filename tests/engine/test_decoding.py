@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms.functional import resized_crop
 
 from engine.config import DataConfig
-from engine.data.datasets import build_source
 from engine.data.images import Needed, decode
+from engine.data.source import build_source
 from engine.data.transforms import build_transform, largest_divisor
 from engine.errors import InputError
 
