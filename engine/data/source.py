@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from augsub.named_registry import did_you_mean
 from engine.config import PHOTOGRAPHS, UNTRANSFORMED, Config, DataConfig, has_several_labels, image_channels, sides
-from engine.data.files import ImageFiles, Table, image_folder, image_table, split_folder, split_names
+from engine.data.files import ImageFiles, image_folder, image_table, split_folder, split_names
 from engine.data.images import IGNORED, Images, UnreadableImage, labels_of
 from engine.data.parquet import open_parquet
 from engine.data.shards import open_shards
@@ -280,7 +280,7 @@ def _opener(data: DataConfig) -> Callable[[str], Any]:
     if data.dataset == "table":
         table = open_table(data)
         is_whole = data.validation_share and not any(table.splits)
-        return lambda split: table.files_of(None if is_whole else split)
+        return lambda split: table if is_whole else table.files_of(split)
     if data.dataset == "wds":
         return lambda split: open_shards(data, split)
     if data.dataset == "parquet":
@@ -306,7 +306,7 @@ def _open_folder(root: Path, split: str) -> ImageFiles:
     return image_folder(folder)
 
 
-def open_table(data: DataConfig) -> Table:
+def open_table(data: DataConfig) -> ImageFiles:
     """`data.table`, checked as a whole."""
     if data.table is None:
         raise InputError("data.table is not set: it names the CSV or Parquet file with a row for each image")
