@@ -25,16 +25,15 @@ POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
 
 
 def normalisation(config: Config) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of each channel; None of images that are used as they are."""
+    """Mean and standard deviation of each channel, of red's, green's and blue's the average where there are others.
+
+    None of images that are used as they are.
+    """
     if config.data.dataset in UNTRANSFORMED:
         return None, None
-    return _of_each_channel(config, config.transform.mean), _of_each_channel(config, config.transform.std)
-
-
-def _of_each_channel(config: Config, values: Sequence[float]) -> list[float]:
-    """A number for each channel, of as many, or of those of red, green and blue their average."""
-    count = image_channels(config.data)
-    return [*values] if len(values) == count else [sum(values) / len(values)] * count
+    count, given = image_channels(config.data), (config.transform.mean, config.transform.std)
+    mean, std = ([*values] if len(values) == count else [sum(values) / len(values)] * count for values in given)
+    return mean, std
 
 
 def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
