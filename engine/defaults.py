@@ -204,9 +204,8 @@ def import_plugins(modules: Sequence[str]) -> None:
     sys.path.append("")
     try:
         for module in modules:
-            importlib.import_module(module)
-    except Exception as error:  # the user's code raises what it likes
-        raise InputError(f"plugins: {module} cannot be imported: {error or type(error).__name__}") from error
+            with input_errors(f"plugins: {module} cannot be imported", Exception):  # it raises what it likes
+                importlib.import_module(module)
     finally:
         sys.path.remove("")
 

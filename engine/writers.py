@@ -22,7 +22,7 @@ from tqdm import tqdm
 from engine import atomic
 from engine.config import Config
 from engine.config_file import leaves, to_yaml
-from engine.errors import InputError, writing_errors
+from engine.errors import InputError, input_errors, writing_errors
 from engine.run_folder import RunFolder
 from engine.text import to_json, with_nan
 
@@ -221,12 +221,8 @@ class WandbWriter(Writer):
 
 def require_wandb(project: str) -> ModuleType:
     """The package; InputError if it is not installed."""
-    try:
+    with input_errors(f"log.wandb = {project}: the package cannot be imported, pip install wandb, or set it to null"):
         return importlib.import_module("wandb")
-    except ImportError as error:
-        raise InputError(
-            f"log.wandb = {project}: the package cannot be imported ({error}): pip install wandb, or set it to null"
-        ) from error
 
 
 def open_writers(config: Config, folder: RunFolder, iteration: int, max_iterations: int) -> list[Writer]:

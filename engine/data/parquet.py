@@ -15,7 +15,7 @@ from engine.data.files import parquet
 from engine.data.images import UnreadableImage
 from engine.data.remote import is_remote, split_places
 from engine.data.stream import STREAMS
-from engine.errors import InputError, first_line
+from engine.errors import InputError, first_line, input_errors
 
 
 def open_parquet(data: DataConfig, split: str) -> ParquetImages:
@@ -48,17 +48,15 @@ class ParquetImages:
         self._groups: list[tuple[str, int]] = []  # file and number in it
         names: Sequence[str] | None = None
         for place in places:
-            try:
+            # pyarrow's, or of as many packages as there are protocols
+            with input_errors(f"{place}: cannot be read as Parquet", Exception):
                 file = _open(place)
                 schema, metadata = file.schema_arrow, file.metadata
                 missing = [name for name in (image, label) if name not in schema.names]
-                values += [] if missing else file.read([label]).column(label).to_pylist()
-            except InputError:
-                raise
-            except Exception as error:  # pyarrow's, or of as many packages as there are protocols
-                raise InputError(f"{place}: cannot be read as Parquet: {first_line(error)}") from error
-            if missing:
-                raise InputError(f"{place}: has no column {missing[0]} (data.columns), but {', '.join(schema.names)}")
+                if missing:
+                    known = ", ".join(schema.names)
+                    raise InputError(f"{place}: has no column {missing[0]} (data.columns), but {known}")
+                values += file.read([label]).column(label).to_pylist()
             self._groups += [(place, number) for number in range(metadata.num_row_groups)]
             lengths += [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
             names = names or _class_names(schema.metadata or {}, label)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.config import DataConfig
 from engine.data.files import natural_order, split_names
-from engine.errors import InputError, first_line, input_errors
+from engine.errors import InputError, input_errors
 
 PIPE = "pipe:"  # WebDataset's: what follows is a command of the shell, which prints the file
 ATTEMPTS, PAUSE = 3, 1.0  # and seconds between the first two; doubled for the next
@@ -75,11 +75,9 @@ def _matches(pattern: str) -> list[str]:
         return [pattern]
     with input_errors("URLs need other packages, pip install 'augsub[shards]'"):
         import fsspec
-    try:
+    with input_errors(pattern, Exception):  # of as many packages as there are protocols
         system, path = fsspec.core.url_to_fs(pattern)
         return [system.unstrip_protocol(name) for name in sorted(system.glob(path), key=natural_order)]
-    except Exception as error:  # of as many packages as there are protocols
-        raise InputError(f"{pattern}: {first_line(error)}") from error
 
 
 def cache_folder() -> Path:

@@ -28,7 +28,7 @@ from engine.data.files import is_image
 from engine.data.images import UnreadableImage
 from engine.data.remote import PIPE, Copies, cache_folder, fetch, is_remote, split_places
 from engine.data.stream import STREAMS
-from engine.errors import InputError, first_line
+from engine.errors import InputError, first_line, input_errors
 from engine.text import to_json
 
 INDEX = "index.npz"
@@ -80,7 +80,7 @@ class Index:
     @classmethod
     def load(cls, file: Path) -> Index:
         """Read it; InputError if it is none."""
-        try:
+        with input_errors(f"{file}: is no index of shards", Exception):  # numpy's, zip's, of missing arrays
             with np.load(file, allow_pickle=False) as saved:
                 arrays = {name: saved[name] for name in saved.files}
             ends = arrays["lengths"].cumsum()
@@ -88,8 +88,6 @@ class Index:
             labels = np.split(arrays["labels"], np.cumsum([part.sum() for part in counts])[:-1])
             parts = zip(arrays["sizes"].tolist(), images, counts, labels, arrays["problems"].tolist(), strict=True)
             shards = dict(zip(arrays["names"].tolist(), (Shard(*part) for part in parts), strict=True))
-        except Exception as error:  # numpy's, zip's, of missing arrays
-            raise InputError(f"{file}: is no index of shards: {first_line(error)}") from error
         return cls(shards, arrays["classes"].tolist())
 
 

@@ -30,7 +30,7 @@ from engine.data.images import IGNORED, Images, UnreadableImage, labels_of
 from engine.data.parquet import open_parquet
 from engine.data.shards import open_shards
 from engine.data.transforms import build_transform
-from engine.errors import InputError, first_line
+from engine.errors import InputError, input_errors
 from engine.seeding import derive_seed
 from engine.text import readable_name
 
@@ -317,11 +317,9 @@ def open_table(data: DataConfig) -> ImageFiles:
 
 
 def _open_timms(data: DataConfig, split: str) -> Any:
-    try:
+    place = f"data.dataset = {data.dataset}, root = {data.root}, split {split}"
+    with input_errors(place, Exception):  # of other packages, or that they are not installed
         dataset = create_dataset(data.dataset, root=data.root, split=split)
-    except Exception as error:  # of other packages, or that they are not installed
-        place = f"data.dataset = {data.dataset}, root = {data.root}, split {split}"
-        raise InputError(f"{place}: {first_line(error)}") from error
     items = getattr(dataset, "reader", dataset)
     if not getattr(items, "class_to_idx", None):
         raise InputError(f"data.dataset = {data.dataset}: does not tell its classes")
