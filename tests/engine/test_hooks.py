@@ -341,7 +341,7 @@ def test_own_hooks_are_made_by_name(monkeypatch):
     for description, message in (
         ("Own", "allowed is a mapping"),
         ({"period": 3}, "allowed is a mapping"),
-        ({"name": "Owm"}, "unknown hook 'Owm'; known: Own, dict"),
+        ({"name": "Owm"}, r"unknown hook 'Owm', did you mean 'Own'\?; known: Own, dict"),
         ({"name": "Own", "perod": 3}, "unexpected keyword"),
         ({"name": "dict"}, "is no subclass of engine"),
     ):
