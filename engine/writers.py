@@ -65,6 +65,8 @@ class LogWriter(Writer):
     def write(self, record: Record) -> None:
         values = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
         costs = "  {images_per_second:.4g} images/s  {memory:.0f} MiB" if "memory" in record else ""
+        # evaluations and checkpoints are part of the speed: there will be more of them
+        seconds_per_step = (time.monotonic() - self._started) / (record["iteration"] - self._first)
         LOGGER.info(
             "epoch %.4g  iteration %d  %s  lr %.3g%s  %s left",
             record["epoch"],
@@ -72,13 +74,8 @@ class LogWriter(Writer):
             values,
             record["lr"],
             costs.format_map(record),
-            tqdm.format_interval(self._seconds_left(record["iteration"])),
+            tqdm.format_interval(seconds_per_step * (self._last - record["iteration"])),
         )
-
-    def _seconds_left(self, iteration: int) -> float:
-        """Evaluations and checkpoints are part of the speed: there will be more of them."""
-        seconds_per_step = (time.monotonic() - self._started) / (iteration - self._first)
-        return seconds_per_step * (self._last - iteration)
 
 
 class JSONLinesWriter(Writer):
