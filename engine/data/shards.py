@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -99,32 +100,24 @@ def scan(file: Path, name: str, needs_labels: bool = True) -> Shard:
     """
     images: list[tuple[int, int]] = []
     labels: list[list[int]] = []
-    sample: dict[str, Any] = {}
-
-    def finish() -> None:
-        if "image" in sample:
-            if needs_labels and LABEL not in sample:
-                raise InputError(f"{name}: sample {sample['key']} has no label, a member {sample['key']}.{LABEL}")
-            images.append(sample["image"])
-            labels.append(sample.get(LABEL, []))
-
     problem, size = "", os.path.getsize(file)
     try:
         with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                folder, base = os.path.split(member.name)
-                key, _, suffix = base.partition(".")
-                key = os.path.join(folder, key)
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{key} is cut off")
-                if key != sample.get("key"):
-                    finish()
-                    sample = {"key": key}
-                if suffix == LABEL:
-                    sample[LABEL] = _numbers(tar.extractfile(member), f"{name}: {member.name}")
-                elif "image" not in sample and is_image(base):
-                    sample["image"] = member.offset_data, member.size
-            finish()
+            for sample, members in groupby(tar, _sample_of):
+                image, numbers = None, None
+                for member in members:
+                    base = os.path.basename(member.name)
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"{sample} is cut off")
+                    if base.partition(".")[2] == LABEL:
+                        numbers = _numbers(tar.extractfile(member), f"{name}: {member.name}")
+                    elif image is None and is_image(base):
+                        image = member.offset_data, member.size
+                if image is not None:
+                    if needs_labels and numbers is None:
+                        raise InputError(f"{name}: sample {sample} has no label, a member {sample}.{LABEL}")
+                    images.append(image)
+                    labels.append(numbers or [])
     except tarfile.ReadError as error:
         problem = f"the tar file ends early or is damaged after {len(images)} samples: {first_line(error)}"
     return Shard(
@@ -134,6 +127,12 @@ def scan(file: Path, name: str, needs_labels: bool = True) -> Shard:
         np.array([label for own in labels for label in own], dtype=np.int64),
         problem,
     )
+
+
+def _sample_of(member: tarfile.TarInfo) -> str:
+    """A member's name up to the first point after its folder."""
+    folder, base = os.path.split(member.name)
+    return os.path.join(folder, base.partition(".")[0])
 
 
 def _numbers(member: BinaryIO | None, place: str) -> list[int]:
