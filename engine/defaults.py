@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
-from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
+from engine.config_file import changes_on_resume, fill_in_from, parse_config, to_yaml
 from engine.data.loaders import DataLoaders, batch_for
 from engine.data.source import DataSource, build_source, check_classes, check_resumed
 from engine.distributed import Process, is_sharded, replicate, shard, synchronise_batchnorm
@@ -131,9 +130,11 @@ def resolve(
         InputError: something cannot be found out, or would make another run of the one that goes on.
     """
     saved = load_metadata(newest) if newest is not None else {}
-    before = saved_content(saved.get("config")) if newest is not None else {}
+    before = (
+        parse_config(saved.get("config"), f"--resume: the configuration in {newest}") if newest is not None else None
+    )
     resolved = complete(config, before)
-    changes = changes_on_resume(resolved, before)
+    changes = changes_on_resume(resolved, before) if before is not None else []
     source = open_data(resolved)
     if newest is not None:
         check_resumed(resolved, source, saved, newest)
@@ -145,7 +146,7 @@ def resolve(
     return resolved, source, changes
 
 
-def complete(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
+def complete(config: Config, saved: Config | None = None) -> Config:
     """A copy in which nothing is left to the model any more: image size, normalisation, evaluation crop.
 
     The user's plugins are imported.
@@ -158,7 +159,8 @@ def complete(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
     """
     import_plugins(config.plugins)
     config = deepcopy(config)
-    fill_in_from(config, saved or {})
+    if saved is not None:
+        fill_in_from(config, saved)
     transform = config.transform
     left_open = [key for key in MODELS_TRANSFORM if getattr(transform, key) is None]
     if config.data.image_size is not None and not left_open:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import augsub
 from engine.checkpoint import load, load_metadata
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
-from engine.config_file import parse_config, saved_content
+from engine.config_file import parse_config
 from engine.data.corruptions import corrupted
 from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
@@ -79,7 +79,7 @@ def saved_config(file: Path, text: str, overrides: Sequence[str]) -> Config:
     (`data.allow_mismatch`).
     """
     config = parse_config(text, f"the configuration in {file}", ["plugins=[]", "data.allow_mismatch=false", *overrides])
-    if missing := [name for name in saved_content(text).get("plugins", ()) if name not in config.plugins]:
+    if missing := [name for name in parse_config(text, str(file)).plugins if name not in config.plugins]:
         _warn_of_plugins(file, ",".join(missing))
     return config
 
