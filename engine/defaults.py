@@ -129,12 +129,10 @@ def resolve(
     Raises:
         InputError: something cannot be found out, or would make another run of the one that goes on.
     """
-    saved = load_metadata(newest) if newest is not None else {}
-    before = (
-        parse_config(saved.get("config"), f"--resume: the configuration in {newest}") if newest is not None else None
-    )
+    saved = {} if newest is None else load_metadata(newest)
+    before = None if newest is None else parse_config(saved.get("config"), f"--resume: the configuration in {newest}")
     resolved = complete(config, before)
-    changes = changes_on_resume(resolved, before) if before is not None else []
+    changes = [] if before is None else changes_on_resume(resolved, before)
     source = open_data(resolved)
     if newest is not None:
         check_resumed(resolved, source, saved, newest)
