@@ -27,8 +27,7 @@ from augsub.named_registry import did_you_mean
 from engine.config import PHOTOGRAPHS, UNTRANSFORMED, Config, DataConfig, has_several_labels, image_channels, sides
 from engine.data.files import ImageFiles, image_folder, image_table, split_folder, split_names
 from engine.data.images import IGNORED, Images, UnreadableImage, labels_of
-from engine.data.parquet import open_parquet
-from engine.data.shards import open_shards
+from engine.data.shards import open_parquet, open_shards
 from engine.data.transforms import build_transform
 from engine.errors import InputError, input_errors
 from engine.seeding import derive_seed
