@@ -34,7 +34,7 @@ class NamedRegistry(Registry):  # type: ignore[misc]  # fvcore is untyped
         """The class registered under `name`; ValueError with the known names otherwise."""
         if name not in self:
             nearest = did_you_mean(str(name), dict(self))
-            raise ValueError(f"unknown {self._what} {name!r}{nearest}; known: {', '.join(self.names())}")
+            raise ValueError(f"unknown {self._what} {name!r}{nearest}; known: {', '.join(self.names()) or 'none'}")
         return super().get(name)
 
     def names(self) -> list[str]:

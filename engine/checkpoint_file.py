@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import atomic
-from engine.errors import InputError, first_line, writing_errors
+from engine.errors import InputError, first_line, input_errors, writing_errors
 
 TensorPath = tuple[Any, ...]  # the keys that lead to a tensor in nested dictionaries
 
@@ -98,14 +98,13 @@ def verify(path: Path) -> None:
     """
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
-    try:
+    refusals = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile)
+    with input_errors(f"checkpoint {path} is damaged or no checkpoint", *refusals):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise InputError(f"checkpoint {path} is damaged: the checksum of {damaged} does not fit")
-    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"checkpoint {path} is damaged or no checkpoint: {error}") from error
 
 
 def _refusal(path: Path, error: Exception) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from traceback import extract_tb
 from typing import NoReturn
 
 from engine.errors import Preempted, RunError
@@ -72,18 +73,16 @@ def exit_code(run: Callable[[], int | None], traceback: bool = False, after_inte
         code = run() or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError as error:
-        if not _reader_is_gone():
-            return _end(FAILED, f"error: {_unforeseen(error)}")
-        return READER_GONE
     except Preempted as stop:
         return _end(PREEMPTED, f"{stop}; --resume goes on")
     except KeyboardInterrupt:
         return _end(INTERRUPTED, f"interrupted: {after_interrupt}" if after_interrupt else "interrupted")
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return READER_GONE
         if traceback:
             raise
-        return _end(FAILED, f"error: {error}" if isinstance(error, RunError) else f"error: {_unforeseen(error)}")
+        return _end(FAILED, f"error: {error if isinstance(error, RunError) else _unforeseen(error)}")
 
 
 def log_to_terminal() -> None:
@@ -127,12 +126,8 @@ def _reader_is_gone() -> bool:
 
 
 def _unforeseen(error: Exception) -> str:
-    reason = " ".join(str(error).split()) or "no reason given"
-    place = error.__traceback__
-    while place.tb_next is not None:
-        place = place.tb_next
-    where = f"{place.tb_frame.f_code.co_filename}, line {place.tb_lineno}"
-    return f"{type(error).__name__}: {reason} (unforeseen, in {where})"
+    place, reason = extract_tb(error.__traceback__)[-1], " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {reason} (unforeseen, in {place.filename}, line {place.lineno})"
 
 
 def _end(code: int, line: str) -> int:

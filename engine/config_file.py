@@ -81,10 +81,9 @@ def to_yaml(config: Config) -> str:
 FREE = ("kwargs", "class_weights", "columns")  # whose keys are the user's
 
 
-def leaves(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+def leaves(config: Config) -> dict[str, Any]:
     """Values by their keys with dots; lists, and mappings of free keys, are values as a whole."""
-    content = config if isinstance(config, Mapping) else asdict(config)
-    return dict(_leaves(content))
+    return dict(_leaves(asdict(config)))
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,12 +97,12 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _as_written(sub_model: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that few set, so that a sub-model is that of a run from before there were such keys."""
+    """Without the keys that few set, as pages show a sub-model, and results have it of runs from before those keys."""
     rare = {"share": SubModelConfig.share, "learn_from": SubModelConfig.learn_from}
     return {key: value for key, value in sub_model.items() if rare.get(key, ...) != value}
 
 
-def changes_on_resume(config: Config, saved: Mapping[str, Any]) -> list[str]:
+def changes_on_resume(config: Config, saved: Config) -> list[str]:
     """What `config` changes in the run whose configuration is `saved`, as text.
 
     Raises:
@@ -125,35 +124,19 @@ def changes_on_resume(config: Config, saved: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {saved} -> {current}" for key, (current, saved) in changes.items() if key != "output_dir"]
 
 
-def differences(config: Config, saved: Config | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, current and saved one."""
-    current, before = leaves(config), leaves(saved)
-    return {key: (current[key], before[key]) for key in current if key in before and current[key] != before[key]}
-
-
-def fill_in_from(config: Config, saved: Config | Mapping[str, Any]) -> None:
-    """Set what `config` leaves open to what the run found at its start, in the model or in the data."""
     before = leaves(saved)
+    return {key: (value, before[key]) for key, value in leaves(config).items() if value != before[key]}
+
+
+def fill_in_from(config: Config, saved: Config) -> None:
+    """Set what `config` leaves open to what the run found at its start, in the model or in the data."""
     for key in FILLED_IN:
         section, name = key.split(".")
         part = getattr(config, section)
         if getattr(part, name) is None:
-            setattr(part, name, before.get(key))
-
-
-def saved_content(text: Any) -> dict[str, Any]:
-    """The configuration in a checkpoint.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        content = read(text, Config) if isinstance(text, str) else None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"--resume: the checkpoint's configuration cannot be read: {type(error).__name__}") from error
-    if not isinstance(content, dict):
-        raise InputError("--resume: the checkpoint holds no configuration, it is not one of a run")
-    return content
+            setattr(part, name, getattr(getattr(saved, section), name))
 
 
 def find_config(name: str | Path) -> Path:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -19,12 +18,10 @@ from torch.optim import Optimizer
 
 import augsub
 from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
-from engine.compilation import compile_forward
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
-from engine.config_file import changes_on_resume, fill_in_from, saved_content, to_yaml
-from engine.data.datasets import build_source
+from engine.config_file import changes_on_resume, fill_in_from, parse_config, to_yaml
 from engine.data.loaders import DataLoaders, batch_for
-from engine.data.source import DataSource, check_classes, check_resumed
+from engine.data.source import DataSource, build_source, check_classes, check_resumed
 from engine.distributed import Process, is_sharded, replicate, shard, synchronise_batchnorm
 from engine.errors import InputError, input_errors, memory_errors
 from engine.hooks import build_own_hooks
@@ -40,10 +37,9 @@ from engine.hooks.training import (
     SameBatchNormStatistics,
     StopMixing,
 )
-from engine.loss import build_criterion, build_mixup, class_weights
-from engine.objective import build_objective, build_teacher
+from engine.loss import build_criterion, build_mixup, build_objective, build_teacher, class_weights
 from engine.optim import build_optimizer, build_schedule
-from engine.precision import Precision
+from engine.precision import Precision, compile_forward
 from engine.run_folder import RunFolder
 from engine.seeding import seed_all
 from engine.train_loop import HookBase
@@ -133,10 +129,10 @@ def resolve(
     Raises:
         InputError: something cannot be found out, or would make another run of the one that goes on.
     """
-    saved = load_metadata(newest) if newest is not None else {}
-    before = saved_content(saved.get("config")) if newest is not None else {}
+    saved = {} if newest is None else load_metadata(newest)
+    before = None if newest is None else parse_config(saved.get("config"), f"--resume: the configuration in {newest}")
     resolved = complete(config, before)
-    changes = changes_on_resume(resolved, before)
+    changes = [] if before is None else changes_on_resume(resolved, before)
     source = open_data(resolved)
     if newest is not None:
         check_resumed(resolved, source, saved, newest)
@@ -148,7 +144,7 @@ def resolve(
     return resolved, source, changes
 
 
-def complete(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
+def complete(config: Config, saved: Config | None = None) -> Config:
     """A copy in which nothing is left to the model any more: image size, normalisation, evaluation crop.
 
     The user's plugins are imported.
@@ -161,7 +157,8 @@ def complete(config: Config, saved: Mapping[str, Any] | None = None) -> Config:
     """
     import_plugins(config.plugins)
     config = deepcopy(config)
-    fill_in_from(config, saved or {})
+    if saved is not None:
+        fill_in_from(config, saved)
     transform = config.transform
     left_open = [key for key in MODELS_TRANSFORM if getattr(transform, key) is None]
     if config.data.image_size is not None and not left_open:
@@ -207,9 +204,8 @@ def import_plugins(modules: Sequence[str]) -> None:
     sys.path.append("")
     try:
         for module in modules:
-            importlib.import_module(module)
-    except Exception as error:  # the user's code raises what it likes
-        raise InputError(f"plugins: {module} cannot be imported: {error or type(error).__name__}") from error
+            with input_errors(f"plugins: {module} cannot be imported", Exception):  # it raises what it likes
+                importlib.import_module(module)
     finally:
         sys.path.remove("")
 

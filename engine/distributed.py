@@ -118,11 +118,6 @@ class Agreement:
             self._asked[1].wait()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 @contextmanager
 def process_group(timeout_minutes: float) -> Iterator[Process]:
     """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs) and leave them at the end.
@@ -165,7 +160,9 @@ def is_lost_contact(error: BaseException) -> bool:
 
 def _join(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not is_restartable():
+    shares_its_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    may_start_again = shares_its_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if not may_start_again:
         dist.init_process_group(backend, timeout=timeout)
         return
     agent, rank, world_size = next(rendezvous("env://", timeout=timeout))
@@ -182,12 +179,6 @@ def _leaving_together(control: dist.ProcessGroup) -> Iterator[None]:
         dist.barrier(group=control)
         raise
     dist.barrier(group=control)
-
-
-def is_restartable() -> bool:
-    """Whether an agent started this process that may start it again."""
-    shares_its_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return shares_its_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def fresh_store(agent: Store, host: str, rank: int, timeout: timedelta) -> Store:

@@ -60,9 +60,18 @@ def writing_errors(place: str | Path, remedy: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def input_errors(place: str) -> Iterator[None]:
-    """Report a refusal of other code as an InputError at `place`."""
+def input_errors(place: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Report a refusal of other code as an InputError at `place`; this project's own errors stay as they are.
+
+    Args:
+        kinds: of other code's errors, which may have many lines: the first one is told. None given: those that Python
+            has for a wrong value, as they are.
+    """
+    refusals = kinds or (ValueError, TypeError, AssertionError, ImportError)
     try:
         yield
-    except (ValueError, TypeError, AssertionError, ImportError) as error:
-        raise InputError(f"{place}: {error or type(error).__name__}") from error
+    except RunError:
+        raise
+    except refusals as error:
+        reason = first_line(error) if kinds else str(error) or type(error).__name__
+        raise InputError(f"{place}: {reason}") from error

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augsub
-from engine.compilation import begin_step
 from engine.data.images import IGNORED
 from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import InputError, RunError
 from engine.multi_label import MultiLabelMetrics
-from engine.precision import Precision
+from engine.precision import Precision, begin_step
 from engine.seeding import derive_seed, seed_all
 
 Loader = Iterable[tuple[Tensor, Tensor]]

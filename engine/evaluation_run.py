@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 import augsub
 from engine.checkpoint import load, load_metadata
-from engine.compilation import compile_forward
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
-from engine.config_file import parse_config, saved_content
+from engine.config_file import parse_config
 from engine.data.corruptions import corrupted
-from engine.data.datasets import build_source
 from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, clean_images, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
-from engine.data.source import DataSource, check_classes
+from engine.data.source import DataSource, build_source, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
@@ -31,7 +29,7 @@ from engine.evaluation import WEIGHTS, Metrics, Result, evaluate, metrics_for
 from engine.examples import SHOWN, draw_mistakes, draw_seen
 from engine.features import probe
 from engine.multi_label import MultiLabelMetrics
-from engine.precision import Precision
+from engine.precision import Precision, compile_forward
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
 from engine.speed import measure_speed
@@ -81,7 +79,7 @@ def saved_config(file: Path, text: str, overrides: Sequence[str]) -> Config:
     (`data.allow_mismatch`).
     """
     config = parse_config(text, f"the configuration in {file}", ["plugins=[]", "data.allow_mismatch=false", *overrides])
-    if missing := [name for name in saved_content(text).get("plugins", ()) if name not in config.plugins]:
+    if missing := [name for name in parse_config(text, str(file)).plugins if name not in config.plugins]:
         _warn_of_plugins(file, ",".join(missing))
     return config
 

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -85,9 +85,10 @@ class Schedule:
     - wsd (warmup, stable, decay): 1, and linear to 0 over the last `decay_share` of the way
 
     Attributes:
-        name: of the shape.
         peak, start, floor: learning rates.
         total, warmup, cooldown, lag: numbers of steps.
+        milestones: steps at which the rate falls.
+        config: says the shape; its epochs are steps here.
     """
 
     peak: float
@@ -97,21 +98,18 @@ class Schedule:
     warmup: int
     cooldown: int = 0
     lag: int = 0
-    warmup_prefix: bool = False
-    warmup_reaches_peak: bool = False
-    name: str = "cosine"
-    power: float = 1.0
-    decay_rate: float = 0.1
-    decay_share: float = 0.2
     milestones: Sequence[int] = ()
+    config: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __call__(self, step: int) -> float:
         t, length = max(0, step - self.lag), self.total - self.cooldown
         if t < self.warmup:
-            way = t / max(1, self.warmup - self.warmup_reaches_peak)
-            return self.start + (self.peak - self.start) * (1 - _cosine(way) if self.name == "one_cycle" else way)
+            way = t / max(1, self.warmup - self.config.warmup_reaches_peak)
+            return self.start + (self.peak - self.start) * (
+                1 - _cosine(way) if self.config.name == "one_cycle" else way
+            )
         passed = sum(milestone <= t for milestone in self.milestones)
-        if self.warmup_prefix:
+        if self.config.warmup_prefix:
             t, length = t - self.warmup, length - self.warmup
         if t >= length:
             return self.floor
@@ -123,13 +121,13 @@ class Schedule:
             "cosine": _cosine(way),
             "one_cycle": _cosine(way),
             "linear": 1 - way,
-            "polynomial": (1 - way) ** self.power,
+            "polynomial": (1 - way) ** self.config.power,
             "constant": 1.0,
             "plateau": 1.0,
-            "step": self.decay_rate**passed,
-            "multistep": self.decay_rate**passed,
-            "wsd": min(1.0, (1 - way) / self.decay_share),
-        }[self.name]
+            "step": self.config.decay_rate**passed,
+            "multistep": self.config.decay_rate**passed,
+            "wsd": min(1.0, (1 - way) / self.config.decay_share),
+        }[self.config.name]
 
 
 def _cosine(way: float) -> float:
@@ -154,11 +152,6 @@ def build_schedule(
         warmup=round(config.warmup_epochs * steps_per_epoch),
         cooldown=round(config.cooldown_epochs * steps_per_epoch),
         lag=config.lag,
-        warmup_prefix=config.warmup_prefix,
-        warmup_reaches_peak=config.warmup_reaches_peak,
-        name=config.name,
-        power=config.power,
-        decay_rate=config.decay_rate,
-        decay_share=config.decay_share,
         milestones=tuple(round(epoch * steps_per_epoch) for epoch in milestones),
+        config=config,
     )

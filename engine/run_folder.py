@@ -36,7 +36,6 @@ class RunFolder:
         self.last = self.checkpoints / "last.pt"
         self.previous = self.checkpoints / "previous.pt"  # what `last` was before
         self.best = self.checkpoints / "best.pt"
-        self._lock_file = self.path / ".lock"
         # of a dry run, beside the folder; a name that no wildcard for runs begins with
         self.plan = Path(os.path.normpath(self.path / ".." / f"plan_{self.path.resolve().name}.png"))
 
@@ -52,17 +51,6 @@ class RunFolder:
                 f"output_dir = {self.path} holds a run already: continue it with --resume, or choose another output_dir"
             )
 
-    def writer(self) -> str | None:
-        """The process that writes into the folder now, in words; None if there is none."""
-        try:
-            with open(self._lock_file) as lock:
-                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return self._lock_file.read_text().strip() or "unknown"
-        except OSError:
-            return None  # never opened, or on a file system without locks
-        return None
-
     @contextmanager
     def opened(self, config_yaml: str, is_resumed: bool) -> Iterator[None]:
         """Create the folder, keep others from writing into it, and save the complete configuration in it.
@@ -73,7 +61,7 @@ class RunFolder:
         """
         with writing_errors(f"output_dir = {self.path}:"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = open(self._lock_file, "a+")  # noqa: SIM115  (held until the end of the run)
+            lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until the end of the run)
         with lock:
             self._lock(lock)
             if not is_resumed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,20 @@ from torch.optim import Optimizer
 
 from augsub import Objective, ObjectiveOutput
 from engine.checkpoint import check_structure
-from engine.compilation import begin_step
 from engine.data.loaders import DataLoaders
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.optim import optimizer_errors
-from engine.precision import Precision
+from engine.precision import Precision, begin_step
 from engine.seeding import derive_seed, seed_all
 from engine.train_loop import TrainerBase
 
-Batch = tuple[Tensor, Tensor]
 
-
+@dataclass(kw_only=True, eq=False)
 class Trainer(TrainerBase):
     """Trains a model with an objective.
 
-    Args:
+    Attributes:
         model: the model, wrapped for several processes if there are any.
         bare_model: the same model without wrapper, whose weights are saved.
         objective: gives the backward passes of a step.
@@ -40,30 +39,19 @@ class Trainer(TrainerBase):
         seed: all randomness of a step follows from it, the iteration and the micro-batch's number.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        bare_model: nn.Module,
-        objective: Objective,
-        optimizer: Optimizer,
-        data: DataLoaders,
-        precision: Precision,
-        process: Process,
-        mix: Mixup | None,
-        seed: int,
-    ) -> None:
-        super().__init__(data.max_iterations)
-        self.model = model
-        self.bare_model = bare_model
-        self.objective = objective
-        self.optimizer = optimizer
-        self.data = data
-        self.precision = precision
-        self.process = process
-        self.mix = mix
-        self.seed = seed
-        self.means = RunningMeans(process)
+    model: nn.Module
+    bare_model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    data: DataLoaders
+    precision: Precision
+    process: Process
+    mix: Mixup | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__init__(self.data.max_iterations)
+        self.means = RunningMeans(self.process)
         self.results: dict[str, float] = {}  # what hooks found out after this step, for the writers
 
     @property
@@ -83,7 +71,9 @@ class Trainer(TrainerBase):
         accumulation = self.data.accumulation
         for micro_batch in range(accumulation):
             self._seed(micro_batch)
-            images, targets = self._next_batch()
+            images, targets = next(self.batches)
+            if self.mix is not None:
+                images, targets = self.mix(images, targets)
             with self.precision.autocast():
                 output = self.objective.backward(
                     self.model,
@@ -106,10 +96,6 @@ class Trainer(TrainerBase):
         side by side in several processes or one after the other, the same ones come out."""
         number = micro_batch * self.process.world_size + self.process.rank
         seed_all(derive_seed(self.seed, number, self.iteration))
-
-    def _next_batch(self) -> Batch:
-        images, labels = next(self.batches)
-        return (images, labels) if self.mix is None else self.mix(images, labels)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values. All processes must call it together."""

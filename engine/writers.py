@@ -22,7 +22,7 @@ from tqdm import tqdm
 from engine import atomic
 from engine.config import Config
 from engine.config_file import leaves, to_yaml
-from engine.errors import InputError, writing_errors
+from engine.errors import InputError, input_errors, writing_errors
 from engine.run_folder import RunFolder
 from engine.text import to_json, with_nan
 
@@ -65,6 +65,8 @@ class LogWriter(Writer):
     def write(self, record: Record) -> None:
         values = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
         costs = "  {images_per_second:.4g} images/s  {memory:.0f} MiB" if "memory" in record else ""
+        # evaluations and checkpoints are part of the speed: there will be more of them
+        seconds_per_step = (time.monotonic() - self._started) / (record["iteration"] - self._first)
         LOGGER.info(
             "epoch %.4g  iteration %d  %s  lr %.3g%s  %s left",
             record["epoch"],
@@ -72,13 +74,8 @@ class LogWriter(Writer):
             values,
             record["lr"],
             costs.format_map(record),
-            tqdm.format_interval(self._seconds_left(record["iteration"])),
+            tqdm.format_interval(seconds_per_step * (self._last - record["iteration"])),
         )
-
-    def _seconds_left(self, iteration: int) -> float:
-        """Evaluations and checkpoints are part of the speed: there will be more of them."""
-        seconds_per_step = (time.monotonic() - self._started) / (iteration - self._first)
-        return seconds_per_step * (self._last - iteration)
 
 
 class JSONLinesWriter(Writer):
@@ -221,12 +218,8 @@ class WandbWriter(Writer):
 
 def require_wandb(project: str) -> ModuleType:
     """The package; InputError if it is not installed."""
-    try:
+    with input_errors(f"log.wandb = {project}: the package cannot be imported, pip install wandb, or set it to null"):
         return importlib.import_module("wandb")
-    except ImportError as error:
-        raise InputError(
-            f"log.wandb = {project}: the package cannot be imported ({error}): pip install wandb, or set it to null"
-        ) from error
 
 
 def open_writers(config: Config, folder: RunFolder, iteration: int, max_iterations: int) -> list[Writer]:

@@ -19,7 +19,7 @@ from engine.config_file import CONFIGS, load_config, parse_config
 from engine.data.source import IMAGENET, DataSource
 from engine.defaults import complete, create_configured_model, import_plugins, open_source
 from engine.errors import InputError, input_errors
-from engine.objective import build_objective, build_teacher
+from engine.loss import build_objective, build_teacher
 from engine.text import markdown_table, text_table, to_json
 from models.build import build_on_meta
 from models.complexity import GIGA, MEGA, Complexity, analyze, analyze_objective, count_with_torch, figure

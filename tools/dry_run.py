@@ -22,7 +22,7 @@ from engine.defaults import (
 from engine.distributed import Process, is_sharded, memory_of
 from engine.errors import InputError
 from engine.figure import draw_schedule, save
-from engine.objective import build_teacher
+from engine.loss import build_teacher
 from engine.optim import build_schedule
 from engine.run_folder import RunFolder
 from engine.text import readable_size, text_table

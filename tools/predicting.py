@@ -23,10 +23,10 @@ from tqdm import tqdm
 from engine import atomic
 from engine.checkpoint import load, load_metadata
 from engine.command_line import as_path
-from engine.config import UNTRANSFORMED, Config
+from engine.config import UNTRANSFORMED, Config, image_channels
 from engine.config_file import parse_config
 from engine.data.files import ImageFiles, images_below, natural_order, parquet, read_table
-from engine.data.images import IGNORED, Decoding, Images
+from engine.data.images import IGNORED, Images
 from engine.data.loaders import BadFiles, Batches
 from engine.data.remote import expand, is_remote
 from engine.data.shards import Shards, shards_at
@@ -335,9 +335,8 @@ def predict(
     chosen = [number for number, name in enumerate(images.names) if name in missing]
     if not chosen:
         return
-    transform, decoding = build_transform(config, is_training=False), Decoding.of(config.data)
-    held_out = Images(images, transform, "held-out", chosen, decoding=decoding)
-    source = DataSource(None, held_out, len(names), in_chans=decoding.in_chans, class_names=names)
+    held_out = Images(images, build_transform(config, is_training=False), "held-out", chosen, data=config.data)
+    source = DataSource(None, held_out, len(names), in_chans=image_channels(config.data), class_names=names)
     batches = Batches(config, source, process, BadFiles(config.data.bad_files))
     model, precision = predictor.model.to(process.device).eval(), build_precision(config, process)
     for batch, numbers in tqdm(batches, unit="batch", disable=None if process.is_main else True):

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from engine import atomic
 from engine.config_file import parse_config
-from engine.data.datasets import open_table
 from engine.data.files import ImageFiles, image_folder, split_folder, split_names
 from engine.data.images import decode, several
 from engine.data.shards import INDEX, LABEL, Index, Shard, scan
+from engine.data.source import open_table
 from engine.errors import InputError, first_line, writing_errors
 from engine.text import to_json
 

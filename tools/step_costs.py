@@ -17,7 +17,7 @@ from engine.data.source import DataSource
 from engine.defaults import build_model_optimizer, build_run_model, complete
 from engine.distributed import Process
 from engine.errors import InputError, first_line, input_errors
-from engine.objective import build_objective
+from engine.loss import build_objective
 from engine.text import markdown_table, readable_size, to_json
 from models.build import innermost_blocks
 from tools.analysis import data_source

@@ -22,9 +22,8 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from engine.config import RGB, Config
-from engine.data.datasets import build_source
 from engine.data.images import Images
-from engine.data.source import DataSource
+from engine.data.source import DataSource, build_source
 from engine.errors import InputError
 
 SIDE = 224  # pixels, for which lengths are given

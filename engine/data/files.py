@@ -69,12 +69,16 @@ class ImageFiles:
         samples: pairs (path, label), or where images have several labels, or none, (path, tuple of labels).
         class_to_idx: labels by name of their class.
         left_out: how many files and hidden folders beside the images were left out, by suffix.
+        table: the file that names them; None of class folders.
+        splits: of a table's rows; None where there is no such column.
     """
 
     root: str
     samples: list[tuple[str, Any]]
     class_to_idx: Mapping[str, int]
     left_out: Counter[str] = field(default_factory=Counter)
+    table: Path | None = None
+    splits: Sequence[str | None] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,6 +99,21 @@ class ImageFiles:
     def path_of(self, index: int) -> str:
         """The path of an image from `root` on."""
         return self.samples[index][0].removeprefix(self.root)
+
+    def files_of(self, split: str) -> ImageFiles:
+        """The images in a table's rows of a split, under any of its names.
+
+        Raises:
+            InputError: there is none.
+        """
+        names = split_names(split)
+        own = [sample for sample, of_row in zip(self.samples, self.splits, strict=True) if of_row in names]
+        if not own:
+            there = ", ".join(sorted({str(name) for name in self.splits if name is not None})) or "no column tells it"
+            raise InputError(
+                f"data.table = {self.table}: no row of the split {split} ({', '.join(names)}), but {there}"
+            )
+        return ImageFiles(self.root, own, self.class_to_idx)
 
 
 def image_folder(root: Path, names: Sequence[str] = (), leaves_out_others: bool = False) -> ImageFiles:
@@ -171,42 +190,10 @@ def parquet() -> Any:
     return parquet
 
 
-@dataclass(frozen=True)
-class Table:
-    """What a table says of images.
-
-    Attributes:
-        file: it lies in.
-        root: that paths are relative to.
-        samples: pairs (path, tuple of labels), one for each row.
-        splits: of the rows; None where there is no such column.
-        class_to_idx: labels by name of their class.
-    """
-
-    file: Path
-    root: str
-    samples: list[tuple[str, tuple[int, ...]]]
-    splits: list[str | None]
-    class_to_idx: Mapping[str, int]
-
-    def files_of(self, split: str | None) -> ImageFiles:
-        """The images of a split under any of its names; None: of all rows.
-
-        Raises:
-            InputError: there is none.
-        """
-        names = [] if split is None else split_names(split)
-        own = [
-            sample for sample, of_row in zip(self.samples, self.splits, strict=True) if split is None or of_row in names
-        ]
-        if not own:
-            there = ", ".join(sorted({str(name) for name in self.splits if name is not None})) or "no column tells it"
-            raise InputError(f"data.table = {self.file}: no row of the split {split} ({', '.join(names)}), but {there}")
-        return ImageFiles(self.root, own, self.class_to_idx)
-
-
-def image_table(file: Path, root: Path, path: str, labels: str | tuple[str, ...], split: str, separator: str) -> Table:
-    """The images of a table, checked as a whole.
+def image_table(
+    file: Path, root: Path, path: str, labels: str | tuple[str, ...], split: str, separator: str
+) -> ImageFiles:
+    """The images in all rows of a table, checked as a whole.
 
     Args:
         root: to which paths are relative.
@@ -236,7 +223,7 @@ def image_table(file: Path, root: Path, path: str, labels: str | tuple[str, ...]
         of_images, classes = [[name for name in labels if FLAGS[str(row[name])]] for row in rows], [*labels]
     number = {name: place for place, name in enumerate(classes)}
     samples = [(name, tuple(number[word] for word in own)) for name, own in zip(paths, of_images, strict=True)]
-    return Table(file, str(root), samples, [row.get(split) for row in rows], number)
+    return ImageFiles(str(root), samples, number, table=file, splits=[row.get(split) for row in rows])
 
 
 def _refuse(file: Path, problem: str, found: Sequence[str]) -> None:

@@ -39,11 +39,10 @@ import torch
 from PIL import ImageOps
 from timm.data import ImageNetInfo
 
-from engine.config import Config
-from engine.data.datasets import root_of
+from engine.config import Config, image_channels
 from engine.data.files import ImageFiles, image_folder, images_below, split_folder
-from engine.data.images import IGNORED, Decoding, Images
-from engine.data.source import DataSource
+from engine.data.images import IGNORED, Images
+from engine.data.source import DataSource, root_of
 from engine.data.transforms import build_transform
 from engine.errors import InputError, input_errors
 
@@ -170,15 +169,15 @@ def _source(items: ImageFiles, config: Config, numbers: Sequence[int], border: i
     Args:
         border: pixels that are cut off at each side before anything else.
     """
-    transform, decoding, info = build_transform(config, is_training=False), Decoding.of(config.data), _info()
+    transform, info = build_transform(config, is_training=False), _info()
     names = [
         f"{info.index_to_label_name(number)} {info.index_to_description(number).partition(',')[0]}"
         for number in numbers
     ]
     if border:
         transform.transforms.insert(0, partial(ImageOps.crop, border=border))
-    images = Images(items, transform, "held-out", decoding=decoding)
-    return DataSource(None, images, NUM_CLASSES, decoding.in_chans, names)
+    images = Images(items, transform, "held-out", data=config.data)
+    return DataSource(None, images, NUM_CLASSES, image_channels(config.data), names)
 
 
 _info = cache(ImageNetInfo)

@@ -13,19 +13,21 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.config import PHOTOGRAPHS, RGB, DataConfig, image_channels
-from engine.data.channels import decode_channels
 from engine.distributed import memory_of
 from engine.errors import first_line, input_errors
 from engine.text import readable_size
 
 IGNORED = -1  # label of what is no image: it fills a share, or stands for a file that cannot be read
 LABELS = ("labels", "targets", "_labels")  # where data sets have them
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how files begin, the last two those of more than 4 GB
 LAST_UPRIGHT = 4  # EXIF's orientations above it change width and height
+AS_TIMM = DataConfig()  # decodes as timm and torchvision do, which weights and published numbers go by
+AS_TIMM.freeze()
 
 
 class UnreadableImage(Exception):
@@ -46,35 +48,9 @@ class Needed:
     box: tuple[float, float, float, float] | None = None
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How files become images.
-
-    Attributes:
-        exif_orientation: whether photographs are turned as their camera says. timm and torchvision do not turn them:
-            weights are pretrained and published numbers measured so.
-        max_megapixels: larger images are refused.
-        in_chans: 3, red, green and blue; 1, grey; any other number, that of each image.
-    """
-
-    exif_orientation: bool = False
-    max_megapixels: float = DataConfig.max_megapixels
-    in_chans: int = RGB
-
-    @classmethod
-    def of(cls, data: DataConfig) -> Decoding:
-        """As a configuration says."""
-        return cls(data.exif_orientation, data.max_megapixels, image_channels(data))
-
-    @property
-    def mode(self) -> str:
-        """Pillow's name of the channels, where it has one."""
-        return "RGB" if self.in_chans == RGB else "L"
-
-
 def decode(
     source: BinaryIO | Image.Image,
-    decoding: Decoding = Decoding(),
+    data: DataConfig = AS_TIMM,
     needed: Callable[[tuple[int, int]], Needed] | None = None,
 ) -> Image.Image | Tensor:
     """An image, or the first one in an open file, as eight bits of red, green and blue, or grey, or all its channels.
@@ -83,6 +59,7 @@ def decode(
     would clip them at 255.
 
     Args:
+        data: says how many channels, which orientation, and how many pixels at most.
         needed: of (width, height) of an image what is looked at, so that a JPEG is decoded at a reduced scale; it is
             told to the transform in the image's `info`.
 
@@ -90,14 +67,12 @@ def decode(
         ValueError: more pixels than allowed; on damaged bytes Pillow's decoders raise whatever they stumble over.
     """
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning and at twice as many an error
-    if decoding.in_chans not in PHOTOGRAPHS:
-        return decode_channels(source, decoding.in_chans, decoding.max_megapixels)
+    if image_channels(data) not in PHOTOGRAPHS:
+        return _decode_channels(source, data)
     image = source if isinstance(source, Image.Image) else Image.open(source)
     width, height = image.size
-    if width * height > decoding.max_megapixels * 1e6:
-        allowed = f"data.max_megapixels = {decoding.max_megapixels:g} allows"
-        raise ValueError(f"{width} x {height} pixels are {width * height / 1e6:.1f} million, more than {allowed}")
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if decoding.exif_orientation else 1
+    _refuse_too_many(width, height, data)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if data.exif_orientation else 1
     asked = Needed()
     if needed is not None:
         asked = needed((height, width) if orientation > LAST_UPRIGHT else (width, height))
@@ -106,9 +81,62 @@ def decode(
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     image.load()
     image.info.pop("transparency", None)  # changes no pixel, but Pillow would warn that it is lost
-    image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(decoding.mode)
+    image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(mode_of(data))
     image.info[Needed.BOX] = asked.box
     return image
+
+
+def _refuse_too_many(width: int, height: int, data: DataConfig) -> None:
+    if width * height > data.max_megapixels * 1e6:
+        allowed = f"data.max_megapixels = {data.max_megapixels:g} allows"
+        raise ValueError(f"{width} x {height} pixels are {width * height / 1e6:.1f} million, more than {allowed}")
+
+
+def _decode_channels(source: BinaryIO | Image.Image, data: DataConfig) -> Tensor:
+    """All channels of an image (C, H, W) float32, for timm's crops and flips: a satellite's, or with transparency.
+
+    Integers are between 0 and 1 by the range of their type; floats stay as they are.
+
+    Raises:
+        ValueError: other channels or more pixels than the configuration says.
+    """
+    pixels = _tiff(source) if not isinstance(source, Image.Image) and _is_tiff(source) else _frames(source)
+    channels, height, width = pixels.shape
+    if channels != image_channels(data):
+        raise ValueError(f"has {channels} channels, data.in_chans = {image_channels(data)}")
+    _refuse_too_many(width, height, data)
+    if pixels.dtype.kind in "ui":
+        pixels = pixels / np.float32(np.iinfo(pixels.dtype).max)
+    return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+
+
+def _is_tiff(source: BinaryIO) -> bool:
+    start = source.read(4)
+    source.seek(0)
+    return start in TIFF
+
+
+def _tiff(source: BinaryIO) -> np.ndarray:
+    """The first series of a TIFF file, (C, H, W), whether its channels are pages or lie in each pixel."""
+    with input_errors("TIFF needs another package, pip install 'augsub[tiff]'"):
+        from tifffile import TiffFile  # Pillow knows no pixels of more than four channels
+    with TiffFile(source) as file:
+        series = file.series[0]
+        pixels, axes = series.asarray(), series.axes
+    pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (-2, -1))
+    return pixels.reshape(-1, *pixels.shape[-2:])
+
+
+def _frames(source: BinaryIO | Image.Image) -> np.ndarray:
+    """The bands of all frames that Pillow finds, (C, H, W)."""
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    frames = [np.atleast_3d(np.asarray(frame)) for frame in ImageSequence.Iterator(image)]
+    return np.concatenate(frames, axis=-1).transpose(2, 0, 1)
+
+
+def mode_of(data: DataConfig) -> str:
+    """Pillow's name of a photograph's channels."""
+    return "RGB" if image_channels(data) == RGB else "L"
 
 
 def labels_of(items: Any) -> Sequence[Any]:
@@ -130,7 +158,7 @@ class Images(Dataset):
         labels: what labels become; None: they stay.
         num_classes: K, of images with several labels, or none, whose targets are (K,) of 0 and 1; None: each has one,
             and its number is the target.
-        decoding: how files become images.
+        data: says how files become images.
     """
 
     def __init__(
@@ -141,11 +169,11 @@ class Images(Dataset):
         chosen: Sequence[int] | None = None,
         labels: Mapping[int, int] | None = None,
         num_classes: int | None = None,
-        decoding: Decoding = Decoding(),
+        data: DataConfig = AS_TIMM,
     ) -> None:
         self._items, self._transform, self._split, self._labels = items, transform, split, labels or {}
         self._numbers = range(len(items)) if chosen is None else chosen
-        self._num_classes, self._decoding = num_classes, decoding
+        self._num_classes, self._data = num_classes, data
         self._decoded: DecodedImages | None = None
         self.left_out: Counter[str] = getattr(items, "left_out", Counter())
         self.damaged: Sequence[tuple[str, str]] = getattr(items, "damaged", ())
@@ -162,7 +190,7 @@ class Images(Dataset):
         try:
             source, label = self._items[number]
             with source:
-                return decode(source, self._decoding, needed_by(self._transform)), label
+                return decode(source, self._data, needed_by(self._transform)), label
         except UnreadableImage:  # of a whole shard
             raise
         except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
@@ -187,7 +215,7 @@ class Images(Dataset):
         """
         if self._decoded is None:
             with input_errors(f"data.cache = ram: the {self._split} images"):
-                self._decoded = DecodedImages.of(self._decode, len(self), self._decoding.mode)
+                self._decoded = DecodedImages.of(self._decode, len(self), mode_of(self._data))
 
     def seen_through(self, change: Callable[[Callable[[Image.Image], Any]], Callable[[Image.Image], Any]]) -> Images:
         """The same images, what is decoded too, with another transform that `change` makes of theirs."""

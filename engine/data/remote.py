@@ -12,14 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import DataConfig
 from engine.data.files import natural_order, split_names
-from engine.errors import InputError, first_line, input_errors
+from engine.errors import InputError, input_errors
 
 PIPE = "pipe:"  # WebDataset's: what follows is a command of the shell, which prints the file
 ATTEMPTS, PAUSE = 3, 1.0  # and seconds between the first two; doubled for the next
@@ -75,11 +74,9 @@ def _matches(pattern: str) -> list[str]:
         return [pattern]
     with input_errors("URLs need other packages, pip install 'augsub[shards]'"):
         import fsspec
-    try:
+    with input_errors(pattern, Exception):  # of as many packages as there are protocols
         system, path = fsspec.core.url_to_fs(pattern)
         return [system.unstrip_protocol(name) for name in sorted(system.glob(path), key=natural_order)]
-    except Exception as error:  # of as many packages as there are protocols
-        raise InputError(f"{pattern}: {first_line(error)}") from error
 
 
 def cache_folder() -> Path:
@@ -117,26 +114,16 @@ class Copies:
             return Path(place)
         self.folder.mkdir(parents=True, exist_ok=True)
         copy = self.folder / hashlib.sha256(place.encode()).hexdigest()[:24]
-        with _locked(copy.with_suffix(".lock")):
+        with open(copy.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; if it dies, the next one
             if copy.exists():
                 os.utime(copy)
-            else:
-                fetch(place, copy, self.patience)
-                self._make_room()
+                return copy
+            fetch(place, copy, self.patience)
+            copies = [path for path in self.folder.iterdir() if not path.suffix]
+            for old in sorted(copies, key=lambda path: path.stat().st_mtime)[: -self.most]:
+                old.unlink(missing_ok=True)  # who has it open can read it on
         return copy
-
-    def _make_room(self) -> None:
-        copies = [path for path in self.folder.iterdir() if not path.suffix]
-        for path in sorted(copies, key=lambda path: path.stat().st_mtime)[: -self.most]:
-            path.unlink(missing_ok=True)  # who has it open can read it on
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; if it dies, the next one."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def fetch(place: str, target: Path, patience: float, attempts: int = ATTEMPTS) -> None:

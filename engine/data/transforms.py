@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +25,15 @@ POSTERIZING = ("Posterize", "PosterizeOriginal", "PosterizeIncreasing")
 
 
 def normalisation(config: Config) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of each channel; None of images that are used as they are."""
+    """Mean and standard deviation of each channel, of red's, green's and blue's the average where there are others.
+
+    None of images that are used as they are.
+    """
     if config.data.dataset in UNTRANSFORMED:
         return None, None
-    return _of_each_channel(config, config.transform.mean), _of_each_channel(config, config.transform.std)
-
-
-def _of_each_channel(config: Config, values: Sequence[float]) -> list[float]:
-    """A number for each channel, of as many, or of those of red, green and blue their average."""
-    count = image_channels(config.data)
-    return [*values] if len(values) == count else [sum(values) / len(values)] * count
+    count, given = image_channels(config.data), (config.transform.mean, config.transform.std)
+    mean, std = ([*values] if len(values) == count else [sum(values) / len(values)] * count for values in given)
+    return mean, std
 
 
 def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
@@ -71,23 +71,9 @@ class ReducedCrop:
         return image.resize(self._crop.size[::-1], pil_modes_mapping[mode], box)
 
 
-class ReducedResize:
-    """timm's first step in evaluation, a resize, of an image that is decoded at no more than the size it needs.
-
-    Args:
-        resize: timm's or torchvision's.
-        side: of the output before it is cropped, pixels.
-    """
-
-    def __init__(self, resize: Callable[[Image.Image], Image.Image], side: int) -> None:
-        self._resize, self._side = resize, side
-
-    def needed(self, size: tuple[int, int]) -> Needed:
-        """What an image of (width, height) pixels may be reduced to."""
-        return Needed(largest_divisor(size, (self._side, self._side)))
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return self._resize(image)
+def needed_for(size: tuple[int, int], side: int) -> Needed:
+    """What an image of (width, height) pixels may be reduced to, so that its shorter side is no shorter than `side`."""
+    return Needed(largest_divisor(size, (side, side)))
 
 
 def largest_divisor(size: Sequence[int], wanted: Sequence[int]) -> int:
@@ -129,8 +115,11 @@ def build_transform(config: Config, is_training: bool) -> Callable[[Any], Tensor
     if config.data.in_chans == 1:
         built.transforms.insert(-1, Grayscale())  # a colour policy's own grey has three channels
     if config.data.draft_decoding and image_channels(config.data) in PHOTOGRAPHS:
-        first, side = built.transforms[0], math.ceil(max(sides(image_size)) / (transform.eval_crop or 1))
-        built.transforms[0] = ReducedCrop(first) if is_training else ReducedResize(first, side)
+        if is_training:
+            built.transforms[0] = ReducedCrop(built.transforms[0])
+        else:  # timm's own resize, of which the image's shorter side becomes this one
+            side = math.ceil(max(sides(image_size)) / (transform.eval_crop or 1))
+            built.transforms[0].needed = partial(needed_for, side=side)
     return built
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fvcore.common.registry import Registry
-
+from augsub.named_registry import NamedRegistry
 from engine.train_loop import HookBase
 
-HOOK_REGISTRY = Registry("HOOK")  # @HOOK_REGISTRY.register() above a subclass of HookBase
+HOOK_REGISTRY = NamedRegistry("HOOK", "hook", HookBase)  # @HOOK_REGISTRY.register() above a subclass of HookBase
 
 
 def build_own_hooks(descriptions: Sequence[Any]) -> list[HookBase]:
@@ -25,10 +24,8 @@ def build_own_hooks(descriptions: Sequence[Any]) -> list[HookBase]:
 def _build(description: Any) -> HookBase:
     if not isinstance(description, Mapping) or "name" not in description:
         raise ValueError(f"{description!r}: allowed is a mapping with the name of a hook, and its arguments")
-    name, arguments = description["name"], {key: value for key, value in description.items() if key != "name"}
-    if name not in HOOK_REGISTRY:
-        known = ", ".join(sorted(known for known, _ in HOOK_REGISTRY)) or "none, until one of `plugins` registers some"
-        raise ValueError(f"unknown hook {name!r}; known: {known}")
+    arguments = {**description}
+    name = arguments.pop("name")
     hook = HOOK_REGISTRY.get(name)(**arguments)
     if not isinstance(hook, HookBase):
         raise TypeError(f"{name} is no subclass of engine.train_loop.HookBase")

@@ -304,9 +304,6 @@ class Report(HookBase):
             "bad_files": len(self.trainer.data.bad_files),
         }
 
-    def _best(self, value: float) -> str:
-        return f"{value:.4f}" if self._evaluation.metric.endswith("loss") else f"{value:.2f} %"
-
     def _rows(self, summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows = [
             ("main loss", f"{summary['main_loss']:.4f}"),
@@ -315,6 +312,8 @@ class Report(HookBase):
         shown = [(name, text) for name, text in SHOWN_FIGURES.items() if name in summary]
         rows += [(f"held-out {text}", f"{summary[name]:.2f} %") for name, text in shown]
         rows[2] = (rows[2][0], f"{rows[2][1]} of {summary['images']} images")
+        best = summary["best_value"]
+        best = f"{best:.4f}" if self._evaluation.metric.endswith("loss") else f"{best:.2f} %"
         skipped = [("bad files skipped", f"{summary['bad_files']} (named in {self._folder.log.name})")]
         return [
             *rows,
@@ -323,7 +322,7 @@ class Report(HookBase):
                 if "balanced_accuracy" in self._evaluation.metric
                 else []
             ),
-            ("best", f"{self._best(summary['best_value'])} after epoch {summary['best_epoch']:.4g}"),
+            ("best", f"{best} after epoch {summary['best_epoch']:.4g}"),
             *self._facts,
             *(skipped if summary["bad_files"] else []),
             ("trained for", f"{summary['epochs']:.4g} epochs, {summary['iterations']} iterations"),

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
-from engine.distributed import local
 from engine.errors import NonFiniteLossError
 from engine.hooks.reporting import Evaluation
 from engine.optim import Schedule
@@ -223,7 +222,9 @@ class NaNGuard(HookBase):
 
     def check_weights(self) -> None:
         """Raise NonFiniteLossError if this step's update ruined a parameter, whatever the loss was."""
-        finite = [local(parameter).isfinite().all() for parameter in self.trainer.bare_model.parameters()]
+        parameters = self.trainer.bare_model.parameters()
+        shards = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in parameters]
+        finite = [shard.isfinite().all() for shard in shards]
         all_finite = torch.stack(finite).all().int()
         if not self.trainer.process.min(all_finite):
             raise NonFiniteLossError(

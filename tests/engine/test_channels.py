@@ -14,10 +14,11 @@ from PIL import Image
 import tools.export
 import tools.predict
 import tools.train_net
+from engine.config import DataConfig
 from engine.config_check import check
-from engine.data.datasets import build_source
-from engine.data.images import Decoding, UnreadableImage, decode
+from engine.data.images import UnreadableImage, decode
 from engine.data.loaders import DataLoaders
+from engine.data.source import build_source
 from engine.data.transforms import Normalise, normalisation
 from engine.distributed import Process
 from engine.errors import InputError
@@ -57,7 +58,7 @@ def test_a_tiff_file_has_its_values_whatever_its_layout(tmp_path, dtype, layout)
     else:
         image = expected if layout == "contig" else expected.transpose(2, 0, 1)
         tifffile.imwrite(path, image, planarconfig=layout, photometric="minisblack", extrasamples=[0] * 4)
-    found = decode(path.open("rb"), Decoding(in_chans=5))
+    found = decode(path.open("rb"), DataConfig(in_chans=5))
     most = 1 if dtype == "float32" else np.iinfo(dtype).max
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected.transpose(2, 0, 1) / most, atol=1e-7)
@@ -66,7 +67,7 @@ def test_a_tiff_file_has_its_values_whatever_its_layout(tmp_path, dtype, layout)
 def test_transparency_is_a_fourth_channel(tmp_path):
     expected = pixels(4)
     Image.fromarray(expected, "RGBA").save(tmp_path / "image.png")
-    found = decode((tmp_path / "image.png").open("rb"), Decoding(in_chans=4))
+    found = decode((tmp_path / "image.png").open("rb"), DataConfig(in_chans=4))
     assert (found * 255).round().byte().permute(1, 2, 0).numpy().tolist() == expected.tolist()
 
 

@@ -8,7 +8,7 @@ from functools import reduce
 import pytest
 
 from engine.config import Config, marked
-from engine.config_file import CONFIGS, changes_on_resume, load_config, parse_config, saved_content, to_yaml
+from engine.config_file import CONFIGS, changes_on_resume, load_config, parse_config, to_yaml
 from engine.config_rules import FILE
 from engine.defaults import complete
 from engine.errors import InputError
@@ -163,7 +163,7 @@ LEFT_TO_THE_MODEL = ("data.image_size=null", "transform.mean=null", "transform.e
 )
 def test_a_resumed_run_keeps_what_it_found_and_changes_what_may_change(override, message):
     """null means none for the transforms, and left to the model for others."""
-    saved = saved_content(to_yaml(complete(load_config("deit3_b_400e", LEFT_TO_THE_MODEL))))
+    saved = parse_config(to_yaml(complete(load_config("deit3_b_400e", LEFT_TO_THE_MODEL))), "saved")
     current = complete(load_config("deit3_b_400e", [*LEFT_TO_THE_MODEL, override, "output_dir=elsewhere"]), saved)
     assert (current.data.image_size, current.transform.mean) == (224, [0.485, 0.456, 0.406])
     assert current.transform.eval_crop == 0.9  # timm's

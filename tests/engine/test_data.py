@@ -25,10 +25,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from engine.config import Config, TrainConfig, TransformConfig
 from engine.data import loaders
-from engine.data.datasets import build_source
 from engine.data.images import IGNORED
 from engine.data.loaders import BadFiles, Batches, DataLoaders, accumulation_for, batch_for, worker_deaths
-from engine.data.source import DataSource, build_digits
+from engine.data.source import DataSource, build_digits, build_source
 from engine.data.stream import TrainingOrder, sampling_weights
 from engine.data.transforms import Delivery, Normalise, build_transform
 from engine.distributed import Process

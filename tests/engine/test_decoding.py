@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import resized_crop
 
-from engine.data.datasets import build_source
-from engine.data.images import Decoding, Needed, decode
+from engine.config import DataConfig
+from engine.data.images import Needed, decode
+from engine.data.source import build_source
 from engine.data.transforms import build_transform, largest_divisor
 from engine.errors import InputError
 
@@ -97,7 +98,7 @@ def test_photographs_are_turned_as_their_camera_says(photograph, tmp_path, orien
     exif[ORIENTATION] = orientation
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     needed = (lambda size: Needed(2 if size == SIZE else 1)) if is_reduced else None
-    found = decode((tmp_path / "turned.jpg").open("rb"), Decoding(exif_orientation=True), needed)
+    found = decode((tmp_path / "turned.jpg").open("rb"), DataConfig(exif_orientation=True), needed)
     expected = upright.resize(found.size)
     assert found.size == (tuple(side // 2 for side in SIZE) if is_reduced else SIZE)
     assert np.abs(np.asarray(found, float) - np.asarray(expected, float)).mean() < 3

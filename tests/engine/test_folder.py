@@ -22,10 +22,9 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from engine.config import Config, DataConfig
-from engine.data.datasets import build_source
 from engine.data.files import image_folder, image_suffixes, natural_order
 from engine.data.images import Images, UnreadableImage
-from engine.data.source import IMAGENET, build_digits, build_synthetic, check_classes, check_resumed
+from engine.data.source import IMAGENET, build_digits, build_source, build_synthetic, check_classes, check_resumed
 from engine.data.transforms import build_transform
 from engine.errors import InputError
 

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.checkpoint import CheckpointStore, load
-from engine.config import Config, LogConfig, TrainConfig
+from engine.config import Config, LogConfig, ScheduleConfig, TrainConfig
 from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import NonFiniteLossError, Preempted
@@ -224,7 +224,9 @@ def test_the_lowest_loss_is_the_best():
 def test_on_a_plateau_the_learning_rate_falls_again_and_again():
     values = [50.0, 40.0, 40.0, 40.0, 40.0, 60.0, 10.0, 10.0]
     evaluation = judged(values)
-    learning_rate = LearningRateSchedule(Schedule(1.0, 1.0, 0.0, total=100, warmup=0, name="plateau"), per_epoch=False)
+    learning_rate = LearningRateSchedule(
+        Schedule(1.0, 1.0, 0.0, total=100, warmup=0, config=ScheduleConfig(name="plateau")), per_epoch=False
+    )
     plateau = Plateau(learning_rate, evaluation, patience=2, decay_rate=0.5)
 
     class Watch(HookBase):
@@ -341,7 +343,7 @@ def test_own_hooks_are_made_by_name(monkeypatch):
     for description, message in (
         ("Own", "allowed is a mapping"),
         ({"period": 3}, "allowed is a mapping"),
-        ({"name": "Owm"}, "unknown hook 'Owm'; known: Own, dict"),
+        ({"name": "Owm"}, r"unknown hook 'Owm', did you mean 'Own'\?; known: Own, dict"),
         ({"name": "Own", "perod": 3}, "unexpected keyword"),
         ({"name": "dict"}, "is no subclass of engine"),
     ):

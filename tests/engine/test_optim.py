@@ -86,7 +86,9 @@ def test_the_schedule_is_timms_cosine_with_warmup(prefix):
     reference = CosineLRScheduler(
         optimizer, t_initial=length, lr_min=0.02, warmup_t=8, warmup_lr_init=0.1, warmup_prefix=prefix
     )
-    schedule = Schedule(peak=0.7, start=0.1, floor=0.02, total=40, warmup=8, warmup_prefix=prefix)
+    schedule = Schedule(
+        peak=0.7, start=0.1, floor=0.02, total=40, warmup=8, config=ScheduleConfig(warmup_prefix=prefix)
+    )
     for step in range(40):
         reference.step(step)
         assert schedule(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
@@ -112,8 +114,11 @@ def test_the_schedule_is_timms_cosine_with_warmup(prefix):
 )
 def test_the_schedules_are_torchs(reference, options):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    usual = {"peak": 1.0, "start": 0.0, "floor": 0.0, "total": 20, "warmup": 0, "decay_rate": 0.3}
-    own, theirs = Schedule(**{**usual, **options}), reference(optimizer)
+    usual = {"peak": 1.0, "start": 0.0, "floor": 0.0, "total": 20, "warmup": 0}
+    shape = {key: value for key, value in options.items() if key in vars(ScheduleConfig())}
+    numbers = {key: value for key, value in options.items() if key not in shape}
+    own = Schedule(**usual | numbers, config=ScheduleConfig(decay_rate=0.3, **shape))
+    theirs = reference(optimizer)
     for step in range(20):
         assert own(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9), step
         optimizer.step()
@@ -121,7 +126,8 @@ def test_the_schedules_are_torchs(reference, options):
 
 
 def test_warmup_stable_decay():
-    schedule = Schedule(1.0, 0.0, 0.1, total=44, warmup=4, warmup_prefix=True, name="wsd", decay_share=0.25)
+    config = ScheduleConfig(name="wsd", warmup_prefix=True, decay_share=0.25)
+    schedule = Schedule(1.0, 0.0, 0.1, total=44, warmup=4, config=config)
     assert [schedule(step) for step in (0, 2, 4, 20, 34)] == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
     assert [schedule(step) for step in (39, 44)] == pytest.approx([0.1 + 0.9 * 0.5, 0.1])
 
@@ -144,9 +150,10 @@ def test_lag_cooldown_and_a_warmup_that_reaches_the_peak():
     cooled = Schedule(peak=1.0, start=0.0, floor=0.1, total=20, warmup=4, cooldown=5)
     assert [cooled(step) for step in range(15, 20)] == [0.1] * 5
     assert cooled(10) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 10 / 15)))
-    reaching = Schedule(1.0, 0.0, 0.1, total=20, warmup=4, warmup_prefix=True, warmup_reaches_peak=True)
+    config = ScheduleConfig(warmup_prefix=True, warmup_reaches_peak=True)
+    reaching = Schedule(1.0, 0.0, 0.1, total=20, warmup=4, config=config)
     assert [reaching(step) for step in range(5)] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
-    assert Schedule(1.0, 0.5, 0.1, total=20, warmup=1, warmup_reaches_peak=True)(0) == 0.5
+    assert Schedule(1.0, 0.5, 0.1, total=20, warmup=1, config=config)(0) == 0.5
     assert Schedule(1.0, 0.5, 0.1, total=20, warmup=0)(0) == 1.0
 
 

@@ -20,9 +20,9 @@ import torch
 from pyarrow import parquet
 
 from engine.data import remote
-from engine.data.datasets import build_source
 from engine.data.loaders import DataLoaders
 from engine.data.shards import INDEX, Index, scan
+from engine.data.source import build_source
 from engine.data.stream import STREAMS, TrainingOrder, order_by_shards
 from engine.distributed import Process
 from engine.errors import InputError

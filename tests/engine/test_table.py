@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from engine.data.datasets import build_source
+from engine.data.source import build_source
 from engine.errors import InputError
 
 ROWS = [

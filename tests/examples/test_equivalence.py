@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 import augsub
 from engine.checkpoint import CheckpointStore
 from engine.config_file import load_config
-from engine.data.datasets import build_source
+from engine.data.source import build_source
 from engine.defaults import build_trainer, complete
 from engine.distributed import Process
 from engine.run_folder import RunFolder

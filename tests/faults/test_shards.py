@@ -18,11 +18,11 @@ from tools import prepare_data
 
 PLACES = {
     "Trainer.run_step": (34, 0.02),
-    "Shards._tried": (12, 0.02),
+    "Shards._open": (12, 0.02),
     "evaluate": (5, 0.05),
     "Checkpoint.save": (8, 0.02),
 }
-IN_WORKERS = ("Shards._tried",)  # of the loader, where it has some: nothing to kill in the main process
+IN_WORKERS = ("Shards._open",)  # of the loader, where it has some: nothing to kill in the main process
 KILLS, TRIES = 10, 40
 
 

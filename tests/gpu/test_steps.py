@@ -23,7 +23,7 @@ from augsub import SubModel, SubModelObjective
 from engine.checkpoint import CheckpointStore
 from engine.config import Config
 from engine.config_file import load_config
-from engine.data.datasets import build_source
+from engine.data.source import build_source
 from engine.defaults import build_trainer, complete
 from engine.distributed import Process, shard, synchronise_batchnorm
 from engine.evaluation import evaluate

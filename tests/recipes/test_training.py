@@ -20,8 +20,7 @@ from engine.data.source import DataSource
 from engine.data.transforms import Delivery, Normalise, build_transform
 from engine.defaults import build_run_model
 from engine.distributed import Process
-from engine.loss import IntegerMixup, build_criterion, build_mixup
-from engine.objective import build_objective
+from engine.loss import IntegerMixup, build_criterion, build_mixup, build_objective
 from engine.optim import build_optimizer
 from models.recipe import param_groups
 

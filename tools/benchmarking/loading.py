@@ -18,8 +18,8 @@ from timm.data import create_dataset, create_loader
 
 from engine.config import TransformConfig
 from engine.config_file import load_config
-from engine.data.datasets import build_source
 from engine.data.loaders import Batch, DataLoaders
+from engine.data.source import build_source
 from engine.distributed import Process
 from tools.benchmarking.steps import CONFIG, Line, compared, in_turns
 from tools.preparing import open_splits, write_shards

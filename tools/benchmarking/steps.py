@@ -20,14 +20,14 @@ from torch.utils.benchmark.utils.timer import timer
 
 import augsub
 from engine.checkpoint import CheckpointStore
-from engine.compilation import compile_forward
 from engine.config import Config, SubModelConfig
 from engine.config_file import CONFIGS, load_config, parse_config, to_yaml
-from engine.data.datasets import build_source
+from engine.data.source import build_source
 from engine.defaults import build_model_optimizer, build_precision, build_trainer, complete, create_configured_model
 from engine.distributed import Process
 from engine.errors import InputError
 from engine.hooks.training import LearningRateSchedule, NaNGuard
+from engine.precision import compile_forward
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from models.complexity import analyze

@@ -16,7 +16,7 @@ from engine import atomic
 from engine.config import Config, marked
 from engine.config_file import differences
 from engine.config_rules import MAY_CHANGE
-from engine.data.datasets import build_source
+from engine.data.source import build_source
 from engine.errors import InputError, first_line, writing_errors
 from engine.text import to_json, with_nan
 from engine.writers import Record
