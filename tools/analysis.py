@@ -123,7 +123,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True, colalign=align)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def print_analysis(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     plugins = [word for word in arguments.overrides if word.startswith("plugins=")]
     others = [word for word in arguments.overrides if word not in plugins]

@@ -13,7 +13,6 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from engine import atomic
-from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
+from engine.command_line import AtLeast, as_path, main_of, parse_with_overrides, tool_parser
 from engine.errors import InputError, input_errors, writing_errors
 from engine.text import to_json
 
@@ -43,7 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="timm models, pixels, images per step")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the steps: 'bare loop', 'masking 0.5' …")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
+    parser.add_argument(
+        "--rounds", type=int, action=AtLeast, const=1, help="of each table (default 10, 5 with --quick)"
+    )
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
     parser.add_argument("--images", type=as_path, metavar="FOLDER", help="train/<class> to load instead of made ones")
     parser.add_argument("--json", type=as_path, default=Path("runs/benchmark.json"), help="file to write")
@@ -59,8 +60,6 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
     from tools.benchmarking.steps import configuration, measure_steps
 
     rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds
-    if rounds < 1:
-        raise InputError(f"--rounds {rounds}: allowed is 1 or more")
     usual = QUICK if arguments.quick else [f"{model}:{BATCH[arguments.device]}" for model in WHOLE]
     configs = {text: configuration(text, arguments.overrides) for text in arguments.models or usual}
     for part, (text, config) in product(arguments.parts, configs.items()):
@@ -112,9 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{arguments.json}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
-    return exit_code(partial(run, parse_arguments(arguments)))
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

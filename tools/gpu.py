@@ -17,12 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine import atomic
-from engine.command_line import as_path, exit_code, tool_parser
+from engine.command_line import as_path, main_of, tool_parser
 from engine.errors import InputError, RunError
 from engine.text import text_table, to_json
 
@@ -141,9 +140,7 @@ def run_part(name: str, device: str, folder: Path, seconds_left: float) -> dict[
     return outcome | {"ended": ended, "seconds": time.monotonic() - start, "found": found}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
-    return exit_code(partial(run, parse_arguments(arguments)))
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_wrong_folders_are_one_line(finished, call, tmp_path):
         ("good", "other", "--jobs", "1"): "--jobs, --minutes: belong to --study",
         ("--study", "s.yaml", "--picture", "a.png"): "--picture, --metric: not with --study",
         ("--study", "s.yaml", "--minutes", "0"): "--minutes = 0.0: allowed is above 0",
-        ("--jobs", "0", "--study", "s.yaml"): "--jobs = 0: allowed is at least 1",
+        ("--jobs", "0", "--study", "s.yaml"): "--jobs 0: allowed is 1 or more",
     }
     for arguments, message in cases.items():
         code, _, error = call(compare_runs, *arguments)
