@@ -67,21 +67,12 @@ def say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def model_tables(title: str, complexity: Complexity, depth: int) -> str:
-    """One model: its figures, its modules down to `depth` levels, and what the FLOPs leave out."""
-    skipping = [complexity.skipping] if complexity.skipping else []
-    forwards = (complexity.main, *skipping, *complexity.subs)
+def model_table(title: str, complexity: Complexity) -> str:
+    """One model: its figures, and what the FLOPs leave out."""
     activations = ("activations", f"{figure(complexity.main.activations, MEGA)} M")
-    rows = [
-        [name or "(model)", figure(params, MEGA), *(figure(cost.flops_by_module[name], GIGA) for cost in forwards)]
-        for name, params in complexity.params_by_module.items()
-        if not name or name.count(".") < depth
-    ]
-    names = ["main", *["skipped paths" for _ in skipping], *complexity.names]
-    modules = _table(["module", "parameters, M", *(f"{name}, GFLOPs" for name in names)], rows)
     uncounted = ", ".join(f"{name} ({calls})" for name, calls in complexity.uncounted.items())
     return (
-        f"{title}, one image\n{text_table([*complexity.cost_rows(), activations])}\n\n{modules}\n\n"
+        f"{title}, one image\n{text_table([*complexity.cost_rows(), activations])}\n\n"
         f"not counted in the FLOPs (number of calls): {uncounted or 'nothing'}"
     )
 
@@ -156,5 +147,5 @@ def print_analysis(arguments: argparse.Namespace) -> None:
                 )
                 complexity = analyze(model, model.pretrained_cfg["input_size"], [augmentation])
         figures = complexity.as_dict()
-        text = model_tables(arguments.config or arguments.model, complexity, arguments.depth)
+        text = model_table(arguments.config or arguments.model, complexity)
     print(to_json(figures, indent=2) if arguments.json else text)

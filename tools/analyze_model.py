@@ -29,7 +29,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--list-support", metavar="WILDCARD", help="timm models by name, for example 'vit_*'")
     parser.add_argument("--augsub", metavar="NAME", help="sub-model of --model (default masking)")
     parser.add_argument("--ratio", type=float, help="its ratio (default 0.5)")
-    parser.add_argument("--depth", type=int, default=1, help="levels of the table of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
     meaning = "plugins=[MODULE]; of --config, model.name=resnet50; of --augsub, mode=skip"
     return parse_with_overrides(parser, arguments, meaning)
