@@ -54,9 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict[str, Any]]]:
     """The lines of one case after the other."""
-    from tools.benchmarking.loading import measure_loading
+    from tools.benchmarking.loading import measure_loading, measure_runs
     from tools.benchmarking.memory import measure_memory
-    from tools.benchmarking.runs import measure_runs
     from tools.benchmarking.steps import configuration, measure_steps
 
     rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds

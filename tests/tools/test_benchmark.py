@@ -11,8 +11,7 @@ import torch
 
 from tools import benchmark
 from tools.benchmark import table
-from tools.benchmarking.loading import measure_loading
-from tools.benchmarking.runs import measure_runs
+from tools.benchmarking.loading import measure_loading, measure_runs
 from tools.benchmarking.steps import compared, configuration, in_turns
 
 TABLES = Path(__file__).parents[2] / "docs" / "performance_tables.py"
