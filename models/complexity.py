@@ -190,12 +190,9 @@ def analyze_objective(
     distinct = {repr(augmentation): augmentation for of_one in by_sub_model for augmentation in of_one}
     counted = analyze(model, image_shape, list(distinct.values()), skip_dropped_paths)
     costs = dict(zip(distinct, counted.subs, strict=True))
-    subs = [
-        _mean([costs[repr(augmentation)] for augmentation in of_one], sub_model.share)
-        for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True)
-    ]
-    taught = 0.0
+    subs, taught = [], 0.0
     for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True):
+        subs.append(_mean([costs[repr(augmentation)] for augmentation in of_one], sub_model.share))
         lesson = augsub.LESSONS.get(sub_model.learn_from)
         if lesson.needs_model == "ema":
             taught += counted.main.flops * sub_model.share
