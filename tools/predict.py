@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
         log_to_terminal()
     predictor = load_predictor(arguments.what, arguments.model, arguments.overrides)
     images = open_images(arguments.images, predictor.config.data.patience)
-    predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)))
+    paths = [images.name_of(number) for number in range(len(images))]
+    predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)), paths)
     config = predictor.config
     with (
         process_group(config.distributed.timeout_minutes) as process,
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         predict(predictor, images, predictions, process, arguments.flips)
         process.barrier()
         if process.is_main:
-            print(predictions.finish(images.names))
+            print(predictions.finish())
 
 
 main = main_of(parse_arguments, run, "the same command goes on")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from engine.command_line import AtLeast, as_path, main_of, parse_with_overrides, tool_parser
 from engine.errors import InputError
@@ -43,10 +44,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.target.exists() and any(arguments.target.iterdir()):
         raise InputError(f"{arguments.target}: is not empty; remove it, or name another folder")
     # here: these bring torch and timm, for which a typo need not wait
-    from tools.preparing import Resizing, open_splits, write_folder, write_shards
+    from tools.preparing import open_splits, resized, write_folder, write_shards
 
     classes, splits = open_splits(arguments.source, arguments.overrides)
-    resizing = None if arguments.resize is None else Resizing(arguments.resize, arguments.quality)
+    resizing = None
+    if arguments.resize is not None:
+        resizing = partial(resized, side=arguments.resize, quality=arguments.quality)
     if arguments.samples_per_shard is None and resizing is not None:
         written = write_folder(splits, classes, arguments.target, resizing, arguments.jobs)
     else:
