@@ -40,10 +40,15 @@ PUBLISHED = {  # (parameters in millions, multiply-adds in billions) for 224 x 2
 }
 
 
-def analyze_configured(config: Config) -> Complexity:
-    """The model and the sub-models of a configuration; no data and no weights are needed."""
-    config = complete(config)
-    source = data_source(config)
+def analyze_configured(config: Config, source: DataSource | None = None) -> Complexity:
+    """The model and the sub-models of a configuration; no data and no weights are needed.
+
+    Args:
+        source: the data of a configuration that is complete; None: those it names, or images like ImageNet's.
+    """
+    if source is None:
+        config = complete(config)
+        source = data_source(config)
     with torch.device("meta"):
         model = create_configured_model(config, source)
         teacher = build_teacher(config, source, has_weights=False)
