@@ -14,7 +14,7 @@ from augsub.residual_branches import rate_name
 MODES = ("compute", "skip")
 
 
-@register("drop_path", "droppath")
+@register("drop_path")
 class DropPath(SubModelAugmentation):
     """Every residual branch is dropped per sample with probability `ratio`, whatever the main model's rate.
 

@@ -38,28 +38,23 @@ class NamedRegistry(Registry):  # type: ignore[misc]  # fvcore is untyped
         return super().get(name)
 
     def names(self) -> list[str]:
-        """The name of each registered class, sorted, without aliases."""
-        own: dict[type, str] = {}
-        for name, registered in self:
-            own.setdefault(registered, name)
-        return sorted(own.values())
+        """The name of each registered class, sorted."""
+        return sorted(name for name, _ in self)
 
-    def register_as(self, *names: str) -> Callable[[Registered], Registered]:
-        """Class decorator: make a class known under a name, and under aliases of it.
+    def register_as(self, name: str) -> Callable[[Registered], Registered]:
+        """Class decorator: make a class known under a name.
 
         Raises:
             TypeError: if it is no subclass of the registry's class.
-            ValueError: if a name is taken.
+            ValueError: if the name is taken.
         """
 
         def decorate(registered: Registered) -> Registered:
             if not (isinstance(registered, type) and issubclass(registered, self._base)):
                 raise TypeError(f"{registered!r} cannot be registered: it is no subclass of {self._base.__name__}")
-            for name in names:
-                if name in self:
-                    raise ValueError(f"{self._what} {name!r} is registered already")
-            for name in names:
-                self._do_register(name, registered)
+            if name in self:
+                raise ValueError(f"{self._what} {name!r} is registered already")
+            self._do_register(name, registered)
             return registered
 
         return decorate

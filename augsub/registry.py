@@ -16,8 +16,8 @@ AugmentationSpec = str | Mapping[str, Any] | SubModelAugmentation | Sequence[Any
 AUGSUB_REGISTRY = NamedRegistry("AUGSUB", "augmentation", SubModelAugmentation)
 
 
-def register(name: str, *aliases: str) -> Callable[[AugmentationClass], AugmentationClass]:
-    """Class decorator: make an augmentation known under `name` (and `aliases`).
+def register(name: str) -> Callable[[AugmentationClass], AugmentationClass]:
+    """Class decorator: make an augmentation known under `name`.
 
     Raises:
         TypeError: if the class is no `SubModelAugmentation` or names no site in `sites`.
@@ -28,7 +28,7 @@ def register(name: str, *aliases: str) -> Callable[[AugmentationClass], Augmenta
         sites = getattr(augmentation, "sites", ("of something else",))  # which the registry refuses
         if not sites or isinstance(sites, str):
             raise TypeError(f"{augmentation.__name__} must name its sites in a tuple, for example sites = ('tokens',)")
-        AUGSUB_REGISTRY.register_as(name, *aliases)(augmentation)
+        AUGSUB_REGISTRY.register_as(name)(augmentation)
         augmentation.name = name
         return augmentation
 
@@ -36,7 +36,7 @@ def register(name: str, *aliases: str) -> Callable[[AugmentationClass], Augmenta
 
 
 def list_augmentations() -> list[str]:
-    """Names of all registered augmentations, sorted, without aliases."""
+    """Names of all registered augmentations, sorted."""
     return AUGSUB_REGISTRY.names()
 
 

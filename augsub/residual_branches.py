@@ -101,18 +101,23 @@ class ResidualBranch:
 
     def hook(self) -> list[RemovableHandle]:
         """Let the modules choose and put back images, whenever there is a rate."""
-        before = [start.register_forward_pre_hook(_Choose(self)) for start in self.starts]
-        return [*before, self.end.register_forward_hook(_PutBack(self))]
+        before = [start.register_forward_pre_hook(self.choose) for start in self.starts]
+        return [*before, self.end.register_forward_hook(self.put_back)]
 
-    def choose(self, values: Tensor) -> Tensor:
+    def choose(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Values of int(B * (1 - rate)) images, at least one of them, drawn anew; each has as many rows."""
+        if not self.rate:
+            return None
+        values, *others = args
         num_kept = max(1, int(self.batch * (1 - self.rate)))
         self._kept = torch.randperm(self.batch, device=values.device)[:num_kept]
         with_images, undo = _by_image(values, self.batch)
-        return undo(with_images.index_select(0, self._kept))
+        return (undo(with_images.index_select(0, self._kept)), *others)
 
-    def put_back(self, values: Tensor) -> Tensor:
+    def put_back(self, module: nn.Module, args: tuple[Any, ...], values: Tensor) -> Tensor | None:
         """Values of the chosen images, scaled to the mean of a branch that all have, and zeros for the others."""
+        if not self.rate:
+            return None
         kept, self._kept = self._kept, None
         if kept is None:
             raise ValueError("the start of a residual branch was replaced after augsub.patch: patch the model again")
@@ -134,22 +139,6 @@ def _by_image(values: Tensor, batch: int) -> tuple[Tensor, Callable[[Tensor], Te
         return rows.permute(0, 3, 1, 2) if is_map else rows
 
     return in_order.unflatten(0, (batch, -1)) if has_parts else in_order, undo
-
-
-@dataclass
-class _Choose:
-    branch: ResidualBranch
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (self.branch.choose(args[0]), *args[1:]) if self.branch.rate else None
-
-
-@dataclass
-class _PutBack:
-    branch: ResidualBranch
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return self.branch.put_back(output) if self.branch.rate else None
 
 
 def rate_name(drop_path: nn.Module) -> str:

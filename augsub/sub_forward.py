@@ -6,7 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -46,7 +46,7 @@ class SubForward:
         self.image_size = (0, 0)
         self._held: list[Assignment] = []
         self._hooks = [
-            module.register_forward_hook(_SiteHook(name, change, self))
+            module.register_forward_hook(partial(self._at_site, name, change))
             for name, site in self.sites.items()
             if isinstance(site, HookedSite)
             for module, change in ((site.module, site.apply), (site.end, site.leave))
@@ -55,6 +55,13 @@ class SubForward:
         if "drop_path" in self.sites:
             self._hooks += [hook for branch in self._drop_paths.branches for hook in branch.hook()]
         self._skips_dropped_paths = False
+
+    def _at_site(
+        self, site: str, change: Callable[..., Any], module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        """Forward hook: what the augmentations active at a site make of a module's output."""
+        augmentations = self.active.get(site)
+        return change(augmentations, output, self.image_size) if augmentations else None
 
     @property
     def _drop_paths(self) -> DropPathSite:
@@ -221,16 +228,3 @@ class SubForward:
         for output in tree_leaves(logits):
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(replay)
-
-
-@dataclass
-class _SiteHook:
-    """Forward hook that lets a site change a module's output by the augmentations active there."""
-
-    name: str
-    change: Callable[..., Any]
-    sub_forward: SubForward
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        augmentations = self.sub_forward.active.get(self.name)
-        return self.change(augmentations, output, self.sub_forward.image_size) if augmentations else None

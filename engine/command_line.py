@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from traceback import extract_tb
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from engine.errors import Preempted, RunError
+from engine.errors import InputError, Preempted, RunError
 from engine.text import expanded
 
 FAILED = 2
@@ -58,6 +58,35 @@ def parse_with_overrides(
 def as_path(text: str) -> Path:
     """The type of an argument that names a file or a folder: `~` is a home folder."""
     return Path(expanded(text))
+
+
+class AtLeast(argparse.Action):
+    """Of an option whose number must be at least `const`: one line otherwise."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Keep the number; InputError for one that is too small."""
+        if values < self.const:
+            raise InputError(f"{option_string} {values}: allowed is {self.const} or more")
+        setattr(namespace, self.dest, values)
+
+
+def main_of(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    run: Callable[[argparse.Namespace], None],
+    after_interrupt: str = "",
+) -> Callable[..., int]:
+    """The `main` of a tool: reads a command line (None: this process's), does what it asks for, returns the exit code.
+
+    Args:
+        after_interrupt: what the user can do after Ctrl-C.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        return exit_code(lambda: run(parse(arguments)), after_interrupt=after_interrupt)
+
+    return main
 
 
 def exit_code(run: Callable[[], int | None], traceback: bool = False, after_interrupt: str = "") -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -30,6 +32,19 @@ def to_json(content: Any, indent: int | None = None) -> str:
     The standard (RFC 8259) has no NaN and no infinity: null stands for them.
     """
     return json.dumps(_with_null(content), indent=indent, allow_nan=False)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] | None = None) -> str:
+    """Rows as lines of CSV under a header.
+
+    Args:
+        columns: in their order, of which a row may lack some; None: those of the first row.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*(rows[0] if columns is None else columns)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def with_nan(record: Mapping[str, float | None]) -> dict[str, float]:

@@ -21,7 +21,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.module_tracker import ModuleTracker
 
 import augsub
 from models.build import check_image_shape, without_data
@@ -39,13 +38,11 @@ class ForwardCost:
     Attributes:
         flops: multiply-adds.
         activations: values that convolutions, linear layers, attention and recurrent layers put out.
-        flops_by_module: multiply-adds by name of the module; "" is the whole model.
         uncounted: operations without a formula, by name, with the number of their calls.
     """
 
     flops: int
     activations: int
-    flops_by_module: dict[str, int]
     uncounted: dict[str, int]
 
 
@@ -54,7 +51,7 @@ class Complexity:
     """Cost of one model for one image.
 
     Attributes:
-        params_by_module: parameters by name of the module, without what `augsub.patch` adds; "" is the whole model.
+        params: parameters of the model, without what `augsub.patch` adds.
         main: the main model's forward.
         names: of each sub-model.
         subs: the forward of each sub-model, in the mean over training, by the images of the main model.
@@ -64,18 +61,13 @@ class Complexity:
             that sees what the sub-model sees.
     """
 
-    params_by_module: dict[str, int]
+    params: int
     main: ForwardCost
     names: tuple[str, ...]
     subs: tuple[ForwardCost, ...]
     skipping: ForwardCost | None = None
     computes_main: bool = True
     taught: int = 0
-
-    @property
-    def params(self) -> int:
-        """Parameters of the model."""
-        return self.params_by_module[""]
 
     @property
     def sub_flops(self) -> int:
@@ -153,8 +145,7 @@ def analyze(
     Raises:
         ValueError: if an augmentation has no site in the model, or images of that shape do not fit.
     """
-    modules = dict(model.eval().named_modules())
-    params = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()}
+    params = sum(parameter.numel() for parameter in model.eval().parameters())
     augsub.patch(model, skip_dropped_paths=skip_dropped_paths)
     try:
         check_image_shape(model, image_shape, augmentations)
@@ -199,12 +190,9 @@ def analyze_objective(
     distinct = {repr(augmentation): augmentation for of_one in by_sub_model for augmentation in of_one}
     counted = analyze(model, image_shape, list(distinct.values()), skip_dropped_paths)
     costs = dict(zip(distinct, counted.subs, strict=True))
-    subs = [
-        _mean([costs[repr(augmentation)] for augmentation in of_one], sub_model.share)
-        for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True)
-    ]
-    taught = 0.0
+    subs, taught = [], 0.0
     for of_one, sub_model in zip(by_sub_model, objective.sub_models, strict=True):
+        subs.append(_mean([costs[repr(augmentation)] for augmentation in of_one], sub_model.share))
         lesson = augsub.LESSONS.get(sub_model.learn_from)
         if lesson.needs_model == "ema":
             taught += counted.main.flops * sub_model.share
@@ -214,7 +202,7 @@ def analyze_objective(
             taught += _mean(forwards, sub_model.share / MANY).flops
     names = tuple(map(str, objective.sub_models))
     return Complexity(
-        counted.params_by_module,
+        counted.params,
         counted.main,
         names,
         tuple(subs),
@@ -230,7 +218,6 @@ def _mean(costs: Sequence[ForwardCost], share: float) -> ForwardCost:
     return ForwardCost(
         round(part * sum(cost.flops for cost in costs)),
         round(part * sum(cost.activations for cost in costs)),
-        {name: round(part * sum(cost.flops_by_module[name] for cost in costs)) for name in costs[0].flops_by_module},
         costs[0].uncounted,
     )
 
@@ -248,15 +235,12 @@ def count_forward(
     arguments = {} if augmentation is None else {"augsub": augmentation}
 
     def counted(call: Callable[..., Any]) -> _ForwardCounter:
-        with torch.inference_mode(), ModuleTracker() as tracker, _ForwardCounter(tracker) as counter:
+        with torch.inference_mode(), _ForwardCounter() as counter:
             call(model, shape, arguments)
         return counter
 
     counter = without_data(counted)
-    by_module = dict.fromkeys((name for name, _ in model.named_modules()), 0)
-    for place, flops in counter.flops.items():
-        by_module[place.partition(".")[2]] = round(flops)  # the first part is the model's class
-    return ForwardCost(by_module[""], counter.activations, by_module, dict(counter.uncounted))
+    return ForwardCost(round(counter.flops), counter.activations, dict(counter.uncounted))
 
 
 def count_with_torch(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -322,12 +306,11 @@ class _ForwardCounter(TorchDispatchMode):
     In inference mode they arrive here before they are taken apart.
     """
 
-    def __init__(self, tracker: ModuleTracker) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.flops: Counter[str] = Counter()  # by class and name of the module, "ResNet.layer1.0"
+        self.flops = 0.0
         self.activations = 0
         self.uncounted: Counter[str] = Counter()
-        self._tracker = tracker
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
@@ -339,8 +322,7 @@ class _ForwardCounter(TorchDispatchMode):
         output = func(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         if name in FLOPS:
-            for module in self._tracker.parents - {"Global"}:
-                self.flops[module] += FLOPS[name](args, first)
+            self.flops += FLOPS[name](args, first)
             self.activations += first.numel() if name in MATRIX_PRODUCTS else 0
         elif isinstance(first, Tensor) and first.is_floating_point() and not (func.is_view or name in MOVES):
             self.uncounted[name] += 1

@@ -40,10 +40,15 @@ PUBLISHED = {  # (parameters in millions, multiply-adds in billions) for 224 x 2
 }
 
 
-def analyze_configured(config: Config) -> Complexity:
-    """The model and the sub-models of a configuration; no data and no weights are needed."""
-    config = complete(config)
-    source = data_source(config)
+def analyze_configured(config: Config, source: DataSource | None = None) -> Complexity:
+    """The model and the sub-models of a configuration; no data and no weights are needed.
+
+    Args:
+        source: the data of a configuration that is complete; None: those it names, or images like ImageNet's.
+    """
+    if source is None:
+        config = complete(config)
+        source = data_source(config)
     with torch.device("meta"):
         model = create_configured_model(config, source)
         teacher = build_teacher(config, source, has_weights=False)
@@ -67,21 +72,12 @@ def say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def model_tables(title: str, complexity: Complexity, depth: int) -> str:
-    """One model: its figures, its modules down to `depth` levels, and what the FLOPs leave out."""
-    skipping = [complexity.skipping] if complexity.skipping else []
-    forwards = (complexity.main, *skipping, *complexity.subs)
+def model_table(title: str, complexity: Complexity) -> str:
+    """One model: its figures, and what the FLOPs leave out."""
     activations = ("activations", f"{figure(complexity.main.activations, MEGA)} M")
-    rows = [
-        [name or "(model)", figure(params, MEGA), *(figure(cost.flops_by_module[name], GIGA) for cost in forwards)]
-        for name, params in complexity.params_by_module.items()
-        if not name or name.count(".") < depth
-    ]
-    names = ["main", *["skipped paths" for _ in skipping], *complexity.names]
-    modules = _table(["module", "parameters, M", *(f"{name}, GFLOPs" for name in names)], rows)
     uncounted = ", ".join(f"{name} ({calls})" for name, calls in complexity.uncounted.items())
     return (
-        f"{title}, one image\n{text_table([*complexity.cost_rows(), activations])}\n\n{modules}\n\n"
+        f"{title}, one image\n{text_table([*complexity.cost_rows(), activations])}\n\n"
         f"not counted in the FLOPs (number of calls): {uncounted or 'nothing'}"
     )
 
@@ -123,7 +119,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True, colalign=align)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def print_analysis(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     plugins = [word for word in arguments.overrides if word.startswith("plugins=")]
     others = [word for word in arguments.overrides if word not in plugins]
@@ -156,5 +152,5 @@ def run(arguments: argparse.Namespace) -> None:
                 )
                 complexity = analyze(model, model.pretrained_cfg["input_size"], [augmentation])
         figures = complexity.as_dict()
-        text = model_tables(arguments.config or arguments.model, complexity, arguments.depth)
+        text = model_table(arguments.config or arguments.model, complexity)
     print(to_json(figures, indent=2) if arguments.json else text)

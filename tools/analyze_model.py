@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-from engine.command_line import exit_code, parse_with_overrides, tool_parser
+from engine.command_line import main_of, parse_with_overrides, tool_parser
 from engine.text import expanded
 
 
@@ -30,18 +29,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--list-support", metavar="WILDCARD", help="timm models by name, for example 'vit_*'")
     parser.add_argument("--augsub", metavar="NAME", help="sub-model of --model (default masking)")
     parser.add_argument("--ratio", type=float, help="its ratio (default 0.5)")
-    parser.add_argument("--depth", type=int, default=1, help="levels of the table of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="plain numbers instead of tables")
     meaning = "plugins=[MODULE]; of --config, model.name=resnet50; of --augsub, mode=skip"
     return parse_with_overrides(parser, arguments, meaning)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
-    parsed = parse_arguments(arguments)
-    from tools.analysis import run  # here: --help needs no torch
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    from tools.analysis import print_analysis  # here: --help needs no torch
 
-    return exit_code(partial(run, parsed))
+    print_analysis(arguments)
+
+
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

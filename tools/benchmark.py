@@ -2,7 +2,6 @@
 
     python tools/benchmark.py --quick                                   # all parts, minutes on two cores
     python tools/benchmark.py --device cuda --parts steps --models vit_base_patch16_224:224:256 train.amp=bf16
-    python tools/benchmark.py --show runs/benchmark.json                  # what it wrote, as Markdown
 
 Contenders of one table are measured in turns; ratios are medians over pairs of rounds, with quartiles.
 """
@@ -10,41 +9,26 @@ Contenders of one table are measured in turns; ratios are medians over pairs of 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import groupby, product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from engine import atomic
-from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
+from engine.command_line import AtLeast, as_path, main_of, parse_with_overrides, tool_parser
 from engine.errors import InputError, input_errors, writing_errors
-from engine.text import markdown_table, to_json
+from engine.text import to_json
 
 if TYPE_CHECKING:
     import torch
 
 PARTS = {"steps": "training steps", "memory": "peak memory", "data": "loading alone", "runs": "whole runs"}
-QUESTIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {  # of the lines of all results, the first that takes one
-    "What do skipped paths save?": lambda line: re.search("skipped|stochastic", line["name"]) is not None,
-    "What does torch.compile give?": lambda line: "compiled" in line["name"],
-    "How much memory does it need?": lambda line: line["part"] == "memory",
-    "How fast are images read?": lambda line: line["part"] == "data",
-    "How fast is a whole run?": lambda line: line["part"] == "runs",
-    "What does the trainer cost?": lambda line: line["name"] in ("bare loop", "timm task", "our trainer"),
-    "What does a sub-model cost?": lambda line: True,
-}
 HEADERS = ["", "median", "ratio [quartiles]", "to", "limit"]
-RATIO = 2  # place of that column
-ORDER = [*reversed(QUESTIONS)]  # on a page
 QUICK = ("vit_small_patch16_224:128:8", "swin_tiny_patch4_window7_224:224:2", "resnet50:128:4")
 WHOLE = ("vit_base_patch16_224:224", "swin_tiny_patch4_window7_224:224", "resnet50:224")
 BATCH = {"cpu": 4, "cuda": 128}  # of these
@@ -58,25 +42,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="timm models, pixels, images per step")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the steps: 'bare loop', 'masking 0.5' …")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    parser.add_argument("--rounds", type=int, help="of each table (default 10, 5 with --quick)")
+    parser.add_argument(
+        "--rounds", type=int, action=AtLeast, const=1, help="of each table (default 10, 5 with --quick)"
+    )
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="of the loaders")
     parser.add_argument("--images", type=as_path, metavar="FOLDER", help="train/<class> to load instead of made ones")
     parser.add_argument("--json", type=as_path, default=Path("runs/benchmark.json"), help="file to write")
-    parser.add_argument("--show", nargs="+", type=as_path, metavar="FILE", help="print such files as Markdown instead")
     meaning = "of all models' configuration: train.amp=bf16, train.compile=true, plugins=[MODULE] …"
     return parse_with_overrides(parser, arguments, meaning)
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict[str, Any]]]:
     """The lines of one case after the other."""
-    from tools.benchmarking.loading import measure_loading
+    from tools.benchmarking.loading import measure_loading, measure_runs
     from tools.benchmarking.memory import measure_memory
-    from tools.benchmarking.runs import measure_runs
     from tools.benchmarking.steps import configuration, measure_steps
 
     rounds = (5 if arguments.quick else 10) if arguments.rounds is None else arguments.rounds
-    if rounds < 1:
-        raise InputError(f"--rounds {rounds}: allowed is 1 or more")
     usual = QUICK if arguments.quick else [f"{model}:{BATCH[arguments.device]}" for model in WHOLE]
     configs = {text: configuration(text, arguments.overrides) for text in arguments.models or usual}
     for part, (text, config) in product(arguments.parts, configs.items()):
@@ -107,55 +89,9 @@ def cells(line: Mapping[str, Any]) -> list[str]:
     return [line["name"], value, ratio, line["against"], limit]
 
 
-def show(files: Sequence[Path]) -> None:
-    """Print files that the benchmark wrote, as Markdown: a table for each question."""
-    results = {file: json.loads(file.read_text()) for file in files}
-    by_question: dict[str, list[list[str]]] = {question: [] for question in ORDER}
-    for result in results.values():
-        cases = groupby(result["lines"], key=lambda line: (_question(line), line["case"]))
-        for (question, case), lines in cases:
-            rows = [cells(line) for line in lines]
-            if len(rows) > 1 or rows[0][RATIO]:  # one thing alone answers nothing
-                first = [result["machine"]["device"], case]
-                by_question[question] += [[*(["", ""] if number else first), *row] for number, row in enumerate(rows)]
-    for question, rows in by_question.items():
-        if rows:
-            print(f"### {question}\n\n{markdown_table(['on', 'case', *HEADERS], rows)}\n")
-    if feeding := cores([*results.values()]):
-        print(
-            f"### How many cores feed a GPU?\n\n{markdown_table(['GPU', 'case', '', 'images/s', 'cores'], feeding)}\n"
-        )
-    for file, result in results.items():
-        facts = result["machine"]
-        versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "timm", "python"))
-        print(f"- {file.name}: {facts['device']}, {facts['cores']} CPU cores, {versions}; `{result['command']}`")
-
-
-def cores(results: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """For each step on a GPU how many loader workers keep up with it, one a core, each as fast as was measured."""
-    lines = [(result["machine"]["device"], line) for result in results for line in result["lines"]]
-    readers = [line for _, line in lines if line["name"] == "our loader"]
-    if not readers:
-        return []
-    of_one = min(line["value"] / int(re.search(r"(\d+) workers", line["case"])[1]) for line in readers)
-    rows = []
-    for device, line in lines:
-        speed = re.match(r"([\d.]+) images/s", line["note"])
-        if device.startswith("NVIDIA") and speed and line["name"] not in ("bare loop", "timm task"):
-            rows.append([device, line["case"], line["name"], speed[1], math.ceil(float(speed[1]) / of_one)])
-    return rows
-
-
-def _question(line: Mapping[str, Any]) -> str:
-    return next(question for question, takes in QUESTIONS.items() if takes(line))
-
-
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, save; or show what was saved."""
-    if arguments.show:
-        show(arguments.show)
-        return
-    import torch  # here: --help and --show do without
+    """Measure, print, save."""
+    import torch  # here: --help does without
 
     from tools.machine import machine
 
@@ -174,9 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{arguments.json}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
-    return exit_code(partial(run, parse_arguments(arguments)))
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-from engine.command_line import as_path, exit_code, tool_parser
+from engine.command_line import AtLeast, as_path, main_of, tool_parser
 from engine.errors import InputError
 from tools.comparison.runs import (
     CAPTION,
@@ -46,7 +45,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", metavar="FILE", type=as_path, help="draw losses and accuracies over epochs")
     parser.add_argument("--study", metavar="FILE", type=as_path, help="train and report what this file says")
     parser.add_argument("--minutes", type=float, metavar="M", help="of a study; what still runs then goes on next time")
-    parser.add_argument("--jobs", type=int, metavar="N", help=f"runs of a study at a time (default {DEFAULT_JOBS})")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        action=AtLeast,
+        const=1,
+        metavar="N",
+        help=f"runs of a study at a time (default {DEFAULT_JOBS})",
+    )
     return parser.parse_intermixed_args(arguments)
 
 
@@ -69,8 +75,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.picture or arguments.metric != "top1":
         raise InputError("--picture, --metric: not with --study, whose file says what is trained and written")
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise InputError(f"--jobs = {arguments.jobs}: allowed is at least 1")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise InputError(f"--minutes = {arguments.minutes}: allowed is above 0")
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -81,9 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(*written, *([f"{len(left)} runs are left: the same command goes on"] if left else []), sep="\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 with one line after an error; 130 after Ctrl-C, SIGTERM or SIGHUP: the same command goes on."""
-    return exit_code(partial(run, parse_arguments(arguments)), after_interrupt="the same command goes on")
+main = main_of(parse_arguments, run, "the same command goes on")
 
 
 if __name__ == "__main__":

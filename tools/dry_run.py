@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from engine.checkpoint import load_metadata
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
@@ -13,7 +11,6 @@ from engine.data.source import IMAGENET, DataSource
 from engine.defaults import (
     build_run_model,
     build_trainer,
-    create_configured_model,
     log_warnings,
     open_source,
     open_store,
@@ -22,12 +19,12 @@ from engine.defaults import (
 from engine.distributed import Process, is_sharded, memory_of
 from engine.errors import InputError
 from engine.figure import draw_schedule, save
-from engine.loss import build_teacher
 from engine.optim import build_schedule
 from engine.run_folder import RunFolder
 from engine.text import readable_size, text_table
 from engine.trainer import Trainer
-from models.complexity import activation_memory, analyze_objective
+from models.complexity import activation_memory
+from tools.analysis import analyze_configured
 from tools.step_costs import Strategy, build_step, memory
 from tools.timing import time_rows
 
@@ -85,17 +82,12 @@ def data_rows(config: Config, trainer: Trainer) -> Rows:
     """The data, and what the models compute of an image."""
     source = trainer.data.source
     shape = source.image_shape(config.data.image_size)
-    with torch.device("meta"):
-        model = create_configured_model(config, source)
-        teacher = build_teacher(config, source, has_weights=False)
-    epochs, skips = config.train.epochs, config.train.skip_dropped_paths
-    cost = analyze_objective(model, shape, trainer.objective, epochs, skips, teacher)
     return [
         ("training images", f"{len(source.train):,} of {' x '.join(map(str, shape))}"),
         ("held-out images", f"{len(source.held_out):,}"),
         ("classes", f"{source.num_classes}"),
         *((f"left out of {split}", files) for split, files in source.left_out.items()),
-        *cost.cost_rows(),
+        *analyze_configured(config, source).cost_rows(),
     ]
 
 

@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 
 from engine.command_line import (
     as_path,
-    exit_code,
     launched_processes,
     launched_rank,
     leave,
     log_to_terminal,
+    main_of,
     parse_with_overrides,
     tool_parser,
 )
@@ -104,9 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"\nresults in {output}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
-    return exit_code(partial(run, parse_arguments(arguments)))
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
+from engine.command_line import as_path, main_of, parse_with_overrides, tool_parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; None: of this process."""
     parser = tool_parser(__doc__)
     kinds = "*.safetensors, *.pt, *.pth, *.onnx, or a new folder"
     choice = "the averaged weights, or not (default: those by which the run chose its best checkpoint)"
     parser.add_argument("checkpoint", type=as_path, help="last.pt, best.pt or iter_<n>.pt of a run")
     parser.add_argument("target", type=as_path, help=f"what to write: {kinds}")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help=choice)
-    parsed = parse_with_overrides(parser, arguments, "plugins=[MODULE]: that register the run's model")
+    return parse_with_overrides(parser, arguments, "plugins=[MODULE]: that register the run's model")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write it, and say how to load it."""
     from tools.exporting import export  # here: --help needs no torch
 
-    return exit_code(lambda: print(export(**vars(parsed))))
+    print(export(**vars(arguments)))
+
+
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

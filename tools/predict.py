@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 
 from engine.command_line import (
+    AtLeast,
     as_path,
-    exit_code,
     launched_processes,
     launched_rank,
     leave,
     log_to_terminal,
+    main_of,
     parse_with_overrides,
     tool_parser,
 )
@@ -41,7 +41,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, tables, or shards")
     parser.add_argument("--model", type=expanded, metavar="NAME", help="timm model of a file of weights")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes of each image (default 5)")
+    parser.add_argument(
+        "--top-k", type=int, action=AtLeast, const=1, default=5, metavar="K", help="classes of each image (default 5)"
+    )
     parser.add_argument("--flips", action="store_true", help="the mean over each image and its mirror image")
     parser.add_argument("--output", type=as_path, metavar="FILE", help=".csv, .jsonl or .parquet (default: printed)")
     return parse_with_overrides(parser, arguments)
@@ -49,8 +51,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    if arguments.top_k < 1:
-        raise InputError(f"--top-k {arguments.top_k}: allowed is 1 or more")
     if arguments.output is not None and arguments.output.suffix not in OUTPUTS:
         raise InputError(f"--output {arguments.output}: the name must end in {', '.join(OUTPUTS)}")
     # here: these bring torch and timm, for which a typo need not wait
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
         log_to_terminal()
     predictor = load_predictor(arguments.what, arguments.model, arguments.overrides)
     images = open_images(arguments.images, predictor.config.data.patience)
-    predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)))
+    paths = [images.name_of(number) for number in range(len(images))]
+    predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)), paths)
     config = predictor.config
     with (
         process_group(config.distributed.timeout_minutes) as process,
@@ -72,12 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         predict(predictor, images, predictions, process, arguments.flips)
         process.barrier()
         if process.is_main:
-            print(predictions.finish(images.names))
+            print(predictions.finish())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error; 130 after Ctrl-C: the same command goes on."""
-    return exit_code(partial(run, parse_arguments(arguments)), after_interrupt="the same command goes on")
+main = main_of(parse_arguments, run, "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,7 +33,7 @@ from engine.defaults import build_precision, complete
 from engine.distributed import Process
 from engine.errors import InputError, first_line, input_errors, writing_errors
 from engine.evaluation_run import find_target
-from engine.text import to_json
+from engine.text import to_csv, to_json
 from models.build import TIMM_KEYS, create_model
 from models.weights import head_tensors, load_weights
 from tools.exporting import METADATA, load_exported
@@ -177,30 +174,10 @@ def _names_of(model: nn.Module) -> list[str]:
     return [str(number) for number in range(model.num_classes)]
 
 
-@dataclass(frozen=True)
-class Numbered:
-    """Images of any data set, each with its number as its label: pairs (open file, number) by number."""
-
-    items: ImageFiles | Shards
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> tuple[BinaryIO, int]:
-        return self.items[number][0], number
-
-    def name_of(self, number: int) -> str:
-        """The path of an image, or its place in a shard."""
-        return self.items.name_of(number)
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Of all images, in their order."""
-        return [self.name_of(number) for number in range(len(self))]
-
-
-def open_images(places: Sequence[str], patience: float) -> Numbered:
+def open_images(places: Sequence[str], patience: float) -> ImageFiles | Shards:
     """The images that a command line names, each once: files, those in folders at any depth, in tables, or in shards.
+
+    The label of each is its number.
 
     Args:
         patience: seconds without a byte after which the URL of a shard is tried again.
@@ -215,7 +192,9 @@ def open_images(places: Sequence[str], patience: float) -> Numbered:
         shards = [name for place in places for name in expand(place)]
         if not shards:
             raise InputError(f"{', '.join(places)}: matches nothing")
-        return Numbered(shards_at(shards, patience, needs_labels=False))
+        images = shards_at(shards, patience, needs_labels=False)
+        images.labels = range(len(images))
+        return images
     found: dict[str, None] = {}
     for place in map(as_path, places):
         if place.is_dir():
@@ -228,7 +207,7 @@ def open_images(places: Sequence[str], patience: float) -> Numbered:
             found[str(place)] = None
     if not found:
         raise InputError(f"{', '.join(places) or 'IMAGES'}: no image there")
-    return Numbered(ImageFiles("", [(path, number) for number, path in enumerate(found)], {}))
+    return ImageFiles("", [(path, number) for number, path in enumerate(found)], {})
 
 
 class Predictions:
@@ -237,13 +216,14 @@ class Predictions:
     Args:
         file: .csv, .jsonl or .parquet; None: rows are printed, and an interrupted command begins anew.
         top_k: classes of each image.
+        paths: of all images, in their order.
 
     Raises:
         InputError: the file is there, and is none of such rows.
     """
 
-    def __init__(self, file: Path | None, top_k: int) -> None:
-        self.top_k, self._file = top_k, file
+    def __init__(self, file: Path | None, top_k: int, paths: Sequence[str]) -> None:
+        self.top_k, self.paths, self._file = top_k, paths, file
         self._rows: dict[str, Row] = {}
         if file is not None and file.exists():
             self._rows = {row["path"]: row for row in read_table(file, ("path",))}
@@ -253,9 +233,9 @@ class Predictions:
         if counts - {top_k}:
             raise InputError(f"--output {file}: has {max(counts)} classes of each image, not {top_k}")
 
-    def missing(self, paths: Iterable[str]) -> list[str]:
-        """Those of which there is no row yet."""
-        return [path for path in paths if path not in self._rows]
+    def missing(self) -> list[int]:
+        """Numbers of the images of which there is no row yet."""
+        return [number for number, path in enumerate(self.paths) if path not in self._rows]
 
     def add(self, rows: Sequence[Row], process: Process) -> None:
         """Keep some more rows."""
@@ -265,17 +245,17 @@ class Predictions:
             with writing_errors(part), open(part, "a") as opened:
                 opened.writelines(f"{to_json(row)}\n" for row in rows)
 
-    def finish(self, paths: Sequence[str]) -> str:
+    def finish(self) -> str:
         """Write all rows in the order of their paths; what to print."""
         if self._file is None:
-            found = [self._rows[path] for path in paths if path in self._rows]
+            found = [self._rows[path] for path in self.paths if path in self._rows]
             table = [
                 [row["path"], *(f"{row[f'class_{k}']} {row[f'probability_{k}']:.3f}" for k in self._ranks(row))]
                 for row in found
             ]
             return tabulate(table, headers=["path", *range(1, self.top_k + 1)])
         self._take_parts()
-        order = dict.fromkeys([*self._before, *paths, *self._rows])  # what other commands have put there stays
+        order = dict.fromkeys([*self._before, *self.paths, *self._rows])  # what other commands have put there stays
         rows = [self._rows[path] for path in order if path in self._rows]
         with writing_errors(self._file):
             if self._file.suffix == ".parquet":
@@ -284,11 +264,13 @@ class Predictions:
                 with atomic.new_content(self._file) as opened:
                     parquet().write_table(pyarrow.Table.from_pylist(rows), opened)
             else:
-                atomic.write_text(self._file, _as_csv(rows) if self._file.suffix == ".csv" else _as_lines(rows))
+                columns = rows[0] if rows else ["path"]
+                text = to_csv(rows, columns) if self._file.suffix == ".csv" else _as_lines(rows)
+                atomic.write_text(self._file, text)
         for part in self._parts():
             part.unlink()
-        left = len(self.missing(paths))
-        return f"{len(paths) - left} images in {self._file}" + (f", {left} could not be read" if left else "")
+        left = len(self.missing())
+        return f"{len(self.paths) - left} images in {self._file}" + (f", {left} could not be read" if left else "")
 
     @staticmethod
     def _ranks(row: Row) -> range:
@@ -313,26 +295,16 @@ def _as_lines(rows: Sequence[Row]) -> str:
     return "".join(f"{to_json(row)}\n" for row in rows)
 
 
-def _as_csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0] if rows else ["path"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 @torch.inference_mode()
 def predict(
-    predictor: Predictor, images: Numbered, predictions: Predictions, process: Process, flips: bool = False
+    predictor: Predictor, images: ImageFiles | Shards, predictions: Predictions, process: Process, flips: bool = False
 ) -> None:
     """Predict this process's share of the images of which there are no rows. All processes must call it together.
 
     Raises:
         InputError: more unreadable images than `data.bad_files` allows.
     """
-    config, names = predictor.config, predictor.class_names
-    missing = set(predictions.missing(images.names))
-    chosen = [number for number, name in enumerate(images.names) if name in missing]
+    config, names, chosen = predictor.config, predictor.class_names, predictions.missing()
     if not chosen:
         return
     held_out = Images(images, build_transform(config, is_training=False), "held-out", chosen, data=config.data)
@@ -348,7 +320,7 @@ def predict(
         rows = []
         for number, values, classes in zip(numbers.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
             if number != IGNORED:
-                row: Row = {"path": images.names[number]}
+                row: Row = {"path": predictions.paths[number]}
                 for rank, (value, label) in enumerate(zip(values, classes, strict=True), start=1):
                     row |= {f"class_{rank}": names[label], f"probability_{rank}": round(value, 6)}
                 rows.append(row)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
+from engine.command_line import AtLeast, as_path, main_of, parse_with_overrides, tool_parser
 from engine.errors import InputError
 
 DEFAULT_SAMPLES = 1000
@@ -24,34 +24,32 @@ DEFAULT_SAMPLES = 1000
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; None: of this process."""
-    parser = tool_parser(__doc__)
+    parser, whole = tool_parser(__doc__), {"type": int, "action": AtLeast, "const": 1}
     parser.add_argument("source", type=as_path, metavar="SOURCE", help="a folder of splits, or a table")
     parser.add_argument("target", type=as_path, metavar="TARGET", help="a folder that does not exist, or is empty")
     parser.add_argument(
         "--samples-per-shard",
-        type=int,
+        **whole,
         metavar="N",
         help=f"write shards of so many images (default {DEFAULT_SAMPLES}; with --resize alone: no shards)",
     )
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="of the shorter side of images that are larger")
-    parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of resized images, as JPEG (default 95)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--resize", **whole, metavar="PIXELS", help="of the shorter side of images that are larger")
+    parser.add_argument("--quality", **whole, default=95, metavar="Q", help="of resized images, as JPEG (default 95)")
+    parser.add_argument("--jobs", **whole, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
     return parse_with_overrides(parser, arguments, "data.columns, data.label_separator …")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    for name, least in (("samples_per_shard", 1), ("resize", 1), ("quality", 1), ("jobs", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: allowed is {least} or more")
     if arguments.target.exists() and any(arguments.target.iterdir()):
         raise InputError(f"{arguments.target}: is not empty; remove it, or name another folder")
     # here: these bring torch and timm, for which a typo need not wait
-    from tools.preparing import Resizing, open_splits, write_folder, write_shards
+    from tools.preparing import open_splits, resized, write_folder, write_shards
 
     classes, splits = open_splits(arguments.source, arguments.overrides)
-    resizing = None if arguments.resize is None else Resizing(arguments.resize, arguments.quality)
+    resizing = None
+    if arguments.resize is not None:
+        resizing = partial(resized, side=arguments.resize, quality=arguments.quality)
     if arguments.samples_per_shard is None and resizing is not None:
         written = write_folder(splits, classes, arguments.target, resizing, arguments.jobs)
     else:
@@ -60,9 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     print("\n".join([*written, f"in {arguments.target}"]))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
-    return exit_code(partial(run, parse_arguments(arguments)))
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

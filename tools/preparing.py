@@ -7,7 +7,6 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,26 +28,22 @@ SPLITS = ("train", "val")
 INFO = "_info.json"  # under this name timm looks for the lengths of shards
 
 
-@dataclass(frozen=True)
-class Resizing:
-    """Makes an image's shorter side at most `side` pixels, as a JPEG of some quality."""
+Resizing = Callable[[Path], bytes]  # `resized` to some side and quality
 
-    side: int
-    quality: int
 
-    def __call__(self, file: Path) -> bytes:
-        """The resized image; InputError if there is none in the file."""
-        try:
-            with file.open("rb") as opened:
-                image = decode(opened)
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise InputError(f"{file}: cannot be read: {first_line(error)}") from error
-        scale = self.side / min(image.size)
-        if scale < 1:
-            image = image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.BICUBIC)
-        content = io.BytesIO()
-        image.save(content, "JPEG", quality=self.quality)
-        return content.getvalue()
+def resized(file: Path, side: int, quality: int) -> bytes:
+    """The image in a file, its shorter side at most `side` pixels, as a JPEG; InputError if there is none."""
+    try:
+        with file.open("rb") as opened:
+            image = decode(opened)
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise InputError(f"{file}: cannot be read: {first_line(error)}") from error
+    scale = side / min(image.size)
+    if scale < 1:
+        image = image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=quality)
+    return content.getvalue()
 
 
 def open_splits(source: Path, overrides: Sequence[str]) -> tuple[list[str], dict[str, ImageFiles]]:

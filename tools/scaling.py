@@ -10,25 +10,33 @@ test counts them in two real processes. Activations are not counted. The model i
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-from engine.command_line import exit_code, parse_with_overrides, tool_parser
+from engine.command_line import AtLeast, main_of, parse_with_overrides, tool_parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; None: of this process."""
     parser = tool_parser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE", default="deit3_h_400e", help="default deit3_h_400e")
     what.add_argument("--model", metavar="NAME", help="any timm model, with one sub-model and AdamW")
-    parser.add_argument("--processes", type=int, default=64, metavar="N", help="GPUs (default 64)")
-    parser.add_argument("--json", action="store_true", help="plain numbers instead of the table")
-    parsed = parse_with_overrides(parser, arguments)
-    from tools.step_costs import run  # here: --help needs no torch
+    parser.add_argument(
+        "--processes", type=int, action=AtLeast, const=2, default=64, metavar="N", help="GPUs (default 64)"
+    )
+    return parse_with_overrides(parser, arguments)
 
-    return exit_code(partial(run, parsed))
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    from tools.step_costs import print_costs  # here: --help needs no torch
+
+    print_costs(arguments.config, arguments.model, arguments.processes, arguments.overrides)
+
+
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

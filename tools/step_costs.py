@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from engine.defaults import build_model_optimizer, build_run_model, complete
 from engine.distributed import Process
 from engine.errors import InputError, first_line, input_errors
 from engine.loss import build_objective
-from engine.text import markdown_table, readable_size, to_json
+from engine.text import markdown_table, readable_size
 from models.build import innermost_blocks
 from tools.analysis import data_source
 
@@ -103,37 +102,37 @@ def build_step(config: Config, source: DataSource, processes: int) -> Step:
 
 
 def traffic(strategy: Strategy, step: Step) -> dict[str, int]:
-    """Numbers of a step's collectives, and bytes of what they work on: `reduced`, `gathered`, `broadcast`.
+    """Numbers of a step's collectives, bytes of what they work on, and what each process has `sent`.
 
-    Of an all-gather that is the output, of a reduce-scatter the input.
+    Of an all-gather (`gathered`) that is the output, of a reduce-scatter (`reduced`) the input. Sent is by ring
+    algorithms, of which an all-reduce is a reduce-scatter and an all-gather.
     """
-    reductions = 1 if strategy.once else step.passes
+    reductions, of_others = 1 if strategy.once else step.passes, step.processes - 1
     if not strategy.sharded:
         buffers, gradients = list(step.model.buffers()), trained(step.model.parameters())
         # buckets from the second step on, if gradients come in the reverse order of the parameters
         buckets = dist._compute_bucket_assignment_by_size(gradients[::-1], BUCKET_LIMITS)[0]
+        reduced, broadcast = reductions * strategy.reduced(nbytes(gradients)), reductions * nbytes(buffers)
         return {
             "all_reduces": reductions * len(buckets),
             # before a forward whose backward reduces
             "broadcasts": reductions * len({buffer.dtype for buffer in buffers}),
-            "reduced": reductions * strategy.reduced(nbytes(gradients)),
-            "broadcast": reductions * nbytes(buffers),
+            "reduced": reduced,
+            "broadcast": broadcast,
+            "sent": 2 * reduced * of_others // step.processes + broadcast,
         }
     units = sharding_units(step.model)
     # for forward, and again for backward; the root's parameters stay in between
     gathered = (units + units[:-1] if strategy.reshard else units) * step.passes
+    reduced = reductions * sum(strategy.reduced(padded_bytes(trained(unit), step.processes)) for unit in units)
+    gathered_bytes = sum(padded_bytes(unit, step.processes) for unit in gathered)
     return {
         "all_gathers": len(gathered),
         "reduce_scatters": reductions * sum(bool(trained(unit)) for unit in units),
-        "reduced": reductions * sum(strategy.reduced(padded_bytes(trained(unit), step.processes)) for unit in units),
-        "gathered": sum(padded_bytes(unit, step.processes) for unit in gathered),
+        "reduced": reduced,
+        "gathered": gathered_bytes,
+        "sent": (reduced + gathered_bytes) * of_others // step.processes,
     }
-
-
-def sent_bytes(traffic: Mapping[str, int], processes: int) -> int:
-    """What each process sends with ring algorithms: an all-reduce is a reduce-scatter and an all-gather."""
-    halves = (2 if "all_reduces" in traffic else 1) * traffic["reduced"] + traffic.get("gathered", 0)
-    return halves * (processes - 1) // processes + traffic.get("broadcast", 0)
 
 
 def memory(strategy: Strategy, step: Step) -> dict[str, int]:
@@ -187,26 +186,26 @@ def padded_bytes(tensors: Iterable[Tensor], processes: int) -> int:
     return processes * shard_bytes(tensors, processes)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Print what the configuration costs."""
-    count = arguments.processes
-    if count < 2:
-        raise InputError(f"--processes = {count}, allowed is 2 or more")
-    overrides = [f"model.name={arguments.model}"] * bool(arguments.model) + arguments.overrides
-    config = complete(load_config(OF_A_MODEL if arguments.model else arguments.config, overrides))
-    step = build_step(config, data_source(config), count)
+def print_costs(config_file: str, model_name: str | None, processes: int, overrides: Sequence[str]) -> None:
+    """Print what a step costs by each strategy.
+
+    Args:
+        config_file: of what is trained.
+        model_name: any timm model to train instead, as `OF_A_MODEL` says.
+    """
+    model = [f"model.name={model_name}"] * bool(model_name)
+    config = complete(load_config(OF_A_MODEL if model_name else config_file, [*model, *overrides]))
+    step = build_step(config, data_source(config), processes)
     if step.uncounted:
         raise InputError(step.uncounted)
-    found, rows = {}, []
+    rows = []
     for title, strategy in STRATEGIES.items():
         costs, kept = traffic(strategy, step), memory(strategy, step)
-        sent, numbers = sent_bytes(costs, count), {name: n for name, n in costs.items() if name.endswith("s") and n}
-        found[title] = {**costs, "sent": sent, "memory": kept}
+        numbers = {name: n for name, n in costs.items() if name.endswith("s") and n}
         named = [f"{n} {name.replace('_', '-').removesuffix('s' * (n == 1))}" for name, n in numbers.items()]
-        rows.append([title, " + ".join(named), *map(readable_size, (sent, *kept.values(), sum(kept.values())))])
-    if arguments.json:
-        print(to_json(found, indent=2))
-        return
+        rows.append(
+            [title, " + ".join(named), *map(readable_size, (costs["sent"], *kept.values(), sum(kept.values())))]
+        )
     parameters = sum(parameter.numel() for parameter in step.model.parameters()) / 1e6
-    print(f"{config.model.name}, {parameters:.2f} M parameters, {count} processes, {step.passes} passes per step\n")
+    print(f"{config.model.name}, {parameters:.2f} M parameters, {processes} processes, {step.passes} passes per step\n")
     print(markdown_table(HEADER, rows))

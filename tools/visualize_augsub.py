@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engine.command_line import as_path, exit_code, parse_with_overrides, tool_parser
+from engine.command_line import as_path, main_of, parse_with_overrides, tool_parser
 from engine.config_file import load_config, parse_config, reported
 from engine.errors import InputError, input_errors
 from engine.text import expanded
@@ -98,9 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line for an error."""
-    return exit_code(partial(run, parse_arguments(arguments)))
+main = main_of(parse_arguments, run)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def rates_during(model, images, module_class, attribute, **sub_model):
 def test_every_residual_branch_has_the_ratio(variant, places, make_model, images):
     model = augsub.patch(make_model(variant)).train()
     own = rates_during(model, images, DropPath, "drop_prob")
-    during = rates_during(model, images, DropPath, "drop_prob", augsub="droppath", augsub_ratio=0.3)
+    during = rates_during(model, images, DropPath, "drop_prob", augsub="drop_path", augsub_ratio=0.3)
     assert list(during.values()) == [0.3] * places
     assert rates_during(model, images, DropPath, "drop_prob") == own
     assert (set(own.values()) == {0.0}) == ("drop" not in variant)

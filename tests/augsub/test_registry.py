@@ -11,7 +11,6 @@ def test_build_takes_a_name_a_mapping_a_list_or_an_instance():
     masking = augsub.build("masking", ratio=0.25)
     assert (masking.ratio, augsub.build("masking").ratio) == (0.25, 0.5)
     assert augsub.build(masking) is masking
-    assert type(augsub.build("droppath", ratio=0.1)) is type(augsub.build("drop_path", ratio=0.1))
     composed = augsub.build([{"name": "masking", "ratio": 0.5}, augsub.build("drop_path", ratio=0.2)])
     assert str(composed) == "masking 0.5 + drop_path 0.2"
     unusual = [
@@ -80,9 +79,8 @@ def test_registration_mistakes_are_refused():
     def mine(**attributes):
         return type("Mine", (augsub.SubModelAugmentation,), attributes)
 
-    for name in ("masking", "droppath"):
-        with pytest.raises(ValueError, match=f"augmentation '{name}' is registered already"):
-            augsub.register(name)(mine(sites=("tokens",)))
+    with pytest.raises(ValueError, match="augmentation 'masking' is registered already"):
+        augsub.register("masking")(mine(sites=("tokens",)))
     for attributes in ({}, {"sites": "tokens"}):
         with pytest.raises(TypeError, match="Mine must name its sites in a tuple"):
             augsub.register("siteless")(mine(**attributes))

@@ -60,9 +60,9 @@ def test_images_and_their_parts_go_and_come_back_in_their_memory_format(layout, 
     torch.manual_seed(0)
     kept = torch.randperm(4)[:2]
     torch.manual_seed(0)
-    chosen = branch.choose(values)
+    (chosen,) = branch.choose(nn.Identity(), (values,))
     assert torch.equal(chosen, values.unflatten(0, (4, parts))[kept].flatten(0, 1))
-    whole = branch.put_back(chosen)
+    whole = branch.put_back(nn.Identity(), (chosen,), chosen)
     expected = torch.zeros(4, parts, 5, 2, 3).index_copy(0, kept, 2 * values.unflatten(0, (4, parts))[kept])
     assert torch.equal(whole, expected.flatten(0, 1))
     assert chosen.is_contiguous(memory_format=layout) and whole.is_contiguous(memory_format=layout)

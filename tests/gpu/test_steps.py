@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from pathlib import Path
@@ -32,7 +33,6 @@ from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from models.build import innermost_blocks
 from models.pictures import record
-from tools.benchmarking.steps import count_waits
 
 pytestmark = pytest.mark.gpu
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2}
@@ -245,12 +245,22 @@ def test_synchronised_batchnorm_sees_the_images_of_all_processes(device, tmp_pat
             torch.testing.assert_close(statistics, whole, rtol=1e-3, atol=1e-5)
 
 
+def count_waits(step: Callable[[], object]) -> int:
+    """How often a step makes the program wait for the GPU, as CUDA itself reports it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+
 CELL = {"vit": "", "swin": ", cell: 2", "resnet": ""}  # of so few pixels
 
 
 @pytest.mark.parametrize("model", DIGITS)
 def test_a_step_never_waits_for_the_device(device, tmp_path, model):
-    """With all that a step can have; `benchmark.py` counts by the same function."""
+    """With all that a step can have."""
     masked = f"{{augmentations: [{{name: masking, ratio: 0.5{CELL[model]}}}, {{name: drop_path, ratio: 0.2}}]}}"
     sub_models = f"augsub.sub_models=[{masked}, {{augmentations: [{{name: random_crop, ratio: 0.5}}]}}]"
     everything = ("train.amp=bf16", "train.clip_norm=1.0", "ema.enabled=true", "mixup.mixup_alpha=0.8", sub_models)

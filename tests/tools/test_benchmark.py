@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 
 from tools import benchmark
 from tools.benchmark import table
-from tools.benchmarking.loading import measure_loading
-from tools.benchmarking.runs import measure_runs
+from tools.benchmarking.loading import measure_loading, measure_runs
 from tools.benchmarking.steps import compared, configuration, in_turns
 
+TABLES = Path(__file__).parents[2] / "docs" / "performance_tables.py"
 TINY = ["--models", "resnet10t:64:2", "--rounds", "2"]
 SKIPPED = ["our trainer, paths skipped", "masking 0.5, paths skipped"]
 SOME = ["--only", "bare loop", "timm task", "our trainer", "masking 0.5", "random_crop 0.5", *SKIPPED]
@@ -20,7 +22,7 @@ DEPTH = ["model.drop_path_rate=0.5", "model.drop_path_shape=uniform"]
 
 
 @pytest.mark.slow
-def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
+def test_steps_and_memory_stand_beside_their_limits(call, capsys, tmp_path):
     file = tmp_path / "folder" / "results.json"
     code, printed, _ = call(benchmark, "--parts", "steps", "memory", *TINY, *SOME, *DEPTH, "--json", file)
     lines = {(line["part"], line["name"]): line for line in json.loads(file.read_text())["lines"]}
@@ -35,7 +37,8 @@ def test_steps_and_memory_stand_beside_their_limits(call, tmp_path):
     assert with_masking["ratio"] == pytest.approx(with_masking["value"] / plain["value"])
     assert 10 < plain["value"] < 1000 and 1 < with_masking["limit"] < 1.5  # 20 MB of gradients
     assert all(name in printed for _, name in lines)
-    shown = call(benchmark, "--show", file)[1]
+    runpy.run_path(str(TABLES))["show"]([file])
+    shown = capsys.readouterr().out
     asked = [line.removeprefix("### ") for line in shown.splitlines() if line.startswith("### ")]
     assert sorted(asked) == [f"{what}?" for what in (
         "How much memory does it need", "What do skipped paths save", "What does a sub-model cost",

@@ -21,7 +21,7 @@ from engine.config_file import load_config, to_yaml
 from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
 from tools import compare_runs
-from tools.comparison import results
+from tools.comparison import study as studies
 from tools.comparison.pictures import curve
 from tools.comparison.runs import interval, read_ways
 from tools.comparison.study import load_study, plan, run_study
@@ -217,7 +217,7 @@ def test_wrong_folders_are_one_line(finished, call, tmp_path):
         ("good", "other", "--jobs", "1"): "--jobs, --minutes: belong to --study",
         ("--study", "s.yaml", "--picture", "a.png"): "--picture, --metric: not with --study",
         ("--study", "s.yaml", "--minutes", "0"): "--minutes = 0.0: allowed is above 0",
-        ("--jobs", "0", "--study", "s.yaml"): "--jobs = 0: allowed is at least 1",
+        ("--jobs", "0", "--study", "s.yaml"): "--jobs 0: allowed is 1 or more",
     }
     for arguments, message in cases.items():
         code, _, error = call(compare_runs, *arguments)
@@ -289,7 +289,7 @@ def test_results_of_two_machines_are_not_paired(study, monkeypatch):
     machines = {"one": {"plain": (80, 85)}, "two": {"plain": (90,), "drop path": (96,)}}
     for machine, of_ways in machines.items():
         monkeypatch.setattr(
-            results, "machine", lambda is_gpu, name=machine: dict.fromkeys(("device", "cores", "torch", "timm"), name)
+            studies, "machine", lambda is_gpu, name=machine: dict.fromkeys(("device", "cores", "torch", "timm"), name)
         )
         for run in plan(load_study(study), study):
             top1 = dict(zip((5, 3), of_ways.get(run.way, ()), strict=False)).get(run.config.seed)

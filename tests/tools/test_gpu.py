@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from tools import gpu
+from tools.machine import machine
 
 TOOL = Path(gpu.__file__)
+TABLES = runpy.run_path(str(TOOL.parents[1] / "docs" / "performance_tables.py"))
 
 
 @pytest.mark.slow
@@ -22,10 +25,13 @@ def test_every_script_runs_without_a_gpu(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [part["ended"] for part in results["parts"]] == ["done"] * 3
-    assert len(results["checks"]) >= 13 and all(counts["failed"] == 0 for counts in results["checks"].values())
-    assert "test masking 0.5" in results["parts"][1]["found"] and "our loader" in results["parts"][2]["found"]
-    assert results["device"] == "CPU" and results["torch"] == torch.__version__
+    assert {part["name"]: part["ended"] for part in results["parts"]} == dict.fromkeys(gpu.PARTS["cpu"], "done")
+    checks = TABLES["checks_of"](tmp_path / "checks.xml")
+    assert len(checks) >= 13 and all(counts["failed"] == 0 for counts in checks.values())
+    lines = {name: json.loads((tmp_path / f"{name}.json").read_text())["lines"] for name in ("steps", "loading")}
+    found = {name: {line["name"]: line["ratio"] for line in of_part} for name, of_part in lines.items()}
+    assert found["steps"]["masking 0.5"] > 0 and found["loading"]["our loader"] > 0
+    assert results["device"] == machine(is_gpu=False)["device"] and results["torch"] == torch.__version__
     assert len(done.stdout.split("\n\n")[1].splitlines()) <= 10  # the summary
 
 
@@ -33,11 +39,7 @@ def test_every_script_runs_without_a_gpu(tmp_path):
 def three_parts(monkeypatch):
     """One that takes too long, with a process of its own; one that fails; one that is well."""
     wait = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(987)'])"
-    parts = (
-        gpu.Part("late", 2, f'-c "{wait}"'),
-        gpu.Part("wrong", 60, "-c 'print(1 / 0)'"),
-        gpu.Part("well", 60, "-c 'print(42)'"),
-    )
+    parts = {"late": (2, f'-c "{wait}"'), "wrong": (60, "-c 'print(1 / 0)'"), "well": (60, "-c 'print(42)'")}
     monkeypatch.setitem(gpu.PARTS, "cpu", parts)
 
 
@@ -57,23 +59,21 @@ def test_no_part_begins_when_the_time_is_over(call, tmp_path, three_parts, monke
     assert (part["name"], part["ended"]) == ("well", "left out")
 
 
-def test_what_gpus_have_shown_is_counted_from_their_results(call, tmp_path):
+def test_what_gpus_have_shown_is_counted_from_their_results(tmp_path):
     folder = tmp_path / "h100"
     folder.mkdir()
     (folder / "checks.xml").write_text(
         "<testsuites><testsuite><testcase name='test_a_stopped_run_goes_on[9]'/>"
         "<testcase name='test_a_stopped_run_goes_on[15]'><failure/></testcase></testsuite></testsuites>"
     )
-    checks = gpu.checks_of(folder)
-    assert checks == {"test_a_stopped_run_goes_on": {"passed": 1, "failed": 1}}
-    (folder / "results.json").write_text(json.dumps({"device": "H100", "date": "2026-11-28", "checks": checks}))
+    (folder / "results.json").write_text(json.dumps({"device": "H100", "date": "2026-11-28"}))
     lines = [{"part": "steps", "case": "resnet50"}, {"part": "steps", "case": "resnet50"}]
     for device in ("cuda", "cpu"):
         content = {"machine": {"device": f"a {device}"}, "command": f"… --device {device}", "lines": lines}
         (folder / f"{device}.json").write_text(json.dumps(content))
-    code, out, _ = call(gpu, "--show", tmp_path)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert code == 0 and ["a stopped run goes on", "1 of 2 on H100, 2026-11-28"] in rows
+    shown = TABLES["shown_table"](tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    assert ["a stopped run goes on", "1 of 2 on H100, 2026-11-28"] in rows
     assert ["steps: resnet50", "a cuda"] in rows and ["a step never waits for the device", "no GPU yet"] in rows
 
 
@@ -85,11 +85,10 @@ def test_what_gpus_have_shown_is_counted_from_their_results(call, tmp_path):
             ["--device", "cpu", "--only", "stepps"],
             "error: --only stepps: allowed are checks, steps, skipping, captured, runs, loading\n",
         ),
-        (["--show", "nowhere"], "error: --show nowhere: no such folder\n"),
     ],
 )
 def test_bad_input_is_one_line(call, tmp_path, arguments, error):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is one")
-    code, _, said = call(gpu, *arguments, *([] if "--show" in arguments else ["--output", tmp_path / "new"]))
+    code, _, said = call(gpu, *arguments, "--output", tmp_path / "new")
     assert code == 2 and said.startswith(error) and said.count("\n") == 1 and not (tmp_path / "new").exists()

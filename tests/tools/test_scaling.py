@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augsub
 import tools.scaling
 from engine.distributed import Process, replicate, shard
+from engine.text import readable_size
 from models.build import create_model, innermost_blocks
-from tools.step_costs import STRATEGIES, Step, Strategy, memory, sent_bytes, traffic
+from tools.step_costs import STRATEGIES, Step, Strategy, memory, traffic
 
 DDP_EACH, DDP_ONCE, FSDP_EACH, FSDP_ONCE, FSDP_KEPT, DDP_HALF, FSDP_HALF = STRATEGIES.values()
 
@@ -39,7 +40,7 @@ def test_ddp_by_hand(vit):
     step = Step(vit, processes=8, passes=6, states=[torch.empty(gradient // 4)], averages=1)
     once, naive = traffic(DDP_ONCE, step), traffic(DDP_EACH, step)
     assert (once["reduced"], naive["reduced"]) == (gradient, 6 * gradient)
-    assert naive["all_reduces"] == 6 * once["all_reduces"] and sent_bytes(once, 8) == 2 * 7 * gradient // 8
+    assert naive["all_reduces"] == 6 * once["all_reduces"] and once["sent"] == 2 * 7 * gradient // 8
     kept = memory(DDP_ONCE, step)
     assert kept == {"parameters": weights, "gradients": gradient, "states": gradient, "averages": weights}
 
@@ -57,7 +58,7 @@ def test_fsdp2_by_hand(vit):
     assert (once["gathered"], kept["gathered"]) == (6 * (2 * 3 * blocks + root), 6 * whole)
     assert (once["reduced"], kept["reduced"], each["reduced"]) == (gradient, gradient, 6 * gradient)
     assert (once["all_gathers"], once["reduce_scatters"]) == (6 * (2 * 3 + 1), 4)  # three blocks and the root
-    assert sent_bytes(once, 8) == 7 * (once["gathered"] + gradient) // 8
+    assert once["sent"] == 7 * (once["gathered"] + gradient) // 8
     assert memory(FSDP_ONCE, step)["gradients"] == sum(p.nbytes for p in learned)
     assert memory(FSDP_KEPT, step)["parameters"] == whole // 8 + whole
     assert memory(FSDP_ONCE, step)["parameters"] == whole // 8 + root + 2 * blocks
@@ -150,6 +151,7 @@ def count_in_a_process(rank: int, meeting: str, cases: list[tuple], results) -> 
         gradient = torch.cat([grad.flatten() for grad in whole])
         expected = first.setdefault((name, accumulation, sub_models), gradient)
         if process.is_main:
+            del computed["sent"]
             results.put((Counter(computed), seen.counts, float((gradient - expected).norm() / expected.norm())))
     dist.barrier()
     dist.destroy_process_group()
@@ -175,17 +177,19 @@ def test_two_processes_send_what_is_computed(tmp_path):
 
 
 def test_another_model(call):
-    arguments = ("--model", "vit_tiny_patch16_224", "--processes", "4", "--json", "ema.enabled=true")
+    arguments = ("--model", "vit_tiny_patch16_224", "--processes", "4", "ema.enabled=true")
     code, printed, _ = call(tools.scaling, *arguments)
-    weights, once = 4 * 5_717_416, json.loads(printed)["DDP, reduced once"]
-    assert code == 0 and once["reduced"] == weights == once["memory"]["averages"]
-    assert 0 <= once["memory"]["states"] - 2 * weights < 1000  # two of AdamW, and its step counters
+    (once,) = re.findall(r"\| DDP, reduced once +\| (.+) \|", printed)
+    _, sent, parameters, gradients, states, average, kept = (cell.strip() for cell in once.split("|"))
+    weights = 4 * 5_717_416  # bytes; two of AdamW, beside which its step counters do not count
+    assert code == 0 and sent == readable_size(2 * 3 * weights // 4) and states == readable_size(2 * weights)
+    assert parameters == gradients == average == readable_size(weights) and kept == readable_size(5 * weights)
 
 
 @pytest.mark.parametrize(
     ("processes", "error"),
     [
-        (1, "--processes = 1, allowed is 2 or more"),
+        (1, "--processes 1: allowed is 2 or more"),
         (48, "train.global_batch = 2048: does not divide into 48 processes"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Loading alone: our loader beside timm's; folders, shards and huge photographs beside each other."""
+"""Reading images: loading alone, our loader beside timm's, folders beside shards, huge photographs; and whole runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from engine.config import TransformConfig
+from engine.config import Config, TransformConfig
 from engine.config_file import load_config
 from engine.data.loaders import Batch, DataLoaders
 from engine.data.source import build_source
 from engine.distributed import Process
-from tools.benchmarking.steps import CONFIG, Line, compared, in_turns
+from engine.trainer import Trainer
+from tools.benchmarking.steps import CONFIG, PLAIN, TIMM, Line, compared, in_turns, plain_steps, title, trainer_of
 from tools.preparing import open_splits, write_shards
 
 HEIGHT, WIDTH, IMAGE_SIZE = 375, 500, 224  # pixels, as most of ImageNet's, and of the model
@@ -30,6 +33,7 @@ SMALL, SAMPLES = 32, 500  # pixels of CIFAR-10, and images in a shard
 RECIPE = {"auto_augment": "rand-m9-inc1", "color_jitter": 0.4}
 ERASING = 0.25
 OUR_LOADER, TIMMS_LOADER = "our loader", "timm's create_loader"
+OURS, TIMMS = "our run", "timm's loop"
 FOLDER, SHARDS, WHOLE, REDUCED = "class folders", "shards", "decoded whole", "data.draft_decoding"
 Epoch = Callable[[], Any]
 
@@ -40,19 +44,15 @@ def measure_loading(
     """An epoch of training images on the device, from the start of the workers to the last batch.
 
     Args:
-        images: how many are made.
-        photographs: a folder with train/<class> and val/<class> to load instead; None: pictures that are made.
+        images, photographs: as `opened` takes them.
     """
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made, "photographs") if photographs is None else photographs
-        if photographs is None:
-            write_images(folder, images)
+    with tempfile.TemporaryDirectory() as made, opened(photographs, images) as folder:
         count, what = len([*folder.glob("train/*/*")]), f"to {IMAGE_SIZE} px, batch {batch}, {workers} workers"
         loader = timms_loader(folder, IMAGE_SIZE, batch, workers, device)
         epochs = {TIMMS_LOADER: lambda: deque(loader, maxlen=0)}
         epochs[OUR_LOADER] = our_epoch(folder, batch, workers, device, *recipe())
         size = f"{WIDTH} x {HEIGHT}" if photographs is None else photographs.name
-        yield _lines(f"{count} JPEGs of {size} {what}", in_turns(epochs, rounds), count)
+        yield _lines("data", f"{count} JPEGs of {size} {what}", in_turns(epochs, rounds), count)
 
         count = images // 8
         write_images(Path(made, "huge"), count, *HUGE)
@@ -60,12 +60,53 @@ def measure_loading(
             WHOLE: our_epoch(Path(made, "huge"), count, workers, device, "data.draft_decoding=false"),
             REDUCED: our_epoch(Path(made, "huge"), count, workers, device, "data.draft_decoding=true"),
         }
-        yield _lines(f"{count} JPEGs of {HUGE[0]} x {HUGE[1]} {what}", in_turns(epochs, min(3, rounds)), count)
+        yield _lines("data", f"{count} JPEGs of {HUGE[0]} x {HUGE[1]} {what}", in_turns(epochs, min(3, rounds)), count)
 
         count = 8 * images
         write_images(Path(made, "small"), count, SMALL, SMALL)
         for name, root, pixels in (("photographs", folder, IMAGE_SIZE), ("small", Path(made, "small"), SMALL)):
             yield _formats(root, Path(made, f"shards_{name}"), pixels, batch, workers, rounds, device)
+
+
+def measure_runs(
+    configs: list[Config], images: int, workers: int, rounds: int, device: torch.device, photographs: Path | None
+) -> Iterator[list[Line]]:
+    """An epoch of training, from the start of the workers to the last step, beside the loop of timm's train.py.
+
+    With the same transforms and optimiser.
+
+    Args:
+        configs: models, sizes and batches.
+        images, photographs: as `opened` takes them.
+    """
+    with opened(photographs, images) as folder:
+        for config in configs:
+            batch, count = config.train.global_batch, len([*folder.glob("train/*/*")])
+            usual = [f"data.root={folder}", "data.dataset=folder", f"data.workers={workers}", "train.epochs=1"]
+            trainer = trainer_of(PLAIN, config, device, [*usual, "schedule.warmup_epochs=0", *recipe()])
+            loader = timms_loader(folder, config.data.image_size, batch, workers, device)
+            steps = plain_steps(TIMM, config, device, chain.from_iterable(repeat(loader)))
+            epochs = {
+                TIMMS: partial(next, islice(steps, len(loader) - 1, None, len(loader))),
+                OURS: partial(_again, trainer),
+            }
+            case = f"{title(config)}, {count} JPEGs, {workers} workers"
+            yield _lines("runs", case, in_turns(epochs, rounds), batch * len(loader))
+
+
+def _again(trainer: Trainer) -> None:
+    """Train from the first step to the last."""
+    trainer.iteration = 0
+    trainer.train()
+
+
+@contextmanager
+def opened(photographs: Path | None, images: int) -> Iterator[Path]:
+    """A folder with train/<class> and val/<class>: the user's photographs, or so many images that are made."""
+    with nullcontext(photographs) if photographs else tempfile.TemporaryDirectory() as folder:
+        if photographs is None:
+            write_images(Path(folder), images)
+        yield Path(folder)
 
 
 def _formats(
@@ -81,7 +122,7 @@ def _formats(
     }
     forgetful = {name: _after_forgetting((folder, shards), epoch) for name, epoch in own.items()}
     case = f"{count} JPEGs to {pixels} px from the disk, not from its cache, batch {batch}, {workers} workers"
-    return _lines(case, in_turns(forgetful, rounds), count)
+    return _lines("data", case, in_turns(forgetful, rounds), count)
 
 
 def _after_forgetting(folders: tuple[Path, ...], epoch: Epoch) -> Epoch:
@@ -98,9 +139,9 @@ def _after_forgetting(folders: tuple[Path, ...], epoch: Epoch) -> Epoch:
     return forget_and_load
 
 
-def _lines(case: str, seconds: dict[str, list[float]], images: int) -> list[Line]:
+def _lines(part: str, case: str, seconds: dict[str, list[float]], images: int) -> list[Line]:
     speeds = {name: [images / second for second in of_rounds] for name, of_rounds in seconds.items()}
-    return list(compared("data", case, "images/s", speeds).values())
+    return list(compared(part, case, "images/s", speeds).values())
 
 
 def recipe() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from engine.config import Config
 from engine.hooks.reporting import peak_resident
 from models.build import build_on_meta
-from tools.benchmarking.steps import MASKED, PLAIN, Line, compared, step_of, title
+from tools.benchmarking.steps import MASKED, PLAIN, Line, compared, step_of, title, training_costs
 
 STEPS = 3
 LEAST_IMAGES = 16  # so that activations outweigh gradients, as on GPUs
@@ -33,7 +33,7 @@ def measure_memory(config: Config, device: torch.device, only: Sequence[str] | N
     parameters = sum(weight.numel() for weight in build_on_meta(config.model.name, num_classes=10).parameters())
     os.environ.update(EXACT)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        names = only or (PLAIN, MASKED)
+        names = [name for name in only or (PLAIN, MASKED) if name in training_costs(config)]
         peaks = dict(zip(names, pool.map(peak, names, repeat(config), repeat(device)), strict=True))
     lines = compared("memory", title(config), "MB", {name: [nbytes / 1e6] for name, nbytes in peaks.items()})
     if {PLAIN, MASKED} <= peaks.keys():

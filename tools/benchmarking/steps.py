@@ -6,7 +6,6 @@ And what all parts share: how contenders are timed in turns, and the lines of th
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import repeat
@@ -53,7 +52,6 @@ AGAINST = dict.fromkeys(TRAINERS, PLAIN) | {  # in the loaders' tables and those
     **{"our loader": "timm's create_loader", "shards": "class folders", "data.draft_decoding": "decoded whole"},
     "our run": "timm's loop",
 }
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 and fp16 FLOP/s of the SXM boards, NVIDIA
 Line = dict[str, Any]  # of a table, as the JSON file has it
 
 
@@ -117,42 +115,37 @@ def measure_steps(config: Config, device: torch.device, rounds: int, only: Seque
     Raises:
         InputError: it does not allow them.
     """
-    flops, costs = training_costs(config)
+    costs = training_costs(config)
     chosen = [name for name in costs if (COMPILES not in TRAINERS.get(name, ()) if only is None else name in only)]
     if not chosen or not set(only or ()) <= {*costs, *AGAINST}:
         raise InputError(f"--only {', '.join(only)}: {config.model.name} allows {', '.join(costs)}")
-    is_gpu = device.type == "cuda"
     steps = {name: step_of(name, config, device) for name in chosen}
-    seconds = in_turns(steps, rounds, warm_up=3 if config.train.compile else 1, repeats=10 if is_gpu else 1)
-    # on a CPU there is nothing to wait for
-    waits = {name: f", {count_waits(step)} waits for the device" for name, step in steps.items() if is_gpu}
+    seconds = in_turns(
+        steps, rounds, warm_up=3 if config.train.compile else 1, repeats=10 if device.type == "cuda" else 1
+    )
     del steps
     gc.collect()  # so that the next case finds the memory free
-    board = torch.cuda.get_device_name() if is_gpu and config.train.amp != "off" else ""
-    peak = next((peak for name, peak in PEAK.items() if name in board), None)
     milliseconds = {name: [1e3 * second for second in of_rounds] for name, of_rounds in seconds.items()}
     lines = compared("steps", title(config), "ms", milliseconds)
     for name, line in lines.items():
-        speed = 1e3 * config.train.global_batch / line["value"]  # images/s
-        # a multiply-add is two FLOPs, a backward two forwards
-        mfu = "" if peak is None else f", MFU {100 * 3 * 2 * flops * costs[name] * speed / peak:.1f} %"
-        line["note"] = f"{speed:.4g} images/s{mfu}{waits.get(name, '')}"
+        line["note"] = f"{1e3 * config.train.global_batch / line['value']:.4g} images/s"
         line["limit"] = costs[name] / costs[line["against"]] if line["against"] else None
     return list(lines.values())
 
 
-def training_costs(config: Config) -> tuple[int, dict[str, float]]:
-    """Multiply-adds of the main model for one image; and for all that the model allows a step in parts of plain's."""
+def training_costs(config: Config) -> dict[str, float]:
+    """The FLOPs of a step of all that the model allows, in parts of plain training's."""
     size, costs = config.data.image_size, {BARE: 1.0, TIMM: 1.0}
     with torch.device("meta"):
         model = create_configured_model(config, build_source(config))
+    analyze(model, (3, size, size))  # ValueError for images that do not fit
     for name, (description, keys) in TRAINERS.items():
         if keys == SKIPS and not config.model.drop_path_rate:
             continue
         sub_models = [] if description is None else [augsub.build(description)]
         with suppress(ValueError):  # not with this model
             costs[name] = analyze(model, (3, size, size), sub_models, keys == SKIPS).training_cost
-    return analyze(model, (3, size, size)).main.flops, costs
+    return costs
 
 
 def step_of(name: str, config: Config, device: torch.device) -> Callable[[], object]:
@@ -210,13 +203,3 @@ def plain_steps(
         scaler.update()
         optimizer.zero_grad()
         yield
-
-
-def count_waits(step: Callable[[], object]) -> int:
-    """How often a step makes the program wait for the GPU, as CUDA itself reports it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(warning.message) for warning in caught)

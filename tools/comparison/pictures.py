@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from cycler import cycler
@@ -22,6 +24,7 @@ MOST_MARKERS = 20  # on a line
 MOST_LETTERS = 34  # in a line of a panel's title
 BEGINNING = 0.25  # of the training, where accuracies may lie below the picture
 NUMBERED = re.compile(r"(.+) (\d*\.?\d+)")  # the name of a way, "masking 0.5"
+SPENT = "FLOPs of all forwards, in parts of the baseline's"
 ByConfig = Mapping[str, Sequence[Way]]  # the ways of each configuration, its baseline first
 STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=OKABE_ITO)  # 28 ways can be told apart
 
@@ -75,11 +78,6 @@ def draw_panels(by_config: ByConfig, quantity: str) -> Figure:
     return figure
 
 
-def draw_losses(by_config: ByConfig, metric: str) -> Figure | None:
-    """The same of the training loss of the main model."""
-    return draw_panels(by_config, "main_loss")
-
-
 def draw_differences(by_config: ByConfig, metric: str) -> Figure | None:
     """A row for each way but the baseline: its interval, and the difference of each seed."""
     tried = [way for way in every_way(by_config) if way.baseline]
@@ -102,92 +100,74 @@ def draw_differences(by_config: ByConfig, metric: str) -> Figure | None:
     return figure
 
 
-def draw_prices(by_config: ByConfig, metric: str) -> Figure | None:
-    """A panel for each configuration: gains over FLOPs, and a line through the ways that no cheaper one beats."""
-    figure, panels = _row_of_panels(by_config)
-    for axes, (config, (_, *tried)) in zip(panels, by_config.items(), strict=True):
-        points = [(1.0, 0.0)]
-        axes.plot(*points[0], "o", color="black")
-        axes.annotate("baseline", points[0], (6, 4), textcoords="offset points", fontsize="small")
-        for way in tried:
-            gain, half = interval(way.differences(metric).values())
-            points.append((way.flops / way.baseline.flops, gain))
-            axes.errorbar(*points[-1], yerr=half, fmt="o", color=BLUE, capsize=3)
-        for number, (point, way) in enumerate(sorted(zip(points[1:], tried, strict=True), key=lambda pair: pair[0]), 1):
-            axes.annotate(str(number), point, (5, 4), textcoords="offset points", fontsize="small")
-            axes.plot([], [], " ", label=f"{number}  {way.name.removeprefix(f'{config}, ')}")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=0, frameon=False, fontsize="small")
-        best = np.maximum.accumulate([gain for _, gain in sorted(points)])
-        axes.step([cost for cost, _ in sorted(points)], best, where="post", color="0.5", zorder=0)
-        axes.set_xlabel("FLOPs of all forwards, in parts of the baseline's")
-        axes.set_ylabel(f"held-out {METRICS[metric]}, difference to the baseline (points)")
-        axes.margins(0.15)
-    return figure
-
-
-def draw_computation(by_config: ByConfig, metric: str) -> Figure | None:
-    """A panel for each configuration: accuracies over the computation so far, in parts of the baseline's whole."""
-    figure, panels = _row_of_panels(by_config)
-    for axes, (config, ways) in zip(panels, by_config.items(), strict=True):
-        axes.set_prop_cycle(STYLES)
-        for way in ways:
-            epochs, values = curve(way, metric)
-            spent = epochs / epochs[-1] * way.flops / (way.baseline or way).flops
-            axes.plot(spent, values.mean(0), marker="o", markersize=3, label=way.name.removeprefix(f"{config}, "))
-        axes.set(xlabel="FLOPs of all forwards, in parts of the baseline's", ylabel=f"held-out {METRICS[metric]} (%)")
-        axes.legend(frameon=False, fontsize="small")
-    return figure
-
-
-def draw_sweeps(by_config: ByConfig, metric: str) -> Figure | None:
-    """Accuracies over a number, where ways are named by a word and the number; None if none are."""
-    sweeps: dict[str, dict[str, list[tuple[float, Way]]]] = {config: {} for config in by_config}
-    for config, ways in by_config.items():
-        for way in ways:
-            if named := NUMBERED.fullmatch(way.name.removeprefix(f"{config}, ")):
-                sweeps[config].setdefault(named[1], []).append((float(named[2]), way))
-    if not any(len(points) > 2 for of_config in sweeps.values() for points in of_config.values()):
-        return None
-    figure, panels = _row_of_panels(by_config)
-    for axes, (config, (baseline, *_)) in zip(panels, by_config.items(), strict=True):
-        axes.axhline(np.mean(baseline.values(metric)), color="black", linewidth=1, label="baseline")
-        for name, points in sweeps[config].items():
-            numbers, of_ways = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-            means, halves = zip(*(interval(way.values(metric)) for way in of_ways), strict=True)
-            axes.errorbar(numbers, means, yerr=halves, fmt="o-", capsize=3, label=name)
-        axes.set(xlabel="ratio", ylabel=f"held-out {METRICS[metric]} (%)")
-        axes.legend(frameon=False)
-    return figure
-
-
-def draw_gradients(by_config: ByConfig, metric: str) -> Figure | None:
-    """The sub-model's gradient in parts of the main model's, over epochs; None if no run recorded both."""
-    both = ("main_grad_norm", "sub_grad_norm")
-    recorded = {
-        config: [way for way in ways if all(curve(way, name)[0].size for name in both)]
-        for config, ways in by_config.items()
-    }
-    if not any(recorded.values()):
-        return None
-    figure, panels = _row_of_panels(by_config)
-    for axes, (config, ways) in zip(panels, recorded.items(), strict=True):
-        axes.set_prop_cycle(STYLES)
-        for way in ways:
-            (epochs, main), (_, sub) = (curve(way, name) for name in both)
-            axes.plot(epochs, (sub / main).mean(0), label=way.name.removeprefix(f"{config}, "))
-        axes.set(xlabel="epoch", ylabel="gradient norm, sub-model / main model")
-        axes.legend(frameon=False)
-    return figure
-
-
-def _row_of_panels(by_config: ByConfig) -> tuple[Figure, Sequence[Axes]]:
-    """One for each configuration, under its name."""
+def draw(by_config: ByConfig, metric: str, panel: Callable[[Axes, Sequence[Way], str], None]) -> Figure | None:
+    """A panel for each configuration, under its name; None if there is nothing in any of them."""
     figure = Figure((6.5 * len(by_config), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(by_config), squeeze=False)
-    for axes, config in zip(panels.flat, by_config, strict=True):
+    grid = figure.subplots(1, len(by_config), squeeze=False)
+    for axes, (config, ways) in zip(grid.flat, by_config.items(), strict=True):
         axes.set_title(config, fontsize="medium")
         axes.grid(alpha=0.3)
-    return figure, panels.flat
+        panel(axes, [replace(way, name=way.name.removeprefix(f"{config}, ")) for way in ways], metric)
+    return figure if any(axes.has_data() for axes in grid.flat) else None
+
+
+def prices(axes: Axes, ways: Sequence[Way], metric: str) -> None:
+    """Gains over FLOPs, and a line through the ways that no cheaper one beats."""
+    points = [(1.0, 0.0)]
+    axes.plot(*points[0], "o", color="black")
+    axes.annotate("baseline", points[0], (6, 4), textcoords="offset points", fontsize="small")
+    costs = {way.name: way.flops / way.baseline.flops for way in ways[1:]}
+    for number, way in enumerate(sorted(ways[1:], key=lambda way: costs[way.name]), start=1):
+        gain, half = interval(way.differences(metric).values())
+        points.append((costs[way.name], gain))
+        axes.errorbar(*points[-1], yerr=half, fmt="o", color=BLUE, capsize=3)
+        axes.annotate(str(number), points[-1], (5, 4), textcoords="offset points", fontsize="small")
+        axes.plot([], [], " ", label=f"{number}  {way.name}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=0, frameon=False, fontsize="small")
+    reached, gains = zip(*sorted(points), strict=True)
+    axes.step(reached, np.maximum.accumulate(gains), where="post", color="0.5", zorder=0)
+    axes.set(xlabel=SPENT, ylabel=f"held-out {METRICS[metric]}, difference to the baseline (points)")
+    axes.margins(0.15)
+
+
+def computation(axes: Axes, ways: Sequence[Way], metric: str) -> None:
+    """Accuracies over the computation so far, in parts of the baseline's whole."""
+    axes.set_prop_cycle(STYLES)
+    for way in ways:
+        epochs, values = curve(way, metric)
+        spent = epochs / epochs[-1] * way.flops / (way.baseline or way).flops
+        axes.plot(spent, values.mean(0), marker="o", markersize=3, label=way.name)
+    axes.set(xlabel=SPENT, ylabel=f"held-out {METRICS[metric]} (%)")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def sweep(axes: Axes, ways: Sequence[Way], metric: str) -> None:
+    """Accuracies over a number, where three ways or more are named by one word and the number."""
+    sweeps: dict[str, list[tuple[float, Way]]] = {}
+    for way in ways:
+        if named := NUMBERED.fullmatch(way.name):
+            sweeps.setdefault(named[1], []).append((float(named[2]), way))
+    if max(map(len, sweeps.values()), default=0) < 3:
+        return
+    axes.axhline(np.mean(ways[0].values(metric)), color="black", linewidth=1, label="baseline")
+    for name, points in sweeps.items():
+        numbers, of_ways = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        means, halves = zip(*(interval(way.values(metric)) for way in of_ways), strict=True)
+        axes.errorbar(numbers, means, yerr=halves, fmt="o-", capsize=3, label=name)
+    axes.set(xlabel="ratio", ylabel=f"held-out {METRICS[metric]} (%)")
+    axes.legend(frameon=False)
+
+
+def gradients(axes: Axes, ways: Sequence[Way], metric: str) -> None:
+    """The sub-model's gradient in parts of the main model's, over epochs, of those ways that recorded both."""
+    axes.set_prop_cycle(STYLES)
+    for way in ways:
+        (epochs, main), (_, sub) = (curve(way, name) for name in ("main_grad_norm", "sub_grad_norm"))
+        if main.size and sub.size:
+            axes.plot(epochs, (sub / main).mean(0), label=way.name)
+    if axes.has_data():
+        axes.set(xlabel="epoch", ylabel="gradient norm, sub-model / main model")
+        axes.legend(frameon=False)
 
 
 def curve(way: Way, quantity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -220,14 +200,17 @@ PICTURES = {  # of a study's page: what they show, and what draws them, in their
     "differences": ("Differences to the baseline: each seed, and the mean with its interval", draw_differences),
     "price": (
         "Difference to the baseline over the FLOPs of training; the line goes through what nothing cheaper beats",
-        draw_prices,
+        partial(draw, panel=prices),
     ),
-    "sweep": ("Held-out accuracy over the ratio: means over seeds, and their intervals", draw_sweeps),
+    "sweep": ("Held-out accuracy over the ratio: means over seeds, and their intervals", partial(draw, panel=sweep)),
     "accuracy": ("Held-out accuracy over epochs: mean over seeds, and the range between the extremes", draw_panels),
-    "computation": ("Held-out accuracy over the computation spent: means over seeds", draw_computation),
+    "computation": ("Held-out accuracy over the computation spent: means over seeds", partial(draw, panel=computation)),
     "loss": (
         "Training loss of the main model over epochs: mean over seeds, and the range between the extremes",
-        draw_losses,
+        lambda by_config, metric: draw_panels(by_config, "main_loss"),
     ),
-    "gradients": ("Norm of the sub-model's gradient in parts of the main model's, over epochs", draw_gradients),
+    "gradients": (
+        "Norm of the sub-model's gradient in parts of the main model's, over epochs",
+        partial(draw, panel=gradients),
+    ),
 }

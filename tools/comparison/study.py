@@ -1,7 +1,8 @@
-"""A study: ways of training, each tried with several seeds. Its file, its runs, their training, its report."""
+"""A study: ways of training, each tried with several seeds. Its file, its runs, their training, results and report."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -14,37 +15,34 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
 from itertools import product
 from pathlib import Path
 from string import Template
-from typing import IO, Dict, List, Optional  # noqa: UP035  (OmegaConf reads these at run time)
+from typing import IO, Any, Dict, List, Optional  # noqa: UP035  (OmegaConf reads these at run time)
 
+import torch
 from omegaconf import MISSING, OmegaConf
 from tqdm import tqdm
 
 from augsub.named_registry import did_you_mean
 from engine import atomic
-from engine.config import Config, sides
+from engine.config import Config, marked, sides
 from engine.config_file import differences, fill_in_from, leaves, load_config, read_over, reported
+from engine.config_rules import MAY_CHANGE
+from engine.data.source import build_source
 from engine.defaults import IF_AVAILABLE
-from engine.errors import InputError, RunError, writing_errors
+from engine.errors import InputError, RunError, first_line, writing_errors
 from engine.figure import save
 from engine.html_report import write_report
 from engine.run_folder import RunFolder
-from engine.text import expanded, markdown_table
+from engine.text import expanded, markdown_table, to_json, with_nan
 from tools.analysis import analyze_configured
 from tools.comparison import runs as compared
 from tools.comparison.pictures import DPI, PICTURES, every_way
-from tools.comparison.results import (
-    Result,
-    add_result,
-    chosen_machines,
-    read_results,
-    result_of,
-    settings,
-    this_machine,
-)
-from tools.comparison.runs import Run, Way, check_comparable, finished_run, make_ways
+from tools.comparison.runs import METRICS, OWN_KEYS, Run, Way, check_comparable, finished_run, make_ways
+from tools.machine import machine
 
 # ruff: noqa: UP006, UP045
 
@@ -52,6 +50,8 @@ TRAIN_NET = Path(__file__).parents[1] / "train_net.py"
 PAGE = Path(__file__).with_name("report.md")
 METRIC = "top1"  # that a study compares
 POLL = 0.1  # seconds between looks at the runs
+DRAWN = ("epoch", "main_loss", "sub_loss", "main_grad_norm", "sub_grad_norm", *METRICS)  # of a run's records
+DIGITS = 5  # significant ones of what is drawn
 
 
 @dataclass
@@ -140,27 +140,88 @@ def plan(study: Study, path: Path, overrides: Sequence[str] = ()) -> list[Planne
     return sorted(runs.values(), key=lambda run: study.seeds.index(run.config.seed))
 
 
-def missing_runs(runs: Sequence[PlannedRun], results: Sequence[Result], file: Path) -> list[PlannedRun]:
-    """Runs without a result; where one machine has all runs of a seed, no other one needs them.
+def settings(config: Config) -> dict[str, Any]:
+    """Keys whose values are not the defaults, but for seed and folder, and what may change on resuming."""
+    left_out = (*OWN_KEYS, *marked(MAY_CHANGE))
+    return {
+        key: value
+        for key, (value, _) in differences(config, Config()).items()
+        if not any(fnmatch(key, pattern) for pattern in left_out)
+    }
+
+
+def refuse_another(place: str, trained: Mapping[str, Any], planned: Config, remedy: str) -> None:
+    """Raise InputError if the settings of a run are not the planned ones."""
+    expected, usual = settings(planned), leaves(Config())
+    for key in expected.keys() | trained.keys():
+        was, wanted = (values.get(key, usual.get(key)) for values in (trained, expected))
+        if was != wanted and wanted != IF_AVAILABLE:  # which becomes false where it is not
+            raise InputError(f"{place} was trained with {key} = {was}, the study says {wanted}: {remedy}")
+
+
+def refuse_another_folder(run: PlannedRun) -> None:
+    """Raise InputError if the folder of a run holds another one."""
+    folder = RunFolder(run.config.output_dir)
+    if folder.config.exists():
+        trained, planned = load_config(folder.config), load_config(run.base, run.overrides)
+        fill_in_from(planned, trained)
+        remedy = "remove the folder to train it anew, or give the study another output_dir"
+        refuse_another(f"{run.config.output_dir}:", settings(trained), planned, remedy)
+
+
+def this_machine() -> str:
+    """The machine, in one line."""
+    return "{device}, {cores} cores, torch {torch}, timm {timm}".format(**machine(torch.cuda.is_available()))
+
+
+def read_results(file: Path, runs: Sequence[PlannedRun]) -> list[Run]:
+    """Those of the runs of which a results file has a line; none if there is no file.
 
     Raises:
-        InputError: a result is that of another run than the planned one.
+        InputError: a line is none of a result, or that of another run than the planned one.
     """
-    planned, here = {run.name: run for run in runs}, this_machine()
-    for result in results:
-        if result.run in planned:
-            expected, usual = settings(planned[result.run].config), leaves(Config())
-            for key in expected.keys() | result.settings.keys():
-                trained, wanted = (values.get(key, usual.get(key)) for values in (result.settings, expected))
-                if trained != wanted:
-                    raise InputError(
-                        f"{file}: {result.run} was trained with {key} = {trained}, the study says {wanted}: "
-                        "remove its line to train it anew"
-                    )
-    counts = Counter((planned[result.run].group, result.machine) for result in results if result.run in planned)
-    needed = Counter(run.group for run in runs)
-    complete = {group for (group, _), count in counts.items() if count == needed[group]}
-    have = {result.run for result in results if result.machine == here}
+    planned, results = {run.name: run.config for run in runs}, []
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), start=1):
+        try:
+            said = json.loads(line)
+            name, trained, summary = said.pop("run"), said.pop("settings"), with_nan(said.pop("summary"))
+            if name in planned:
+                results.append(Run(Path(name), planned[name], summary, **said))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{file}, line {number}: {first_line(error)}") from error
+        if name in planned:
+            refuse_another(f"{file}: {name}", trained, planned[name], "remove its line to train it anew")
+    return results
+
+
+def add_result(file: Path, run: PlannedRun, done: Run) -> None:
+    """Write one more line, for a run that was finished here; whatever happens, the file is the old or the new one."""
+    line = {
+        "run": run.name,
+        "machine": this_machine(),
+        "training_images": len(build_source(run.config).train),
+        "settings": settings(run.config),
+        "summary": done.summary,
+        "records": [{key: float(f"{line[key]:.{DIGITS}g}") for key in DRAWN if key in line} for line in done.records],
+    }
+    before = file.read_text() if file.exists() else ""
+    with writing_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(file, f"{before}{to_json(line)}\n")
+
+
+def chosen_machines(runs: Sequence[PlannedRun], results: Sequence[Run]) -> dict[tuple[Path, int], tuple[str, int]]:
+    """By group of runs that are compared the machine that has most of them, and how many: never runs of two."""
+    groups = {run.name: run.group for run in runs}
+    counts = Counter((groups[result.path.name], result.machine) for result in results)
+    return {group: (name, count) for (group, name), count in reversed(counts.most_common())}
+
+
+def missing_runs(runs: Sequence[PlannedRun], results: Sequence[Run]) -> list[PlannedRun]:
+    """Runs without a result; where one machine has all runs of a seed, no other one needs them."""
+    needed, here = Counter(run.group for run in runs), this_machine()
+    complete = {group for group, (_, count) in chosen_machines(runs, results).items() if count == needed[group]}
+    have = {result.path.name for result in results if result.machine == here}
     return [run for run in runs if run.group not in complete and run.name not in have]
 
 
@@ -172,11 +233,8 @@ def train(runs: Sequence[PlannedRun], jobs: int, seconds: float, finished: Calla
         seconds: after which those that still run save their state and end.
 
     Raises:
-        InputError: a folder holds another run than the planned one.
         RunError: a run failed; after this, and after Ctrl-C, those beside it have saved their state and ended.
     """
-    for run in runs:
-        _refuse_another(run)
     waiting, deadline = list(runs), time.monotonic() + seconds
     processes: dict[subprocess.Popen, tuple[PlannedRun, IO[str]]] = {}
     try:
@@ -211,20 +269,6 @@ def train(runs: Sequence[PlannedRun], jobs: int, seconds: float, finished: Calla
             process.wait()
 
 
-def _refuse_another(run: PlannedRun) -> None:
-    config = RunFolder(run.config.output_dir).config
-    if not config.exists():
-        return
-    study, run_as_trained = load_config(run.base, run.overrides), load_config(config)
-    fill_in_from(study, run_as_trained)
-    for key, (planned, trained) in differences(study, run_as_trained).items():
-        if key != "output_dir" and planned != IF_AVAILABLE:  # which becomes false where it is not
-            raise InputError(
-                f"{run.config.output_dir}: was trained with {key} = {trained}, the study says {planned}: "
-                "remove the folder to train it anew, or give the study another output_dir"
-            )
-
-
 def run_study(
     path: Path, jobs: int, overrides: Sequence[str] = (), seconds: float = math.inf
 ) -> tuple[list[Path], list[PlannedRun]]:
@@ -236,40 +280,34 @@ def run_study(
         seconds: after which no run goes on.
 
     Raises:
-        InputError: the study file or a configuration is wrong; nothing was trained then.
+        InputError: the study file or a configuration is wrong, or a line or a folder is that of another run than the
+            planned one; nothing was trained then.
         RunError: a run failed. The same call goes on.
     """
     study = load_study(path)
     runs, file = plan(study, path, overrides), Path(study.results)
 
-    def keep(run: PlannedRun, done: Run) -> None:
-        add_result(file, result_of(done, run.config))
-
-    for run in missing_runs(runs, read_results(file), file):
-        _refuse_another(run)
+    keep = partial(add_result, file)
+    for run in missing_runs(runs, read_results(file, runs)):
+        refuse_another_folder(run)
         if (done := finished_run(run.config.output_dir)) is not None:
             keep(run, done)
-    train(missing_runs(runs, read_results(file), file), jobs, seconds, keep)
-    results = read_results(file)
-    left = missing_runs(runs, results, file)
+    train(missing_runs(runs, read_results(file, runs)), jobs, seconds, keep)
+    results = read_results(file, runs)
+    left = missing_runs(runs, results)
     ways = found_ways(study, runs, results)
     command = shlex.join(["python", "tools/compare_runs.py", "--study", path.as_posix(), *overrides])
     is_comparable = any(way.baseline for of_config in ways.values() for way in of_config)
     return write_page(study, ways, len(left), command) if is_comparable else [], left
 
 
-def found_ways(study: Study, runs: Sequence[PlannedRun], results: Sequence[Result]) -> dict[str, list[Way]]:
+def found_ways(study: Study, runs: Sequence[PlannedRun], results: Sequence[Run]) -> dict[str, list[Way]]:
     """By configuration the ways of training of which there are results, those of a seed from one machine.
 
     Runs without that of their baseline are left out.
     """
-    planned = {run.name: run for run in runs}
-    machines = chosen_machines(results, {name: run.group for name, run in planned.items()})
-    found = {
-        result.run: result
-        for result in results
-        if result.run in planned and machines[planned[result.run].group] == result.machine
-    }
+    machines, groups = chosen_machines(runs, results), {run.name: run.group for run in runs}
+    found = {run.path.name: run for run in results if machines[groups[run.path.name]][0] == run.machine}
     ways: dict[str, list[Way]] = {}
     for base in dict.fromkeys(run.base for run in runs):
         prefix = f"{base.stem}, " if len(study.configs) > 1 else ""
@@ -280,7 +318,7 @@ def found_ways(study: Study, runs: Sequence[PlannedRun], results: Sequence[Resul
         if not tried:
             continue
         ways[base.stem] = make_ways(
-            (prefix + way, [found[run.name].as_run(run.config) for run in of_one]) for way, of_one in tried.items()
+            (prefix + way, [found[run.name] for run in of_one]) for way, of_one in tried.items()
         )
         for way, of_one in zip(ways[base.stem], tried.values(), strict=True):
             way.flops = of_one[0].flops * way.first.summary["epochs"] * way.first.training_images
