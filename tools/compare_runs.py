@@ -24,7 +24,7 @@ from tools.comparison.runs import (
     METRICS,
     check_comparable,
     configuration_lines,
-    mcnemar_table,
+    images_table,
     read_ways,
     summary_table,
 )
@@ -43,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--metric", choices=METRICS, default="top1", help="accuracy to compare (default top1)")
     parser.add_argument("--picture", metavar="FILE", type=as_path, help="draw losses and accuracies over epochs")
+    parser.add_argument("--report", metavar="FILE", type=as_path, help="write tables and curves as one HTML file")
     parser.add_argument("--study", metavar="FILE", type=as_path, help="train and report what this file says")
     parser.add_argument("--minutes", type=float, metavar="M", help="of a study; what still runs then goes on next time")
     parser.add_argument(
@@ -63,18 +64,25 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError("--jobs, --minutes: belong to --study")
         ways = read_ways(arguments.runs)
         check_comparable(ways, arguments.metric)
-        tables = [summary_table(ways, arguments.metric), CAPTION, mcnemar_table(ways), configuration_lines(ways)]
-        print(*filter(None, tables), sep="\n\n")
-        if arguments.picture:
+        parts = [summary_table(ways, arguments.metric), CAPTION, images_table(ways), configuration_lines(ways)]
+        text = "\n\n".join(filter(None, parts))
+        print(text)
+        if arguments.picture or arguments.report:
             from engine.figure import save
+            from engine.html_report import write_report
             from tools.comparison.pictures import DPI, draw_curves
 
-            save(draw_curves(ways, arguments.metric), arguments.picture, DPI)
+            curves = draw_curves(ways, arguments.metric)
+            if arguments.picture:
+                save(curves, arguments.picture, DPI)
+            if arguments.report:
+                text = f"# {' and '.join(way.name for way in ways)}\n\n{text}\n\n![Losses and accuracies](curves)"
+                write_report(arguments.report, text, {"curves": curves})
         return
     from tools.comparison.study import run_study  # here: it brings torch
 
-    if arguments.picture or arguments.metric != "top1":
-        raise InputError("--picture, --metric: not with --study, whose file says what is trained and written")
+    if arguments.picture or arguments.report or arguments.metric != "top1":
+        raise InputError("--picture, --report, --metric: not with --study, whose file says what is trained and written")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise InputError(f"--minutes = {arguments.minutes}: allowed is above 0")
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
@@ -162,9 +163,16 @@ def test_two_models_are_compared_image_by_image(finished, call):
         file.write_text("\n".join(["image,true,predicted", *lines]))
     gained = sum(mine == label != theirs for label, theirs, mine in zip(true, first, second, strict=True))
     lost = sum(theirs == label != mine for label, theirs, mine in zip(true, first, second, strict=True))
-    code, printed, _ = call(compare_runs, "plain", "masked")
+    code, printed, _ = call(compare_runs, "plain", "masked", "--report", "compared.html")
     p = 2 * sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost)
-    assert code == 0 and re.search(rf"masked +\| plain +\| 0 +\| {gained} +\| {lost} +\| {p:.2g} +\|", printed)
+    right = np.array([mine == label for label, mine in zip(true, second, strict=True)])
+    drawn = np.random.default_rng(0).choice(right, (20000, len(right))).mean(axis=1)  # a bootstrap
+    low, high = 100 * np.quantile(drawn, [0.025, 0.975])
+    accuracy = rf"{100 * right.mean():.2f} \[{low:.2f}, {high:.2f}\]"
+    assert code == 0 and re.search(rf"masked +\| 0 +\| {accuracy} +\| {gained} +\| {lost} +\| {p:.2g} +\|", printed)
+    assert re.search(r"plain +\| 0 +\| \d+\.00 \[.*\] +\| +\| +\| +\|", printed)
+    report = Path("compared.html").read_text()
+    assert "<h1>plain and masked</h1>" in report and f"<td>{p:.2g}</td>" in report and "data-curves" in report
     Path("plain/evaluation/last/predictions.csv").write_text("image,true,predicted\n0,b,b\n")
     code, _, error = call(compare_runs, "plain", "masked")
     assert code == 2 and "masked: its predictions are of other images than those of plain" in error
@@ -215,7 +223,7 @@ def test_wrong_folders_are_one_line(finished, call, tmp_path):
         ("good", "other", "--picture", "curves.docx"): "curves.docx: Format 'docx' is not supported",
         ("good", "other", "--picture", "good/config.yaml/c.png"): "good/config.yaml/c.png cannot be written",
         ("good", "other", "--jobs", "1"): "--jobs, --minutes: belong to --study",
-        ("--study", "s.yaml", "--picture", "a.png"): "--picture, --metric: not with --study",
+        ("--study", "s.yaml", "--picture", "a.png"): "--picture, --report, --metric: not with --study",
         ("--study", "s.yaml", "--minutes", "0"): "--minutes = 0.0: allowed is above 0",
         ("--jobs", "0", "--study", "s.yaml"): "--jobs 0: allowed is 1 or more",
     }

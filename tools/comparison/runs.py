@@ -23,6 +23,7 @@ from engine.typed_yaml import Dumper
 from engine.writers import Record, read_lines
 
 CONFIDENCE = 0.95  # texts say 95 %
+QUANTILES = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 METRICS = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
@@ -260,10 +261,12 @@ def difference_text(way: Way, metric: str, confidence: float = CONFIDENCE) -> st
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{common}"
 
 
-def mcnemar_table(ways: Sequence[Way]) -> str:
-    """McNemar's exact test of each run against that of its baseline and seed, by their images; "" without such.
+def images_table(ways: Sequence[Way]) -> str:
+    """Runs by the images that eval_net.py has shown their last checkpoints; "" without such.
 
-    Whether two models differ on these images, where the intervals over seeds ask whether two ways of training do.
+    The accuracy of each with the interval that a bootstrap over images gives, and McNemar's exact test against the run
+    of the baseline with the same seed: whether two models differ on these images, where the intervals over seeds ask
+    whether two ways of training do.
 
     Raises:
         InputError: two runs were evaluated on different images.
@@ -271,29 +274,34 @@ def mcnemar_table(ways: Sequence[Way]) -> str:
     from scipy import stats
 
     rows = []
-    for way in (way for way in ways if way.baseline):
+    for way in ways:
         for seed, run in way.runs.items():
-            other = way.baseline.runs.get(seed)
+            other = way.baseline.runs.get(seed) if way.baseline else None
             own, others = predictions(run.path), [] if other is None else predictions(other.path)
-            if not own or not others:
+            if not own:
                 continue
-            if [line[:2] for line in own] != [line[:2] for line in others]:
+            low, high = stats.binom.ppf(QUANTILES, len(own), sum(own.values()) / len(own)) / len(own)
+            accuracy = f"{100 * statistics.fmean(own.values()):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+            rows.append([way.name, seed, accuracy])
+            if not others:
+                continue
+            if own.keys() != others.keys():
                 raise InputError(f"{run.path}: its predictions are of other images than those of {other.path}")
-            pairs = [(mine[1] == mine[2], theirs[1] == theirs[2]) for mine, theirs in zip(own, others, strict=True)]
-            gained, lost = pairs.count((True, False)), pairs.count((False, True))
+            changes = [own[image] - others[image] for image in own]
+            gained, lost = changes.count(1), changes.count(-1)
             p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-            rows.append([way.name, way.baseline.name, seed, gained, lost, f"{p:.2g}"])
-    header = ["training", "against", "seed", "right here alone", "right there alone", "McNemar's p"]
-    return markdown_table(header, rows) if rows else ""
+            rows[-1] += [gained, lost, f"{p:.2g}"]
+    header = ["training", "seed", "top-1, % [over images]", "right here alone", "in the baseline alone", "McNemar's p"]
+    return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows]) if rows else ""
 
 
-def predictions(run: Path) -> list[tuple[str, str, str]]:
-    """Image, true and predicted class, as eval_net.py has found of the last checkpoint; nothing if it has not."""
+def predictions(run: Path) -> dict[tuple[str, str], bool]:
+    """By image and true class whether eval_net.py has found the last checkpoint right; nothing if it has not."""
     file = run / "evaluation" / EVALUATED[""] / "predictions.csv"
     if not file.exists():
-        return []
+        return {}
     with file.open(newline="", encoding="utf-8") as opened:
-        return [(row["image"], row["true"], row["predicted"]) for row in csv.DictReader(opened)]
+        return {(row["image"], row["true"]): row["true"] == row["predicted"] for row in csv.DictReader(opened)}
 
 
 def configuration_lines(ways: Sequence[Way]) -> str:
