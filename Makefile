@@ -13,6 +13,7 @@ DEVICE ?= cuda
 
 demo: $(INSTALLED)  ## install, then train a small ViT with MaskSub on handwritten digits
 	$(BIN)/python tools/train_net.py --config configs/digits_vit.yaml --resume
+	@echo 'For more: source .venv/bin/activate'
 
 test: $(DEVELOP)  ## install, then run the tests: at most five minutes on two cores
 	$(PYTEST)

@@ -59,13 +59,15 @@ def shardings_of(state: dict[str, Any], optimizer: Optimizer) -> Shardings:
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint, without reading its tensors.
+    """The plain values of a checkpoint, or what an exported file says of its model, without reading tensors.
 
     Raises:
         InputError: as `load`.
     """
     if path.is_dir():
         return sharded_checkpoint.load_metadata(path)
+    if path.suffix == ".safetensors":
+        return checkpoint_file.said_of_exported(path)
     return split_tensors(checkpoint_file.load(path, mmap=True))[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 import zipfile
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from engine import atomic
 from engine.errors import InputError, first_line, input_errors, writing_errors
 
+EXPORTED = "augsub"  # key of an exported file's metadata
 TensorPath = tuple[Any, ...]  # the keys that lead to a tensor in nested dictionaries
 
 
@@ -88,6 +91,19 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
+def said_of_exported(path: Path) -> dict[str, Any]:
+    """What a file of safetensors says of its model, by the keys of a checkpoint; nothing unless it was exported here.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    with input_errors(f"checkpoint {path}", SafetensorError, ValueError, OSError), safe_open(path, "pt") as opened:
+        said = json.loads((opened.metadata() or {}).get(EXPORTED, "{}"))
+        if not isinstance(said, dict):
+            raise ValueError(f"its metadata {EXPORTED!r} is no mapping")
+    return said
+
+
 def verify(path: Path) -> None:
     """Compare the file with the checksums (CRC-32 of each tensor) that torch.save put into it.
 
@@ -116,4 +132,6 @@ def _refusal(path: Path, error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
         return "holds more than tensors and plain values, which could run code; save its state_dict() alone"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is damaged or no checkpoint"  # torch says how to trust it
     return f"is damaged or no checkpoint: {first_line(error)}"

@@ -67,10 +67,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         metric = f"evaluation.metric = {config.evaluation.metric}"
         if config.data.dataset in UNTRANSFORMED:
             yield f"{metric}: data.dataset = {config.data.dataset} has one label of each image"
-        if config.loss.name != "bce":
-            yield f"{metric}: images with several labels need loss.name = bce, not {config.loss.name}"
-        if config.loss.smoothing:
-            yield f"{metric}: goes with loss.smoothing = 0 only"
+        if config.loss.name != "bce" or config.loss.smoothing:
+            yield f"{metric}: images with several labels need loss.name=bce loss.smoothing=0"
     if unknown := sorted(config.data.columns.keys() - set(COLUMNS)):
         yield f"data.columns.{unknown[0]}: allowed is {', '.join(COLUMNS)}"
     yield from _channels(config)
@@ -82,16 +80,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"mixup.integer_pixels: data.dataset = {config.data.dataset} has no pixels of 0 to 255"
     if config.evaluation.metric.startswith("ema_") and not (config.ema.enabled and config.ema.evaluate):
         yield f"evaluation.metric = {config.evaluation.metric}: needs ema.enabled = true and ema.evaluate = true"
-    evaluation = config.evaluation
-    if evaluation.patience is not None and (evaluation.patience + 1) * evaluation.period > epochs:
-        yield (
-            f"evaluation.patience = {evaluation.patience}: with evaluation.period = {evaluation.period} it cannot end "
-            f"a run of train.epochs = {epochs}"
-        )
     if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
         yield (
             f"schedule.warmup_epochs = {schedule.warmup_epochs} and schedule.cooldown_epochs = "
-            f"{schedule.cooldown_epochs}: must be less than train.epochs = {epochs} together"
+            f"{schedule.cooldown_epochs}: must be less than train.epochs = {epochs} together; of a short run "
+            f"for example schedule.warmup_epochs={min(1.0, epochs / 4):g}"
         )
     if schedule.name in ("step", "multistep"):
         if not schedule.decay_epochs or (schedule.name == "step" and len(schedule.decay_epochs) != 1):

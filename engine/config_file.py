@@ -226,10 +226,21 @@ def _apply(override: str, config: DictConfig) -> None:
         raise InputError(f"override {override!r}: must have the form key=value, for example train.epochs=10")
     if readable_name(override) != override:
         raise InputError(f"override {override!r}: must be UTF-8, as the configuration that a run saves is")
+    if others := _elsewhere(key):
+        raise InputError(f"override {override!r}: no such key, did you mean {' or '.join(others)}?")
     old = OmegaConf.select(config, key, throw_on_resolution_failure=False)
     is_free = isinstance(old, DictConfig) and OmegaConf.get_type(old) is dict
     value = read_value(text, reduce(inside, key.split("."), Config))
     OmegaConf.update(config, key, value, merge=not is_free)
+
+
+def _elsewhere(key: str) -> list[str]:
+    """Keys of this name in other sections, if there is none here: optimizer.lr for train.lr."""
+    key = key.partition("[")[0]  # of a list its whole
+    known, name = leaves(Config()), key.split(".")[-1]
+    if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in known):
+        return []
+    return [one for one in known if one.split(".")[-1] == name]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import augsub
+from engine.announcement import log_plan
 from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, parse_config, to_yaml
@@ -66,8 +67,6 @@ from models.weights import head_tensors, load_weights
 
 LOGGER = logging.getLogger("engine")
 IF_AVAILABLE = "if_available"  # value of model.pretrained
-MOST_INITIAL = 0.05  # of an average of use: of digits_vit 1 % cost nothing, 5 % a tenth of the top-1, 15 % all of it
-SPAN_OF_AVERAGE = 10  # times that an average goes through in a run: e ** -10 of its start is left
 
 
 def train(config: Config, process: Process, resume: bool) -> None:
@@ -194,20 +193,25 @@ def has_pretrained_weights(config: Config) -> bool:
 
 
 def import_plugins(modules: Sequence[str]) -> None:
-    """Import the user's modules, which register augmentations and hooks; the working folder is searched too.
+    """Import the user's modules, which register augmentations and hooks.
+
+    They are named as in Python, and looked for in the working folder too, or by their file: folder/mine.py.
 
     Nothing else that is not this project's runs: YAML is read by a safe loader, checkpoints with weights_only.
 
     Raises:
         InputError: a module is missing, or cannot be imported.
     """
-    sys.path.append("")
-    try:
-        for module in modules:
-            with input_errors(f"plugins: {module} cannot be imported", Exception):  # it raises what it likes
-                importlib.import_module(module)
-    finally:
-        sys.path.remove("")
+    for module in modules:
+        file = Path(module)
+        folder, name = (str(file.parent), file.stem) if file.suffix == ".py" else ("", module)
+        sys.path.append(folder)
+        place = f"plugins: {module} cannot be imported, from the working folder or the installed packages"
+        try:
+            with input_errors(place, Exception):  # it raises what it likes
+                importlib.import_module(name)
+        finally:
+            sys.path.remove(folder)
 
 
 def build_run_model(config: Config, source: DataSource, process: Process, is_resumed: bool = False) -> nn.Module:
@@ -374,7 +378,8 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     schedule = build_schedule(
         config.schedule, config.optimizer, config.train.epochs, data.iterations_per_epoch, config.train.global_batch
     )
-    guard = NaNGuard(period=config.log.period if process.device.type == "cuda" else 1)
+    period = min(config.log.period, data.iterations_per_epoch)  # of small data: a record beside each evaluation
+    guard = NaNGuard(period=period if process.device.type == "cuda" else 1)
     evaluation = Evaluation(
         config.evaluation.period * data.iterations_per_epoch,
         config.evaluation.metric,
@@ -389,7 +394,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         period=config.checkpoint.period or data.iterations_per_epoch,
         every_minutes=config.checkpoint.every_minutes,
     )
-    writing = WriteRecords(config, folder)
+    writing = WriteRecords(config, folder, period)
     with input_errors("hooks"):
         own_hooks = build_own_hooks(config.hooks)
     sharded = is_sharded(config.distributed, process)
@@ -401,7 +406,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         learning_rate,
         *([StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
         *([ExponentialMovingAverage(ema)] if ema is not None else []),
-        GradientNorm(config.log.period),
+        GradientNorm(period),
         guard,  # before anything looks at weights that may be ruined
         evaluation,
         *([falling] if config.schedule.name == "plateau" else []),
@@ -440,48 +445,3 @@ def build_precision(config: Config, process: Process) -> Precision:
         amp = "off"
     train = config.train
     return Precision(amp, process.device, train.clip_norm, train.loss_scale, train.loss_scale_window)
-
-
-def log_plan(config: Config, trainer: Trainer) -> None:
-    """Model, processes, sub-models, length."""
-    parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
-    processes, device = trainer.process.world_size, trainer.process.device.type
-    strategy = f", {config.distributed.strategy}" if processes > 1 else ""
-    LOGGER.info("%s: %.1f M parameters, %d x %s%s", config.model.name, parameters / 1e6, processes, device, strategy)
-    for line in [*map(repr, trainer.objective.sub_models)] or ["no sub-model: plain training"]:
-        LOGGER.info("%s", line)
-    LOGGER.info(
-        "%d iterations of %d images, %d per epoch",
-        trainer.max_iterations,
-        config.train.global_batch,
-        trainer.data.iterations_per_epoch,
-    )
-    log_left_out(trainer.data.source)
-    log_warnings(config, trainer)
-
-
-def log_left_out(source: DataSource) -> None:
-    """Say which files of the data are no images."""
-    for split, files in source.left_out.items():
-        LOGGER.info("left out, no images: %s (%s)", files, split)
-
-
-def log_warnings(config: Config, trainer: Trainer) -> None:
-    """Say what may go wrong: micro-batches smaller than the recipe's, an average too slow for the run."""
-    if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
-        LOGGER.warning(
-            "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",
-            trainer.data.micro_batch,
-            config.train.micro_batch,
-        )
-    steps = trainer.max_iterations
-    initial = config.ema.decay**steps  # share of the first weights in the last average
-    if config.ema.enabled and not config.ema.warmup and initial > MOST_INITIAL:
-        LOGGER.warning(
-            "WARNING: ema.decay = %g: after %d steps the average still consists of the initial weights to %.1f %%; "
-            "ema.warmup=true ramps the decay up, or set ema.decay=%g",
-            config.ema.decay,
-            steps,
-            100 * initial,
-            max(0.0, 1 - float(f"{SPAN_OF_AVERAGE / steps:.1g}")),
-        )

@@ -27,6 +27,7 @@ NOT_ALWAYS = (
 )
 SCORES = ("top1", "top1_low", "top1_high", "top5", *OF_SEVERAL_LABELS)
 SPEED = ("infer_samples_per_sec", "infer_latency", "infer_gmacs")
+F1_NOTE = "f1 is that of probabilities above 0.5, best_f1 that of those above `threshold`."
 BUDGETS = (0.75, 0.5, 0.25)  # of the main model's multiply-adds
 # Columns of the terminal's tables; the files have more
 PRINTED = {
@@ -52,7 +53,9 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         model |= {"crop_pct": evaluated["crop"], "interpolation": evaluated["interpolation"], **weights}
         model |= {"images": figures["images"], **cross_entropy}
         model |= {name: round(figures[name], 3) for name in ("ece", "balanced_accuracy") if name in figures}
-        for name, interval in getattr(result.metrics, "intervals", dict)().items():
+        # versions of the same images say less than as many images
+        intervals = {} if len(result.parts) > 1 else getattr(result.metrics, "intervals", dict)()
+        for name, interval in intervals.items():
             model |= {f"{name}_{end}": round(value, 3) for end, value in zip(("low", "high"), interval, strict=True)}
         model |= {f"{name}_top1": round(top1, 3) for name, top1 in result.probes.items()}
         if result.clean:
@@ -182,6 +185,7 @@ def _page(evaluated: Mapping[str, Any], results: Sequence[Result], found: Tables
         titles = dict.fromkeys(title for result in own for title in result.examples)
         return [f"![{plain(title)}]({title})" for title in titles]
 
+    of_class = next(iter(found["classes"]), {})
     sections = {
         f"# {plain(evaluated['model'])}": [
             f"{plain(evaluated['source'])}  \n{plain(evaluated['data'])}, {_described_size(evaluated)}",
@@ -195,7 +199,14 @@ def _page(evaluated: Mapping[str, Any], results: Sequence[Result], found: Tables
             *examples(of_sub_models=True),
         ],
         "## Corruptions": [*shown("corruptions"), *_table(found["corruptions"], ())],
-        "## Classes": _table(found["classes"], ()),
+        "## Classes": [
+            *(
+                ["f1 is that of probabilities above 0.5, best_f1 that of those above `threshold`."]
+                if "f1" in of_class
+                else []
+            ),
+            *_table(found["classes"], ()),
+        ],
     }
     return "\n\n".join(part for title, parts in sections.items() if parts for part in (title, *parts))
 
@@ -216,7 +227,12 @@ def _figures_table(rows: Sequence[Row]) -> str:
         for name in names
         if rows[0][name] is not None
     ]
-    return markdown_table(["", *(row["weights"] for row in rows)], cells)
+    return markdown_table(["", *(row["weights"] for row in rows)] if len(rows) > 1 else ["", "value"], cells)
+
+
+def _cell(value: Any) -> str:
+    """A value of a table, as Markdown."""
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else plain(value)
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
@@ -225,7 +241,7 @@ def _table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
         return []
     weights = ["weights"] if len({row["weights"] for row in rows}) > 1 else []
     names = weights + [name for name in columns or rows[0] if name in rows[0] and name != "weights"]
-    return [markdown_table(names, [[plain(row[name]) for name in names] for row in rows])]
+    return [markdown_table(names, [[_cell(row[name]) for name in names] for row in rows])]
 
 
 def _as_json(names: Sequence[str], results: Sequence[Result]) -> list[Row]:

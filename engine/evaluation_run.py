@@ -15,6 +15,7 @@ from urllib.parse import quote
 from torch import Tensor, nn
 
 import augsub
+from engine.announcement import log_left_out
 from engine.checkpoint import load, load_metadata
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
 from engine.config_file import parse_config
@@ -22,7 +23,7 @@ from engine.data.corruptions import corrupted
 from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, clean_images, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
 from engine.data.source import DataSource, build_source, check_classes
-from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model, log_left_out
+from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
 from engine.evaluation import WEIGHTS, Metrics, Result, evaluate, metrics_for
@@ -56,15 +57,15 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
     Raises:
         InputError: nothing of that name, a run without checkpoint, or weights of which the model is unknown.
     """
-    path = Path(what)
-    if model_name is None and path.is_dir() and not (path / PLAIN).exists():
-        path = _checkpoint_of(RunFolder(path))
+    path = Path(what) if model_name is not None else checkpoint_of(Path(what))
     if model_name is None and path.exists():
         text = load_metadata(path).get("config")
         if text is None:
             raise InputError(f"{path} holds no configuration: say which model these weights are of, --model NAME")
         return saved_config(path, text, overrides), path
     is_file = model_name is not None or path.suffix in WEIGHT_FILES or ("/" in what and ":" not in what)
+    if path.suffix == ".onnx":
+        raise InputError(f"{what}: a program, not weights; predict.py takes it")
     if is_file and not path.exists():
         raise InputError(f"{what}: no such file or folder; a model of a hub is named hf-hub:USER/MODEL")
     config = parse_config("", model_name or what, [*MODELS_OWN, *overrides])
@@ -91,13 +92,20 @@ def _warn_of_plugins(file: Path, names: str) -> None:
     )
 
 
-def _checkpoint_of(run: RunFolder) -> Path:
-    """The best checkpoint of a run, or the last one if none is called the best yet."""
+def checkpoint_of(path: Path) -> Path:
+    """The best checkpoint of a run's folder, or the last one if none is called the best yet; anything else is itself.
+
+    Raises:
+        InputError: a folder that is none of a run, or has no checkpoint.
+    """
+    if not path.is_dir() or (path / PLAIN).exists():
+        return path
+    run = RunFolder(path)
     checkpoint = next((path for path in (run.best, run.last) if path.exists()), None)
     if checkpoint is None:
-        raise InputError(f"{run.path}: neither a checkpoint nor the folder of a run that has one")
+        raise InputError(f"{path}: neither a checkpoint nor the folder of a run that has one")
     if run.last.exists() and not checkpoint.samefile(run.last):
-        LOGGER.info("%s: this is its best checkpoint; summary.json and compare_runs.py report the last one", run.path)
+        LOGGER.info("%s: this is its best checkpoint; summary.json and compare_runs.py report the last one", path)
     return checkpoint
 
 
@@ -328,7 +336,8 @@ def _loaded(
         return
     LOGGER.info("evaluating %s", file)
     content = load(Path(file))
-    check_classes(config, class_names, content.get("class_names"), f"evaluation: checkpoint {file}")
+    known = content.get("class_names") or load_metadata(Path(file)).get("class_names")
+    check_classes(config, class_names, known, f"evaluation: checkpoint {file}")
     hooks = content.get("hooks")
     averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
     for prefix, weights in (("", content), ("ema_", averaged)):

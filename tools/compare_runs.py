@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="run folders, or NAME=FOLDER,FOLDER for one way; with --study key=value for all of its runs",
     )
-    parser.add_argument("--metric", choices=METRICS, default="top1", help="accuracy to compare (default top1)")
+    parser.add_argument("--metric", choices=METRICS, help="what to compare (default top1, of several labels map)")
     parser.add_argument("--picture", metavar="FILE", type=as_path, help="draw losses and accuracies over epochs")
     parser.add_argument("--report", metavar="FILE", type=as_path, help="write tables and curves as one HTML file")
     parser.add_argument("--study", metavar="FILE", type=as_path, help="train and report what this file says")
@@ -63,8 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
         if (arguments.jobs, arguments.minutes) != (None, None):
             raise InputError("--jobs, --minutes: belong to --study")
         ways = read_ways(arguments.runs)
-        check_comparable(ways, arguments.metric)
-        parts = [summary_table(ways, arguments.metric), CAPTION, images_table(ways), configuration_lines(ways)]
+        measured = ways[0].first.summary if ways else ()
+        metric = arguments.metric or ("map" if "map" in measured else "top1")
+        check_comparable(ways, metric)
+        parts = [summary_table(ways, metric), CAPTION, images_table(ways), configuration_lines(ways)]
         text = "\n\n".join(filter(None, parts))
         print(text)
         if arguments.picture or arguments.report:
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
             from engine.html_report import write_report
             from tools.comparison.pictures import DPI, draw_curves
 
-            curves = draw_curves(ways, arguments.metric)
+            curves = draw_curves(ways, metric)
             if arguments.picture:
                 save(curves, arguments.picture, DPI)
             if arguments.report:
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from tools.comparison.study import run_study  # here: it brings torch
 
-    if arguments.picture or arguments.report or arguments.metric != "top1":
+    if arguments.picture or arguments.report or arguments.metric:
         raise InputError("--picture, --report, --metric: not with --study, whose file says what is trained and written")
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise InputError(f"--minutes = {arguments.minutes}: allowed is above 0")

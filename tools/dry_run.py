@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.announcement import log_warnings
 from engine.checkpoint import load_metadata
 from engine.config import Config
 from engine.config_file import CONFIGS, load_config
@@ -11,7 +12,6 @@ from engine.data.source import IMAGENET, DataSource
 from engine.defaults import (
     build_run_model,
     build_trainer,
-    log_warnings,
     open_source,
     open_store,
     resolve,

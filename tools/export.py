@@ -1,6 +1,6 @@
 """Give the model of a run to others: one plain timm file, a folder in the hub's layout, or ONNX.
 
-    python tools/export.py runs/digits_vit/checkpoints/best.pt model.safetensors    # or .pth, .pt
+    python tools/export.py runs/digits_vit model.safetensors                        # its best weights; or .pth, .pt
     python tools/export.py runs/digits_vit/checkpoints/best.pt my_model             # a folder
     python tools/export.py runs/digits_vit/checkpoints/last.pt model.onnx --ema
 
@@ -22,7 +22,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     kinds = "*.safetensors, *.pt, *.pth, *.onnx, or a new folder"
     choice = "the averaged weights, or not (default: those by which the run chose its best checkpoint)"
-    parser.add_argument("checkpoint", type=as_path, help="last.pt, best.pt or iter_<n>.pt of a run")
+    parser.add_argument("checkpoint", type=as_path, help="a run, or a checkpoint of one: last.pt, best.pt, iter_<n>.pt")
     parser.add_argument("target", type=as_path, help=f"what to write: {kinds}")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help=choice)
     return parse_with_overrides(parser, arguments, "plugins=[MODULE]: that register the run's model")

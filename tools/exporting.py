@@ -21,12 +21,22 @@ from torch import nn
 
 import augsub
 from engine import atomic
-from engine.checkpoint import load
-from engine.config import UNTRANSFORMED, Config, sides
+from engine.checkpoint import load, load_metadata
+from engine.checkpoint_file import EXPORTED
+from engine.config import (
+    UNTRANSFORMED,
+    Config,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    has_several_labels,
+    sides,
+)
+from engine.config_file import to_yaml
 from engine.data.transforms import normalisation
 from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, input_errors, writing_errors
-from engine.evaluation_run import saved_config
+from engine.evaluation_run import checkpoint_of, saved_config
 from engine.text import readable_name, to_json
 from models.build import TIMM_KEYS, create_model, takes_image_size
 from models.weights import without_lora
@@ -37,7 +47,6 @@ CARD = Path(__file__).with_name("model_card.md")
 RECIPE = ("augsub", "data", "train", "optimizer", "schedule", "loss", "mixup", "transform", "ema")  # sections in it
 # what timm's configuration of a model says of its pretrained weights: of others only the licence stays
 OF_PRETRAINED = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description")
-METADATA = "augsub"  # key in a file under which is how images become the model's input, and the names of its classes
 TOLERANCE = 1e-3  # absolute, of ONNX's logits: kernels add in other orders
 
 
@@ -69,13 +78,16 @@ class Exported:
 def export(checkpoint: Path, target: Path, ema: bool | None = None, overrides: Sequence[str] = ()) -> str:
     """Write the target, after timm's model has taken all weights; says which they are and how to load them.
 
+    Args:
+        checkpoint: of a run, or the run's folder.
+
     Raises:
         InputError: a checkpoint of something else, or another kind of target.
         RunError: the target cannot be written.
     """
     if target.suffix not in (*SUFFIXES, ".onnx", ""):
         raise InputError(f"{target}: allowed is a name that ends in .safetensors, .pt, .pth or .onnx, or a new folder")
-    exported = load_exported(checkpoint, ema, overrides)
+    exported = load_exported(checkpoint_of(checkpoint), ema, overrides)
     write = {"": write_folder, ".onnx": write_onnx}.get(target.suffix, write_weights)
     loading = write(target, exported)
     return f"{loading}  # the averaged weights" if exported.is_average else loading
@@ -92,6 +104,8 @@ def load_exported(checkpoint: Path, ema: bool | None = None, overrides: Sequence
         InputError: a checkpoint of something else, or without averaged weights.
     """
     state = load(checkpoint)
+    if checkpoint.suffix == ".safetensors":
+        state = {"model": state, "hooks": {}, **load_metadata(checkpoint)}
     if "model" not in state or "model_name" not in state:
         raise InputError(f"checkpoint {checkpoint} is not one of a run: it has {', '.join(map(str, [*state][:5]))}")
     config = saved_config(checkpoint, state["config"], overrides)
@@ -120,7 +134,7 @@ def write_weights(file: Path, exported: Exported) -> str:
     weights = exported.model.state_dict()
     with writing_errors(file), atomic.new_content(file) as opened:
         if file.suffix == ".safetensors":
-            opened.write(save(weights, metadata={"format": "pt", METADATA: to_json(_known(exported))}))
+            opened.write(save(weights, metadata={"format": "pt", EXPORTED: _said(exported)}))
         else:
             torch.save(weights, opened)
     settings = "".join(f", {key}={value!r}" for key, value in exported.arguments.items())
@@ -166,16 +180,21 @@ def _preprocessing(exported: Exported) -> dict[str, Any]:
     return {"input_size": exported.image_shape, **own}
 
 
-def _known(exported: Exported) -> dict[str, Any]:
-    """What a file says of its model: timm's name and arguments, how images become its input, its classes."""
-    arguments = {key: value for key, value in exported.arguments.items() if key not in ("num_classes", "img_size")}
-    return {
-        "architecture": exported.name,
-        "model_args": arguments,
-        **_preprocessing(exported),
-        "label_names": exported.state.get("class_names"),
-        "has_sigmoid": exported.config.loss.name == "bce",
-    }
+def _said(exported: Exported) -> str:
+    """What a file says of its model, as a checkpoint does: how it is built, how images become its input, its
+    classes."""
+    run, (channels, *_) = exported.config, exported.image_shape
+    has_several = has_several_labels(run)
+    own = replace(
+        Config(),
+        model=replace(ModelConfig(), name=exported.name, kwargs=run.model.kwargs),
+        data=replace(run.data, root=None, table=None, in_chans=channels, cache=None, allow_mismatch=False),
+        transform=run.transform,
+        loss=replace(LossConfig(), name=run.loss.name, smoothing=0.0 if has_several else LossConfig.smoothing),
+        evaluation=replace(EvaluationConfig(), metric="map" if has_several else EvaluationConfig.metric),
+    )
+    kept = {key: exported.state.get(key) for key in ("data", "class_names")}
+    return to_json({"config": to_yaml(own), "model_name": exported.name, **kept})
 
 
 def card(exported: Exported, title: str) -> str:
@@ -232,8 +251,7 @@ def write_onnx(file: Path, exported: Exported) -> str:
     difference = (found - logits).abs().max().item()
     if not difference < TOLERANCE:
         raise RunError(f"{file}: onnxruntime's logits differ by {difference:.2g}, so nothing was written")
-    said = _known(exported)
-    program.model.metadata_props[METADATA] = to_json(said)
+    program.model.metadata_props[EXPORTED] = _said(exported)
     with writing_errors(file):
         program.save(file)
     return (

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     predictor = load_predictor(arguments.what, arguments.model, arguments.overrides)
     images = open_images(arguments.images, predictor.config.data.patience)
     paths = [images.name_of(number) for number in range(len(images))]
-    predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)), paths)
+    predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)), paths, predictor.name)
     config = predictor.config
     with (
         process_group(config.distributed.timeout_minutes) as process,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tabulate import tabulate
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import atomic
-from engine.checkpoint import load, load_metadata
+from engine.checkpoint import load
+from engine.checkpoint_file import EXPORTED
 from engine.command_line import as_path
 from engine.config import UNTRANSFORMED, Config, image_channels
-from engine.config_file import parse_config
 from engine.data.files import ImageFiles, images_below, natural_order, parquet, read_table
 from engine.data.images import IGNORED, Images
 from engine.data.loaders import BadFiles, Batches
@@ -32,16 +32,17 @@ from engine.data.transforms import build_transform
 from engine.defaults import build_precision, complete
 from engine.distributed import Process
 from engine.errors import InputError, first_line, input_errors, writing_errors
-from engine.evaluation_run import find_target
+from engine.evaluation_run import find_target, saved_config
 from engine.text import to_csv, to_json
-from models.build import TIMM_KEYS, create_model
+from models.build import create_model
 from models.weights import head_tensors, load_weights
-from tools.exporting import METADATA, load_exported
+from tools.exporting import load_exported
 
 TABLES = (".csv", ".parquet")
 SHARD = ".tar"
 IMAGENET_CLASSES = 1000
-Row = dict[str, Any]  # path, class_1, probability_1, class_2 …
+BLOCK = 2**24  # bytes that are read at once
+Row = dict[str, Any]  # path, class_1, probability_1, class_2 …, model
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Predictor:
     """A model, and how images become its input.
 
     Attributes:
+        name: of the model, with a checksum of its file if there is one.
         model: gives logits (B, K).
         config: complete, of which data, transform, evaluation and train.amp matter.
         class_names: K names.
         probabilities: of logits.
     """
 
+    name: str
     model: nn.Module
     config: Config
     class_names: Sequence[str]
@@ -92,15 +95,13 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
     """
     if what.endswith(".onnx"):
         return _of_onnx(Path(what), overrides)
-    known = _said_in(what)
-    config, file = find_target(what, model_name or known.get("architecture"), [*_settings(known), *overrides])
+    config, file = find_target(what, model_name, overrides)
     config = complete(config)
     if config.data.dataset in UNTRANSFORMED:
         raise InputError(f"{what}: was trained on {config.data.dataset}, which are no files of images")
-    if file is not None and load_metadata(file).get("config") is not None:
+    if file is not None and model_name is None:
         exported = load_exported(file, overrides=[f"plugins={to_json(config.plugins)}"])
-        names, model = exported.state["class_names"], exported.model
-        return Predictor(model, config, names, _probabilities(config.loss.name == "bce"))
+        return Predictor(_named(file), exported.model, config, exported.state["class_names"], _probabilities(config))
     content = None if file is None else load(file)
     with input_errors(what):
         model = create_model(
@@ -108,36 +109,25 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
             num_classes=None if content is None else _classes_of(content, config.model.name),
             image_size=config.data.image_size,
             pretrained=content is None,
-            **known.get("model_args", {}),
         )
         if content is not None:
             load_weights(model, content, what, complete=True)
-    return Predictor(
-        model, config, known.get("label_names") or _names_of(model), _probabilities(known.get("has_sigmoid"))
-    )
+    return Predictor(_named(file or config.model.name), model, config, _names_of(model), _probabilities(config))
 
 
-def _said_in(what: str) -> dict[str, Any]:
-    """What an exported file of safetensors says of its model; nothing where it is none."""
-    if not what.endswith(".safetensors") or not Path(what).is_file():
-        return {}
-    try:
-        with safe_open(what, "pt") as opened:
-            said = (opened.metadata() or {}).get(METADATA)
-    except SafetensorError:
-        return {}  # who loads the weights says what is wrong with them
-    return json.loads(said) if said else {}
+def _named(model: Path | str) -> str:
+    """The name of a model; of a file with its checksum, CRC-32."""
+    if isinstance(model, str) or not model.is_file():
+        return str(model)
+    checksum = 0
+    with model.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return f"{model} {checksum:08x}"
 
 
-def _settings(known: dict[str, Any]) -> list[str]:
-    """Overrides of a configuration for what a file says: how images become the model's input."""
-    own = [f"transform.{key}={to_json(known[timms])}" for key, timms in TIMM_KEYS.items() if timms in known]
-    channels, *size = known.get("input_size", (None, None))
-    return [*own, f"data.in_chans={channels}", f"data.image_size={to_json(size)}"] if channels else own
-
-
-def _probabilities(has_sigmoid: bool | None) -> Callable[[Tensor], Tensor]:
-    return torch.sigmoid if has_sigmoid else softmax
+def _probabilities(config: Config) -> Callable[[Tensor], Tensor]:
+    return torch.sigmoid if config.loss.name == "bce" else softmax
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -146,14 +136,15 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
+    """A file that was exported here says what a checkpoint does; of others the shape of their input is known."""
     model = OnnxModel(file)
-    said = model.session.get_modelmeta().custom_metadata_map.get(METADATA)
-    known = json.loads(said) if said else {}
-    settings = _settings({**known, "input_size": model.session.get_inputs()[0].shape[1:]})
-    config = complete(parse_config("", str(file), [*settings, *overrides]))
+    said = json.loads(model.session.get_modelmeta().custom_metadata_map.get(EXPORTED, "{}"))
+    channels, *size = model.session.get_inputs()[0].shape[1:]
+    own = [] if "config" in said else [f"data.in_chans={channels}", f"data.image_size={to_json(size)}"]
+    config = complete(saved_config(file, said.get("config", ""), [*own, *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
-    names = known.get("label_names") or [str(number) for number in range(classes)]
-    return Predictor(model, config, names, _probabilities(known.get("has_sigmoid")))
+    names = said.get("class_names") or [str(number) for number in range(classes)]
+    return Predictor(_named(file), model, config, names, _probabilities(config))
 
 
 def _classes_of(content: Any, name: str) -> int | None:
@@ -217,13 +208,14 @@ class Predictions:
         file: .csv, .jsonl or .parquet; None: rows are printed, and an interrupted command begins anew.
         top_k: classes of each image.
         paths: of all images, in their order.
+        model: that predicts them, by its name.
 
     Raises:
-        InputError: the file is there, and is none of such rows.
+        InputError: the file is there, and is none of such rows, or has some of another model.
     """
 
-    def __init__(self, file: Path | None, top_k: int, paths: Sequence[str]) -> None:
-        self.top_k, self.paths, self._file = top_k, paths, file
+    def __init__(self, file: Path | None, top_k: int, paths: Sequence[str], model: str) -> None:
+        self.top_k, self.paths, self.model, self._file = top_k, paths, model, file
         self._rows: dict[str, Row] = {}
         if file is not None and file.exists():
             self._rows = {row["path"]: row for row in read_table(file, ("path",))}
@@ -232,6 +224,10 @@ class Predictions:
         counts = {sum(name.startswith("class_") for name in row) for row in self._rows.values()}
         if counts - {top_k}:
             raise InputError(f"--output {file}: has {max(counts)} classes of each image, not {top_k}")
+        for other in (row["model"] for row in self._rows.values() if "model" in row):
+            if other.split()[-1] != model.split()[-1]:  # the checksum, wherever the file lies
+                raise InputError(f"--output {file}: has predictions of {other}, not of {model}: name another file")
+        self._already = len(self.paths) - len(self.missing())
 
     def missing(self) -> list[int]:
         """Numbers of the images of which there is no row yet."""
@@ -270,7 +266,9 @@ class Predictions:
         for part in self._parts():
             part.unlink()
         left = len(self.missing())
-        return f"{len(self.paths) - left} images in {self._file}" + (f", {left} could not be read" if left else "")
+        there = "all" if self._already == len(self.paths) else self._already
+        notes = [f"{there} of them were there"] * bool(self._already) + [f"{left} could not be read"] * bool(left)
+        return ", ".join([f"{len(self.paths) - left} images in {self._file}", *notes])
 
     @staticmethod
     def _ranks(row: Row) -> range:
@@ -323,5 +321,5 @@ def predict(
                 row: Row = {"path": predictions.paths[number]}
                 for rank, (value, label) in enumerate(zip(values, classes, strict=True), start=1):
                     row |= {f"class_{rank}": names[label], f"probability_{rank}": round(value, 6)}
-                rows.append(row)
+                rows.append({**row, "model": predictions.model})
         predictions.add(rows, process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +27,7 @@ from torch.utils.data import default_collate
 import augsub
 from engine import atomic
 from engine.config import Config
-from engine.data.files import is_image, natural_order
+from engine.data.files import images_below, natural_order
 from engine.data.images import UnreadableImage, decode
 from engine.data.source import IMAGENET, DataSource
 from engine.data.transforms import Delivery, Normalise, build_transform, normalisation
@@ -116,11 +117,11 @@ def _photographs(files: Sequence[Path], config: Config) -> list[NamedImage]:
 
 
 def chosen(paths: Sequence[Path]) -> list[Path]:
-    """A few of all image files, and of those directly in folders."""
+    """A few of all image files, and of those in folders at any depth."""
     files: list[Path] = []
     for path in paths:
-        inside = sorted(path.iterdir(), key=lambda file: natural_order(file.name)) if path.is_dir() else [path]
-        found = [file for file in inside if file == path or is_image(file.name)]
+        inside = sorted(images_below(path, Counter()), key=natural_order) if path.is_dir() else [path]
+        found = [Path(file) for file in inside]
         if not found:
             raise InputError(f"--images {path}: the folder holds no image")
         files += found

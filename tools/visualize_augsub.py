@@ -25,6 +25,7 @@ from engine.text import expanded
 from engine.typed_yaml import read_value
 
 FAMILIES = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18")
+OUTPUT = "runs/what_the_sub_model_sees.png"
 AUGMENTATIONS = ("masking", "random_crop", "random_crop+masking", "drop_path", "dropout")
 
 
@@ -44,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--images", nargs="+", type=as_path, default=[], metavar="PATH", help="files or folders (default: a flower)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
-    parser.add_argument("--output", type=as_path, default=Path("what_the_sub_model_sees.png"), help="PNG file to write")
+    parser.add_argument("--output", type=as_path, help=f"PNG file to write (default {OUTPUT})")
     return parse_with_overrides(parser, arguments, "of the configuration, for example data.image_size=64")
 
 
@@ -58,6 +59,7 @@ def described(words: str) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
+    arguments.output = arguments.output or Path(OUTPUT)
     if arguments.output.suffix != ".png":
         raise InputError(f"--output {arguments.output}: the name must end in .png")
     if arguments.config and arguments.ratio and not arguments.augsub:

@@ -219,8 +219,14 @@ def _classes(data: DataConfig, train: Any, held_out: Any) -> Mapping[Any, int]:
     if all(getattr(items, "has_numbers_alone", False) for items in splits):
         return max((items.class_to_idx for items in splits), key=len)
     if differing := splits[0].class_to_idx.items() ^ splits[-1].class_to_idx.items():
-        names = sorted({str(name) for name, _ in differing})
-        raise InputError(f"data.root = {data.root}: the splits have different classes: {', '.join(names[:5])}")
+        here, there = (items.class_to_idx.keys() for items in (splits[0], splits[-1]))
+        lacking = [
+            f"{', '.join(map(str, sorted(names, key=str)[:5]))} {where}"
+            for names, where in ((here - there, "in training alone"), (there - here, "held out alone"))
+            if names
+        ]
+        names = "; ".join(lacking) or ", ".join(sorted({str(name) for name, _ in differing})[:5])
+        raise InputError(f"data.root = {data.root}: the splits have different classes: {names}")
     return splits[0].class_to_idx
 
 

@@ -39,6 +39,7 @@ SHOWN_FIGURES = {
     "top1": "top-1", "top5": "top-5", "map": "mAP", "f1_macro": "macro F1", "f1_micro": "micro F1",
     "ema_top1": "top-1, EMA", "ema_map": "mAP, EMA",
 }  # fmt: skip
+TOP = 5  # classes, of top-5
 MIB = 1024**2
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss, see getrusage(2)
 
@@ -114,7 +115,7 @@ class Evaluation(HookBase):
 
 
 class WriteRecords(HookBase):
-    """Hands the averages of every `log.period` iterations, and what other hooks found out, to the writers.
+    """Hands the averages of every `period` iterations, and what other hooks found out, to the writers.
 
     Results of an evaluation in between make a record without averages. The main process alone has writers, opened when
     the run has its folder.
@@ -123,11 +124,10 @@ class WriteRecords(HookBase):
         latest: the newest record with averages, in every process; None before the first one.
     """
 
-    def __init__(self, config: Config, folder: RunFolder) -> None:
+    def __init__(self, config: Config, folder: RunFolder, period: int) -> None:
         if config.log.wandb is not None:
             require_wandb(config.log.wandb)  # now, before the run has a folder
-        self._config = config
-        self._folder = folder
+        self._config, self._folder, self._period = config, folder, period
         self._writers: list[Writer] = []
         self.latest: Record | None = None
 
@@ -139,7 +139,7 @@ class WriteRecords(HookBase):
 
     def after_step(self) -> None:
         trainer = self.trainer
-        is_whole = trainer.iteration % self._config.log.period == 0 or trainer.is_last
+        is_whole = trainer.iteration % self._period == 0 or trainer.is_last
         if not is_whole and not trainer.results:
             return
         record: Record = {
@@ -307,11 +307,12 @@ class Report(HookBase):
     def _rows(self, summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows = [
             ("main loss", f"{summary['main_loss']:.4f}"),
-            ("sub loss", f"{summary['sub_loss']:.4f}" if "sub_loss" in summary else "no sub-model"),
+            *([("sub loss", f"{summary['sub_loss']:.4f}")] if "sub_loss" in summary else []),
         ]
-        shown = [(name, text) for name, text in SHOWN_FIGURES.items() if name in summary]
-        rows += [(f"held-out {text}", f"{summary[name]:.2f} %") for name, text in shown]
-        rows[2] = (rows[2][0], f"{rows[2][1]} of {summary['images']} images")
+        few = self.trainer.data.source.num_classes <= TOP  # all of which are among the first ones
+        shown = [(name, text) for name, text in SHOWN_FIGURES.items() if name in summary and not (few and "5" in name)]
+        images = f" of {summary['images']} images"
+        rows += [(f"held-out {text}", f"{summary[name]:.2f} %{images * (name == shown[0][0])}") for name, text in shown]
         best = summary["best_value"]
         best = f"{best:.4f}" if self._evaluation.metric.endswith("loss") else f"{best:.2f} %"
         skipped = [("bad files skipped", f"{summary['bad_files']} (named in {self._folder.log.name})")]

@@ -96,11 +96,11 @@ def test_curves_are_read_off(page, run):
 def test_an_evaluation_shows_the_figures_beside_it_and_mistakes(page, evaluation):
     show(page, evaluation / "report.html")
     (result,) = json.loads((evaluation / "results.json").read_text())["results"]
-    figures = dict(zip(column(page, 0, ""), column(page, 0, "trained"), strict=True))
+    figures = dict(zip(column(page, 0, ""), column(page, 0, "value"), strict=True))
     low, high = result["intervals"]["top1"]
     assert figures["top1"] == f"{round(result['top1'], 3)} [{round(low, 3)}, {round(high, 3)}]"
     assert float(figures["ece"]) == round(result["ece"], 3)
-    assert column(page, 1, "top1") == [str(round(sub["figures"]["top1"], 3)) for sub in result["sub_models"]]
+    assert column(page, 1, "top1") == [f"{round(sub['figures']['top1'], 3):.5g}" for sub in result["sub_models"]]
     for pair in result["most_confused"][:6]:
         caption = f"{pair['true']}, taken for {pair['predicted']}: {pair['images']} images"
         shown = page.locator("figure").filter(has=page.get_by_text(caption, exact=True))

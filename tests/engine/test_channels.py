@@ -132,7 +132,7 @@ def test_a_run_its_export_and_its_predictions(call, tmp_path, channels):
         found = tmp_path / f"{number}.jsonl"
         code, _, error = call(tools.predict, what, root / "val", "--output", found)
         assert code == 0, error
-        rows.append([json.loads(line) for line in found.read_text().splitlines()])
+        rows.append([{**json.loads(line), "model": ""} for line in found.read_text().splitlines()])
     assert rows[0] == rows[1] and len(rows[0]) == 8
     code, _, error = call(tools.train_net, "--resume", run, "train.epochs=3", "train.extend=true")
     assert code == 0, error

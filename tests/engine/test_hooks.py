@@ -168,7 +168,7 @@ def test_records_have_the_means_of_equal_windows_and_what_hooks_found(tmp_path):
     loop.means = RunningMeans(ALONE)
     loop.optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.4}, {"lr": 0.2}])
     config = Config(log=LogConfig(period=3), train=TrainConfig(global_batch=16))
-    writing = WriteRecords(config, RunFolder(tmp_path))
+    writing = WriteRecords(config, RunFolder(tmp_path), config.log.period)
     loop.process = Process(rank=1, world_size=1, device=CPU)  # one without writers
     train(loop, Found(), writing, Watch())
     assert [(record["iteration"], record["epoch"], record["loss"]) for record in seen] == [

@@ -14,8 +14,8 @@ import pytest
 import timm
 import torch
 
+from engine.announcement import log_warnings
 from engine.config import Config, EmaConfig
-from engine.defaults import log_warnings
 from engine.errors import InputError
 from engine.writers import read_lines
 

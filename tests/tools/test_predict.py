@@ -17,7 +17,7 @@ from timm.data import create_transform
 
 import tools.train_net
 from engine.checkpoint import load
-from tools import export, predict
+from tools import eval_net, export, predict
 
 SETTINGS = ("--config", "finetune_folder", "model.name=test_vit", "model.pretrained=false", "data.image_size=32",
             "data.workers=0", "train.epochs=2", "train.global_batch=8")  # fmt: skip
@@ -69,7 +69,7 @@ def assert_right(folder: Path, rows: list[dict], top_k: int, flips: bool = False
         assert [row[f"class_{rank}"] for rank in range(1, top_k + 1)] == [names[label] for label in classes]
         found = [float(row[f"probability_{rank}"]) for rank in range(1, top_k + 1)]
         torch.testing.assert_close(torch.tensor(found), values, atol=2e-4, rtol=0)
-        assert len(row) == 1 + 2 * top_k
+        assert len(row) == 2 + 2 * top_k
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,23 @@ def test_a_table_and_single_files_are_images_too_and_without_output_a_table_is_p
     assert [Path(line[0]).parent.name for line in lines] == ["cat", "fox", "dog"]
     best = expected(trained, str(images / "fox" / "2.png"))
     assert lines[1][1:3] == [NAMES[best.argmax()], f"{best.max():.3f}"]
+
+
+def test_predictions_of_another_model_are_not_taken_for_this_ones(call, trained, tmp_path):
+    """A run that was trained on keeps its name: its weights are what counts."""
+    checkpoint, images, output = tmp_path / "best.pt", trained / "images" / "val", tmp_path / "out.csv"
+    shutil.copy(trained / "run" / "checkpoints" / "best.pt", checkpoint)
+    options = (checkpoint, images, "--output", output, "data.workers=0")
+    assert call(predict, *options)[0] == 0
+    assert call(predict, *options)[1] == f"9 images in {output}, all of them were there\n"
+    state = torch.load(checkpoint, weights_only=True)
+    state["model"]["head.bias"] += 1
+    torch.save(state, checkpoint)
+    before = output.read_bytes()
+    code, _, error = call(predict, *options)
+    assert (
+        code == 2 and f"--output {output}: has predictions of {checkpoint}" in error and output.read_bytes() == before
+    )
 
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "folder", pytest.param("model.onnx", marks=pytest.mark.slow)])
@@ -206,6 +223,19 @@ def test_an_exported_model_of_several_labels_and_other_sizes_predicts_as_its_run
     assert call(export, tmp_path / "run" / "checkpoints" / "best.pt", file)[0] == 0
     for what, output in ((file, "file.csv"), (tmp_path / "run", "run.csv")):
         assert call(predict, what, trained / "images" / "val", "--output", tmp_path / output, "data.workers=0")[0] == 0
-    assert rows_of(tmp_path / "file.csv") == rows_of(tmp_path / "run.csv")
+    found = [rows_of(tmp_path / f"{name}.csv") for name in ("file", "run")]
+    assert [row.pop("model").split()[0] for row in (*found[0][:1], *found[1][:1])] == [
+        str(file), str(tmp_path / "run" / "checkpoints" / "best.pt")
+    ]  # fmt: skip
+    assert [{**row, "model": ""} for row in found[0]] == [{**row, "model": ""} for row in found[1]]
+    figures = []
+    for what in (file, tmp_path / "run"):
+        place = tmp_path / f"evaluation of {what.name}"
+        options = ("--output", place, f"data.root={trained}/images", "data.workers=0")
+        code, _, error = call(eval_net, what, *options)
+        assert code == 0, error
+        (result,) = json.loads((place / "results.json").read_text())["results"]
+        figures.append({name: result[name] for name in ("map", "f1_macro", "eval_loss", "images")})
+    assert figures[0] == figures[1]
     sums = [sum(float(row[f"probability_{rank}"]) for rank in (1, 2, 3)) for row in rows_of(tmp_path / "file.csv")]
     assert max(abs(total - 1) for total in sums) > 0.05  # each class is a question of its own

@@ -154,6 +154,8 @@ def read_ways(arguments: Sequence[str]) -> list[Way]:
         for pattern in map(expanded, folders.split(",") if is_named else [argument]):
             for path in sorted(glob.glob(pattern)) or [pattern]:
                 run = finished_run(path)
+                if run is None and not Path(path).exists():
+                    raise InputError(f"{path}: no such folder")
                 if run is None:
                     raise InputError(f"{path}: holds no finished run; one that was stopped goes on with --resume")
                 key = name if is_named else yaml.dump(recipe(run.config), Dumper=Dumper)
