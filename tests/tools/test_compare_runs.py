@@ -212,7 +212,7 @@ def test_wrong_folders_are_one_line(finished, call, tmp_path):
     cases = {
         (): "nothing to compare: name the folders of runs",
         ("good",): "nothing to compare: name the folders of runs",
-        ("good", "no*"): "no*: holds no finished run",
+        ("good", "no*"): "no*: no such folder",
         ("good", "empty"): "empty: holds no finished run",
         ("good", "continued"): "continued: holds no finished run; one that was stopped goes on with --resume",
         ("good", "damaged"): "damaged/summary.json: Expecting value",
