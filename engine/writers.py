@@ -63,7 +63,9 @@ class LogWriter(Writer):
         self._started = time.monotonic()
 
     def write(self, record: Record) -> None:
-        values = "  ".join(f"{name} {record[name]:.4g}" for name in self.SHOWN if name in record)
+        shown = [name for name in self.SHOWN if name in record]
+        names = shown or [name for name in record if name not in (*AXES, "lr")]  # what a hook of one's own has found
+        values = "  ".join(f"{name} {record[name]:.4g}" for name in names)
         costs = "  {images_per_second:.4g} images/s  {memory:.0f} MiB" if "memory" in record else ""
         # evaluations and checkpoints are part of the speed: there will be more of them
         seconds_per_step = (time.monotonic() - self._started) / (record["iteration"] - self._first)
