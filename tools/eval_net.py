@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.data.loaders import worker_deaths
     from engine.defaults import complete
     from engine.distributed import process_group
-    from engine.evaluation_report import tables, write
-    from engine.evaluation_run import Asked, evaluate_weights, find_target, folder_for, sub_models
-    from engine.features import chosen_probes
+    from engine.evaluation.features import chosen_probes
+    from engine.evaluation.report import tables, write
+    from engine.evaluation.run import Asked, evaluate_weights, find_target, folder_for, sub_models
 
     if launched_rank() == 0:
         log_to_terminal()

@@ -36,7 +36,7 @@ from engine.config_file import to_yaml
 from engine.data.transforms import normalisation
 from engine.defaults import import_plugins
 from engine.errors import InputError, RunError, input_errors, writing_errors
-from engine.evaluation_run import checkpoint_of, saved_config
+from engine.evaluation.run import checkpoint_of, saved_config
 from engine.text import readable_name, to_json
 from models.build import TIMM_KEYS, create_model, takes_image_size
 from models.weights import without_lora

@@ -32,7 +32,7 @@ from engine.data.transforms import build_transform
 from engine.defaults import build_precision, complete
 from engine.distributed import Process
 from engine.errors import InputError, first_line, input_errors, writing_errors
-from engine.evaluation_run import find_target, saved_config
+from engine.evaluation.run import find_target, saved_config
 from engine.text import to_csv, to_json
 from models.build import create_model
 from models.weights import head_tensors, load_weights

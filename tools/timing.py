@@ -13,7 +13,7 @@ from engine.config import Config
 from engine.data.images import UnreadableImage
 from engine.data.source import DataSource
 from engine.errors import is_out_of_memory
-from engine.speed import timed
+from engine.evaluation.speed import timed
 from engine.text import readable_size, readable_time
 from engine.trainer import Trainer
 

@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.data.loaders import worker_deaths
     from engine.defaults import train
     from engine.distributed import process_group
-    from engine.evaluation_run import evaluate_only
+    from engine.evaluation.run import evaluate_only
     from tools.dry_run import dry_run
 
     with process_group(config.distributed.timeout_minutes) as process, worker_deaths(config.data.workers):

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     import augsub
     from engine.data.source import IMAGENET
     from engine.defaults import complete
-    from engine.evaluation_run import MODELS_OWN
+    from engine.evaluation.run import MODELS_OWN
     from engine.loss import build_sub_models
     from tools.analysis import data_source
     from tools.seen_figure import chosen, draw, rows_of

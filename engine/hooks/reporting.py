@@ -25,8 +25,8 @@ import augsub
 from engine import atomic
 from engine.config import Config
 from engine.config_file import differences
-from engine.evaluation import WEIGHTS, evaluate, metrics_for
-from engine.examples import SHOWN, draw_seen
+from engine.evaluation.examples import SHOWN, draw_seen
+from engine.evaluation.metrics import WEIGHTS, evaluate, metrics_for
 from engine.figure import draw_curves, save
 from engine.html_report import plain, write_report
 from engine.run_folder import RunFolder

@@ -32,7 +32,7 @@ from engine.data.stream import TrainingOrder, sampling_weights
 from engine.data.transforms import Delivery, Normalise, build_transform
 from engine.distributed import Process
 from engine.errors import InputError, RunError
-from engine.evaluation import evaluate
+from engine.evaluation.metrics import evaluate
 from engine.precision import Precision
 from engine.seeding import derive_seed, preserved_generators, seed_cpu
 

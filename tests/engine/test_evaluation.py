@@ -18,9 +18,9 @@ from engine.data.images import IGNORED
 from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import RunError
-from engine.evaluation import Metrics, Result, evaluate
-from engine.evaluation_pictures import draw_confusion
-from engine.evaluation_report import tables, write
+from engine.evaluation.metrics import Metrics, Result, evaluate
+from engine.evaluation.pictures import draw_confusion
+from engine.evaluation.report import tables, write
 from engine.figure import save
 from engine.precision import Precision
 

@@ -18,7 +18,7 @@ from engine.config import Config, LogConfig, ScheduleConfig, TrainConfig
 from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import NonFiniteLossError, Preempted
-from engine.evaluation import evaluate
+from engine.evaluation.metrics import evaluate
 from engine.hooks import HOOK_REGISTRY, build_own_hooks
 from engine.hooks.reporting import Evaluation, Report, SubModelPictures, WriteRecords, mean_losses
 from engine.hooks.saving import Checkpoint, Preemption

@@ -22,8 +22,8 @@ from engine.data.source import DataSource
 from engine.data.transforms import Normalise
 from engine.distributed import Process
 from engine.errors import InputError
-from engine.evaluation import Metrics, evaluate
-from engine.evaluation_run import find_target
+from engine.evaluation.metrics import Metrics, evaluate
+from engine.evaluation.run import find_target
 from engine.precision import Precision
 
 INFO = files("timm.data") / "_info"

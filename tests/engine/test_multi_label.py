@@ -17,10 +17,10 @@ from engine.data.images import IGNORED
 from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import InputError
-from engine.evaluation import Result, evaluate
-from engine.evaluation_report import tables, write
+from engine.evaluation.metrics import Result, evaluate
+from engine.evaluation.multi_label import MultiLabelMetrics, best_threshold
+from engine.evaluation.report import tables, write
 from engine.loss import build_mixup, class_weights
-from engine.multi_label import MultiLabelMetrics, best_threshold
 from engine.precision import Precision
 
 CPU = torch.device("cpu")

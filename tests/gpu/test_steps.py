@@ -27,7 +27,7 @@ from engine.config_file import load_config
 from engine.data.source import build_source
 from engine.defaults import build_trainer, complete
 from engine.distributed import Process, shard, synchronise_batchnorm
-from engine.evaluation import evaluate
+from engine.evaluation.metrics import evaluate
 from engine.hooks.training import ExponentialMovingAverage, LearningRateSchedule, NaNGuard
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer

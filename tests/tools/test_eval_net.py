@@ -29,7 +29,7 @@ from engine.checkpoint import load
 from engine.config_file import load_config
 from engine.data.source import build_digits
 from engine.distributed import Process
-from engine.evaluation_run import LONGEST, folder_for
+from engine.evaluation.run import LONGEST, folder_for
 from models.complexity import count_forward
 from tools import compare_runs, eval_net
 from tools.exporting import export

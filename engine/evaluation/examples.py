@@ -13,7 +13,7 @@ import augsub
 from engine.config import Config
 from engine.data.loaders import Batches
 from engine.data.transforms import normalisation
-from engine.evaluation import Metrics
+from engine.evaluation.metrics import Metrics
 from models.pictures import record, render, render_main
 
 SHOWN = 8  # images of whatever is shown

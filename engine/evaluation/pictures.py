@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve
 
-from engine.evaluation import BINS, MOST_CONFUSED, Metrics, Result
+from engine.evaluation.metrics import BINS, MOST_CONFUSED, Metrics, Result
+from engine.evaluation.multi_label import MultiLabelMetrics
 from engine.figure import BLUE, OKABE_ITO, label_plainly
-from engine.multi_label import MultiLabelMetrics
 
 NAMED = 5  # of many classes those with the lowest average precision
 MATRIX_CLASSES = 30  # up to so many classes the matrix can be read

@@ -17,7 +17,7 @@ from engine.data.images import IGNORED
 from engine.data.source import DataSource
 from engine.distributed import Process
 from engine.errors import InputError, RunError
-from engine.multi_label import MultiLabelMetrics
+from engine.evaluation.multi_label import MultiLabelMetrics
 from engine.precision import Precision, begin_step
 from engine.seeding import derive_seed, seed_all
 

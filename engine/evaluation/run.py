@@ -26,14 +26,14 @@ from engine.data.source import DataSource, build_source, check_classes
 from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
-from engine.evaluation import WEIGHTS, Metrics, Result, evaluate, metrics_for
-from engine.examples import SHOWN, draw_mistakes, draw_seen
-from engine.features import probe
-from engine.multi_label import MultiLabelMetrics
+from engine.evaluation.examples import SHOWN, draw_mistakes, draw_seen
+from engine.evaluation.features import probe
+from engine.evaluation.metrics import WEIGHTS, Metrics, Result, evaluate, metrics_for
+from engine.evaluation.multi_label import MultiLabelMetrics
+from engine.evaluation.speed import measure_speed
 from engine.precision import Precision, compile_forward
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
-from engine.speed import measure_speed
 from models.build import check_image_shape
 from models.weights import load_weights
 

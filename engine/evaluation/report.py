@@ -14,8 +14,8 @@ from engine import atomic
 from engine.config import OF_SEVERAL_LABELS, sides
 from engine.data.images import IGNORED
 from engine.errors import writing_errors
-from engine.evaluation import Metrics, Result
-from engine.evaluation_pictures import CAPTIONS, Row, Tables, draw_evaluation, score_of
+from engine.evaluation.metrics import Metrics, Result
+from engine.evaluation.pictures import CAPTIONS, Row, Tables, draw_evaluation, score_of
 from engine.figure import save
 from engine.html_report import plain, write_report
 from engine.text import markdown_table, to_json
