@@ -88,6 +88,7 @@ def test_the_time_of_a_run_is_that_of_its_slower_part(train_net, tmp_path):
     assert told == pytest.approx(slower, rel=0.05)
 
 
+@pytest.mark.slow
 def test_without_its_data_a_recipe_is_planned_for_imagenet(train_net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, output, _ = train_net(*SWIN)

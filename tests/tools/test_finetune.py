@@ -23,6 +23,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty_cache"))
 
 
+@pytest.mark.slow
 def test_one_command_ends_with_a_table(command, image_folder, tmp_path):
     arguments = ("--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run", *SHORT)
     finished = command(sys.executable, TRAIN_NET, *arguments, "model.name=test_vit")

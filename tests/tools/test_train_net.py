@@ -322,6 +322,7 @@ def test_a_profile_is_a_trace_of_five_steps_and_a_table(train_net, tmp_path):
     assert said in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_bar_says_how_far_how_long_how_fast_and_how_good(tmp_path):
     """On a terminal that does not tell its size."""
     main, end = pty.openpty()
