@@ -155,7 +155,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
     os.kill(victim, signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert error == (
-        f"error: a data loading worker died: DataLoader worker (pid {victim}) is killed by signal: Killed; "
-        "if memory ran out, lower data.workers (now 2) or train.micro_batch\n"
-    )
+    # torch finds the death by its signal or, on a busy machine, by a wait that is too long
+    died = rf"DataLoader worker \((pid {victim}\) is killed by signal: Killed|pid\(s\) {victim}\) exited unexpectedly)"
+    remedy = r"if memory ran out, lower data.workers \(now 2\) or train.micro_batch"
+    assert re.fullmatch(rf"error: a data loading worker died: {died}; {remedy}\n", error), error
