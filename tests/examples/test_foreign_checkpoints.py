@@ -43,7 +43,13 @@ def saved_by_transformers(folder: Path) -> tuple[Path, float]:
     return folder / "model.safetensors", accuracy(lambda images: model.eval()(images).logits)
 
 
-@pytest.mark.parametrize("save", [saved_by_timm, saved_by_lightning, saved_by_transformers])
+@pytest.mark.parametrize(
+    "save",
+    [
+        saved_by_timm,
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (saved_by_lightning, saved_by_transformers)),
+    ],
+)
 def test_another_trainers_file(save, tmp_path, call):
     torch.manual_seed(0)
     file, expected = save(tmp_path)

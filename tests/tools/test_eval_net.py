@@ -133,7 +133,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit in two processes"])
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit in two processes", marks=pytest.mark.slow)])
 def test_the_figures_are_those_of_timm_alone(evaluate, command, torchrun, images, tmp_path, name):
     """39 images: neither the batch of 7 nor the two processes divide them."""
     name, *in_two_processes = name.split(" ", 1)
@@ -273,6 +273,7 @@ def test_forwards_are_timed_and_counted(evaluate, trained, tmp_path):
     assert Image.open(tmp_path / "elastic.png").size[0] > 800
 
 
+@pytest.mark.slow
 def test_exported_weights_and_another_image_size(evaluate, trained, tmp_path):
     weights = tmp_path / "digits.safetensors"
     export(trained / "checkpoints" / "last.pt", weights, ema=False)

@@ -309,6 +309,7 @@ def test_statistics_of_frozen_layers_stay(train_net, tmp_path):
             assert torch.equal(value, initial) == name.startswith(("layer1.", "bn1.")), name
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_trace_of_five_steps_and_a_table(train_net, tmp_path):
     run = (*SHORT, f"output_dir={tmp_path}/run", "train.max_iters=12", "train.profile=true")
     assert train_net(*run)[0] == 0
