@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import io
 import json
 import logging
 import os
 import sys
 import time
 import uuid
-from collections.abc import Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +22,7 @@ from engine.config import Config
 from engine.config_file import leaves, to_yaml
 from engine.errors import InputError, input_errors, writing_errors
 from engine.run_folder import RunFolder
-from engine.text import to_json, with_nan
+from engine.text import to_csv, to_json, with_nan
 
 if TYPE_CHECKING:
     from torch import Tensor  # who only reads records does not wait for torch
@@ -133,22 +131,15 @@ class CSVWriter(Writer):
     def write(self, record: Record) -> None:
         if record.keys() <= set(self._columns):
             with writing_errors(self._path, REMEDY), open(self._path, "a", newline="", encoding="utf-8") as file:
-                file.write(_rows([record], self._columns))
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(record)
         else:
             self._rewrite()
 
     def _rewrite(self) -> None:
         records = read_lines(self._source)
         self._columns = list(dict.fromkeys(name for record in records for name in record))  # as they came
-        header = dict(zip(self._columns, self._columns, strict=True))
         with writing_errors(self._path, REMEDY):
-            atomic.write_text(self._path, _rows([header, *records], self._columns) if records else "")
-
-
-def _rows(records: Sequence[Record], columns: Sequence[str]) -> str:
-    text = io.StringIO()
-    csv.DictWriter(text, columns, lineterminator="\n").writerows(records)
-    return text.getvalue()
+            atomic.write_text(self._path, to_csv(records, self._columns) if records else "")
 
 
 class TensorBoardWriter(Writer):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from engine.evaluation.metrics import Metrics, Result
 from engine.evaluation.pictures import CAPTIONS, Row, Tables, draw_evaluation, score_of
 from engine.figure import save
 from engine.html_report import plain, write_report
-from engine.text import markdown_table, to_json
+from engine.text import markdown_table, to_csv, to_json
 
 # Files of which there are some evaluations without
 NOT_ALWAYS = (
@@ -151,9 +149,9 @@ def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result])
     found, names = rows(evaluated, results), evaluated["class_names"]
     content = {**evaluated, "results": _as_json(names, results)}
     files = {"results.json": to_json(content, indent=2)}
-    files |= {f"{name}.csv": _as_csv(lines) for name, lines in found.items() if lines}
+    files |= {f"{name}.csv": to_csv(lines) for name, lines in found.items() if lines}
     files |= {
-        f"{result.prefix}predictions.csv": _as_csv(_predictions(result.metrics, names))
+        f"{result.prefix}predictions.csv": to_csv(_predictions(result.metrics, names))
         for result in results
         if result.augmentation is None and len(result.parts) == 1 and isinstance(result.metrics, Metrics)
     }
@@ -283,12 +281,3 @@ def _predictions(metrics: Metrics, names: Sequence[str]) -> list[Row]:
         for number, (true, predicted) in enumerate(metrics.outcomes.T.tolist())
         if true != IGNORED
     ]
-
-
-def _as_csv(lines: Sequence[Row]) -> str:
-    """Lines with the columns of the first one."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
