@@ -26,6 +26,7 @@ from tools.comparison.runs import (
     configuration_lines,
     images_table,
     read_ways,
+    robustness_tables,
     summary_table,
 )
 
@@ -66,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         measured = ways[0].first.summary if ways else ()
         metric = arguments.metric or ("map" if "map" in measured else "top1")
         check_comparable(ways, metric)
-        parts = [summary_table(ways, metric), CAPTION, images_table(ways), configuration_lines(ways)]
+        tables = [summary_table(ways, metric), CAPTION, robustness_tables(ways, metric), images_table(ways)]
+        parts = [*tables, configuration_lines(ways)]
         text = "\n\n".join(filter(None, parts))
         print(text)
         if arguments.picture or arguments.report:

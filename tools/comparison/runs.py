@@ -44,10 +44,14 @@ CAPTION = (
 BESIDE = {  # further columns, with decimals, where all runs have them
     "top5": ("top-5, %", 2),
     "main_loss": ("training loss", 4),
-    "ece": ("calibration error, %", 2),
-    "corrupted_ece": ("under corruptions, %", 2),
     "seconds": ("seconds", 1),
 }
+ROBUSTNESS = {  # what eval_net.py finds of last checkpoints
+    "corrupted_top1": "top-1 under corruptions, %",
+    "ece": "calibration error, %",
+    "corrupted_ece": "calibration error under corruptions, %",
+}
+BY_CORRUPTION = "corrupted/"  # prefix of the accuracy under one of them
 AS_MUCH = 0.05  # by so much the computation of two ways may differ that are called equal in it
 EVALUATED = {"": "last", "corrupted_": "last*variant=corrupted*"}  # folders of eval_net.py, by prefix of its figures
 OWN_KEYS = ("seed", "output_dir")  # what the runs of one way may differ in
@@ -125,13 +129,18 @@ def finished_run(path: str | Path) -> Run | None:
 
 
 def evaluated(run: Path) -> Record:
-    """What eval_net.py has found of the last checkpoint: `ece`, and under corruptions `corrupted_top1` and the like."""
+    """What eval_net.py has found of the last checkpoint: `ece`, and under corruptions `corrupted_top1` and the like.
+
+    Accuracies under one corruption are means over its severities.
+    """
     found: Record = {}
     for prefix, pattern in EVALUATED.items():
         for file in sorted(run.glob(f"evaluation/{pattern}/results.json"), key=lambda file: file.stat().st_mtime):
             with input_errors(str(file)):
                 figures = json.loads(file.read_text())["results"][0]
                 found |= {prefix + name: figures[name] for name in ("top1", "ece")}
+                errors = figures.get("corruption_errors", {})
+                found |= {f"{BY_CORRUPTION}{name}": 100 - error for name, error in errors.items()}
     return found
 
 
@@ -261,6 +270,30 @@ def difference_text(way: Way, metric: str, confidence: float = CONFIDENCE) -> st
     is_partial = len(by_seed) < max(len(way.runs), len(way.baseline.runs))
     common = f" over seeds {', '.join(map(str, by_seed))}" if is_partial else ""
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{common}"
+
+
+def robustness_tables(ways: Sequence[Way], metric: str) -> str:
+    """Calibration and accuracy under corruptions, with differences to the baseline; "" if nobody has measured them."""
+    runs = [run for way in ways for run in way.runs.values()]
+    measured = [name for name in runs[0].summary if all(name in run.summary for run in runs)]
+    found = {name: title for name, title in ROBUSTNESS.items() if name in measured and name != metric}
+    corruptions = [name for name in measured if name.startswith(BY_CORRUPTION)]
+    rows = [
+        [way.name]
+        + [
+            cell
+            for name in found
+            for cell in (_mean(way, name, 2), difference_text(way, name) if way.baseline else "baseline")
+        ]
+        for way in ways
+    ]
+    header = ["training", *(cell for title in found.values() for cell in (title, "difference"))]
+    tables = [markdown_table(header, rows)] if found else []
+    if corruptions:
+        names = [name.removeprefix(BY_CORRUPTION).replace("_", " ") for name in corruptions]
+        means = [[way.name, *(_mean(way, name, 2) for name in corruptions)] for way in ways]
+        tables.append(markdown_table(["top-1 under, %", *names], means))
+    return "\n\n".join(tables)
 
 
 def images_table(ways: Sequence[Way]) -> str:

@@ -31,6 +31,7 @@ from engine import atomic
 from engine.config import Config, marked, sides
 from engine.config_file import differences, fill_in_from, leaves, load_config, read_over, reported
 from engine.config_rules import MAY_CHANGE
+from engine.data.imagenet_family import CORRUPTED
 from engine.data.source import build_source
 from engine.defaults import IF_AVAILABLE
 from engine.errors import InputError, RunError, first_line, writing_errors
@@ -41,15 +42,19 @@ from engine.text import expanded, markdown_table, to_json, with_nan
 from tools.analysis import analyze_configured
 from tools.comparison import runs as compared
 from tools.comparison.pictures import DPI, PICTURES, every_way
-from tools.comparison.runs import METRICS, OWN_KEYS, Run, Way, check_comparable, finished_run, make_ways
+from tools.comparison.runs import METRICS, OWN_KEYS, ROBUSTNESS, Run, Way, check_comparable, finished_run, make_ways
 from tools.machine import machine
 
 # ruff: noqa: UP006, UP045
 
-TRAIN_NET = Path(__file__).parents[1] / "train_net.py"
+TOOLS = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("report.md")
 METRIC = "top1"  # that a study compares
 POLL = 0.1  # seconds between looks at the runs
+CORRUPTIONS_CAPTION = (
+    "Of the last checkpoints, by `tools/eval_net.py`: mean over eight corruptions in five severities. A model whose "
+    "confidence is as high as it is right has no calibration error. Differences as above."
+)
 DRAWN = ("epoch", "main_loss", "sub_loss", "main_grad_norm", "sub_grad_norm", *METRICS)  # of a run's records
 DIGITS = 5  # significant ones of what is drawn
 
@@ -64,6 +69,7 @@ class Study:
     seeds: List[int] = MISSING  # the same for all ways: differences are paired
     ways: Dict[str, List[str]] = field(default_factory=dict)  # name: key=value overrides; the first one is the baseline
     against: Dict[str, str] = field(default_factory=dict)  # ways, and what else they are compared with
+    corruptions: bool = False  # whether last checkpoints are evaluated under corruptions too
     report: str = MISSING  # the Markdown file to write; its pictures lie beside it
     results: Optional[str] = None  # where studies share runs of the same name; null: beside the report
     output_dir: Optional[str] = None  # of the runs' folders; null: runs/<name of the study file>
@@ -75,6 +81,7 @@ class PlannedRun:
 
     Attributes:
         flops: multiply-adds of all forwards of a step, per image.
+        corruptions: whether its last checkpoint is evaluated under corruptions too.
     """
 
     base: Path
@@ -82,6 +89,7 @@ class PlannedRun:
     overrides: list[str]
     config: Config
     flops: int
+    corruptions: bool
 
     @property
     def name(self) -> str:
@@ -92,6 +100,21 @@ class PlannedRun:
     def group(self) -> tuple[Path, int]:
         """What it is compared with: the same configuration with the same seed."""
         return self.base, self.config.seed
+
+    @property
+    def commands(self) -> list[list[str | Path]]:
+        """What Python has yet to run, one after the other; what was interrupted goes on."""
+        folder = RunFolder(self.config.output_dir)
+        train = [TOOLS / "train_net.py", "--resume", "--config", self.base, *self.overrides]
+        evaluate = [[TOOLS / "eval_net.py", folder.last, *asked] for asked in ((), ("--variant", CORRUPTED))]
+        return [*([train] if finished_run(folder.path) is None else ()), *(evaluate if self.corruptions else ())]
+
+    @property
+    def finished(self) -> Run | None:
+        """What it came to; None if it is not at its end."""
+        done = finished_run(self.config.output_dir)
+        is_whole = done is not None and (not self.corruptions or done.summary.keys() >= ROBUSTNESS.keys())
+        return done if is_whole else None
 
 
 def load_study(path: Path) -> Study:
@@ -134,7 +157,9 @@ def plan(study: Study, path: Path, overrides: Sequence[str] = ()) -> list[Planne
                 if folder in runs:
                     raise InputError(f"{folder} would be the folder of two runs")
                 own = [*study.ways[way], *overrides, f"seed={seed}", f"output_dir={folder}"]
-                runs[folder] = PlannedRun(base, way, own, load_config(base, own), cost.training_flops)
+                runs[folder] = PlannedRun(
+                    base, way, own, load_config(base, own), cost.training_flops, study.corruptions
+                )
         except InputError as error:
             raise InputError(f"{path}: ways: {way}: {error}") from error
     return sorted(runs.values(), key=lambda run: study.seeds.index(run.config.seed))
@@ -235,26 +260,30 @@ def train(runs: Sequence[PlannedRun], jobs: int, seconds: float, finished: Calla
     Raises:
         RunError: a run failed; after this, and after Ctrl-C, those beside it have saved their state and ended.
     """
-    waiting, deadline = list(runs), time.monotonic() + seconds
-    processes: dict[subprocess.Popen, tuple[PlannedRun, IO[str]]] = {}
+    waiting, deadline = [(run, run.commands) for run in runs], time.monotonic() + seconds
+    processes: dict[subprocess.Popen, tuple[PlannedRun, list[list[str | Path]], IO[str]]] = {}
     try:
         with tqdm(total=len(runs), unit="run", disable=None) as bar:
             while (waiting or processes) and time.monotonic() < deadline:
                 while waiting and len(processes) < jobs:
-                    run, said = waiting.pop(0), tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115
+                    run, (command, *later) = waiting.pop(0)
+                    said = tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115
                     process = subprocess.Popen(
-                        [sys.executable, TRAIN_NET, "--resume", "--config", run.base, *run.overrides],
+                        [sys.executable, *command],
                         env={**os.environ, "OMP_NUM_THREADS": "1"},
                         start_new_session=True,  # Ctrl-C reaches this process alone, which asks them to save and stop
                         stdout=subprocess.DEVNULL,
                         stderr=said,
                     )
-                    processes[process] = run, said
+                    processes[process] = run, later, said
                 time.sleep(POLL)
                 for process in [process for process in processes if process.poll() is not None]:
-                    run, said = processes.pop(process)
+                    run, later, said = processes.pop(process)
+                    if not process.returncode and later:
+                        waiting.insert(0, (run, later))
+                        continue
                     said.seek(0)
-                    done = None if process.returncode else finished_run(run.config.output_dir)
+                    done = None if process.returncode else run.finished
                     if done is None:
                         reason = (said.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
                         raise RunError(f"{run.config.output_dir}: {reason.removeprefix('error: ')}")
@@ -290,7 +319,7 @@ def run_study(
     keep = partial(add_result, file)
     for run in missing_runs(runs, read_results(file, runs)):
         refuse_another_folder(run)
-        if (done := finished_run(run.config.output_dir)) is not None:
+        if (done := run.finished) is not None:
             keep(run, done)
     train(missing_runs(runs, read_results(file, runs)), jobs, seconds, keep)
     results = read_results(file, runs)
@@ -368,7 +397,7 @@ def fill_page(
     for way in ways:
         for seed, run in way.runs.items():
             where.setdefault(run.machine, set()).add(seed)
-    count = sum(len(way.runs) for way in ways)
+    count, robustness = sum(len(way.runs) for way in ways), compared.robustness_tables(ways, METRIC)
     return Template(PAGE.read_text()).substitute(
         title=study.title,
         description=study.description.strip(),
@@ -377,6 +406,7 @@ def fill_page(
         machines="\n".join(f"- seed {', '.join(map(str, sorted(of_one)))}: {name}" for name, of_one in where.items()),
         facts="\n".join(facts),
         summary=compared.summary_table(ways, METRIC),
+        robustness=robustness and f"\n\n## Under corruptions\n\n{robustness}\n\n{CORRUPTIONS_CAPTION}",
         caption=compared.CAPTION,
         conclusions=compared.conclusions(ways, METRIC),
         equal=compared.equal_computation(ways, METRIC) + compared.contrasts(ways, study.against, METRIC),
