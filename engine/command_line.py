@@ -24,7 +24,20 @@ READER_GONE = 141  # 128 + SIGPIPE: nobody reads standard output any more, as wh
 OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=.*", re.DOTALL)  # no option begins so, and no URL
 
 
-def tool_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2; of an option that is a key of the configuration it is said how keys are written."""
+        from engine.config_file import keys_named  # here: no other command line needs OmegaConf to be read
+
+        option = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        keys = keys_named(option[1].replace("-", "_")) if option else []
+        meant = f"did you mean {' or '.join(f'{key}=…' for key in keys)}?" if keys else "--help says what is allowed"
+        self.exit(FAILED, f"error: {message}; {meant}\n")
+
+
+def tool_parser(description: str, epilog: str | None = None) -> Parser:
     """The parser of a tool's command line. From here on any text can be read and printed, whatever the locale.
 
     What the terminal's encoding has not is printed as an escape, on standard output as Python does on standard error.
@@ -33,9 +46,7 @@ def tool_parser(description: str, epilog: str | None = None) -> argparse.Argumen
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def parse_with_overrides(
@@ -47,7 +58,7 @@ def parse_with_overrides(
         arguments: None: of this process.
         meaning: what the help says of them.
     """
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=meaning)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=meaning)
     words = sys.argv[1:] if arguments is None else [*map(str, arguments)]
     overrides = [word for word in words if OVERRIDE.fullmatch(word) and not os.path.exists(expanded(word))]
     parsed = parser.parse_intermixed_args([word for word in words if word not in overrides])

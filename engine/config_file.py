@@ -237,10 +237,14 @@ def _apply(override: str, config: DictConfig) -> None:
 def _elsewhere(key: str) -> list[str]:
     """Keys of this name in other sections, if there is none here: optimizer.lr for train.lr."""
     key = key.partition("[")[0]  # of a list its whole
-    known, name = leaves(Config()), key.split(".")[-1]
-    if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in known):
+    if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in leaves(Config())):
         return []
-    return [one for one in known if one.split(".")[-1] == name]
+    return keys_named(key.split(".")[-1])
+
+
+def keys_named(name: str) -> list[str]:
+    """Keys of any section that end in this name."""
+    return [key for key in leaves(Config()) if key.split(".")[-1] == name]
 
 
 @contextmanager

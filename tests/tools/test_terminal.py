@@ -78,6 +78,28 @@ def test_the_help_of_every_tool_can_be_printed(monkeypatch, name):
     assert "usage: " in printed and printed.endswith("\\u2026 \\xb1 \\udce9\n")
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("train_net", ["--epochs", "3"], "unrecognized arguments: --epochs; did you mean train.epochs=…?"),
+        (
+            "train_net",
+            ["--weight-decay=0.1"],
+            "unrecognized arguments: --weight-decay=0.1; did you mean optimizer.weight_decay=…?",
+        ),
+        ("eval_net", ["--frobnicate", "x"], "unrecognized arguments: --frobnicate; --help says what is allowed"),
+        ("eval_net", [], "the following arguments are required: WHAT; --help says"),
+        ("compare_runs", ["--jobs", "x"], "argument --jobs: invalid int value: 'x'; --help says"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(capsys, tool, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"tools.{tool}").main(arguments)
+    assert ended.value.code == 2
+    printed, said = capsys.readouterr()
+    assert not printed and said.count("\n") == 1 and said.startswith(f"error: {message}")
+
+
 def test_nothing_heavy_is_imported_for_help():
     code = f"import importlib, sys\nfor name in {TOOLS}: importlib.import_module(f'tools.{{name}}')\n"
     code += "print(*{'torch', 'timm', 'matplotlib', 'scipy'} & sys.modules.keys())"
