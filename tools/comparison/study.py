@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
 from itertools import product
 from pathlib import Path
 from string import Template
@@ -175,13 +174,14 @@ def settings(config: Config) -> dict[str, Any]:
     }
 
 
-def refuse_another(place: str, trained: Mapping[str, Any], planned: Config, remedy: str) -> None:
-    """Raise InputError if the settings of a run are not the planned ones."""
+def changed(trained: Mapping[str, Any], planned: Config) -> str:
+    """The first setting of a run that is not the planned one, with both values; "" if all are."""
     expected, usual = settings(planned), leaves(Config())
-    for key in expected.keys() | trained.keys():
+    for key in [*expected, *(key for key in trained if key not in expected)]:
         was, wanted = (values.get(key, usual.get(key)) for values in (trained, expected))
         if was != wanted and wanted != IF_AVAILABLE:  # which becomes false where it is not
-            raise InputError(f"{place} was trained with {key} = {was}, the study says {wanted}: {remedy}")
+            return f"{key} = {was}, the study says {wanted}"
+    return ""
 
 
 def refuse_another_folder(run: PlannedRun) -> None:
@@ -190,8 +190,11 @@ def refuse_another_folder(run: PlannedRun) -> None:
     if folder.config.exists():
         trained, planned = load_config(folder.config), load_config(run.base, run.overrides)
         fill_in_from(planned, trained)
-        remedy = "remove the folder to train it anew, or give the study another output_dir"
-        refuse_another(f"{run.config.output_dir}:", settings(trained), planned, remedy)
+        if difference := changed(settings(trained), planned):
+            raise InputError(
+                f"{run.config.output_dir}: was trained with {difference}: "
+                "remove the folder to train it anew, or give the study another output_dir"
+            )
 
 
 def this_machine() -> str:
@@ -202,37 +205,49 @@ def this_machine() -> str:
 def read_results(file: Path, runs: Sequence[PlannedRun]) -> list[Run]:
     """Those of the runs of which a results file has a line; none if there is no file.
 
+    Lines of runs that were trained otherwise stay in the file, and are told.
+
     Raises:
-        InputError: a line is none of a result, or that of another run than the planned one.
+        InputError: a line is none of a result.
     """
-    planned, results = {run.name: run.config for run in runs}, []
+    planned, results, others = {run.name: run.config for run in runs}, [], []
     for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), start=1):
         try:
             said = json.loads(line)
             name, trained, summary = said.pop("run"), said.pop("settings"), with_nan(said.pop("summary"))
-            if name in planned:
+            if name not in planned:
+                continue
+            if difference := changed(trained, planned[name]):
+                others.append(f"{name} with {difference}")
+            else:
                 results.append(Run(Path(name), planned[name], summary, **said))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{file}, line {number}: {first_line(error)}") from error
-        if name in planned:
-            refuse_another(f"{file}: {name}", trained, planned[name], "remove its line to train it anew")
+    if others:
+        print(f"{file}: {len(others)} runs were trained otherwise and do not count: {others[0]}", file=sys.stderr)
     return results
 
 
-def add_result(file: Path, run: PlannedRun, done: Run) -> None:
-    """Write one more line, for a run that was finished here; whatever happens, the file is the old or the new one."""
+def add_result(file: Path, run: PlannedRun, done: Run) -> Run:
+    """Write one more line, for a run that was finished here, and return what it says.
+
+    Whatever happens, the file is the old or the new one.
+    """
+    records = [{key: float(f"{line[key]:.{DIGITS}g}") for key in DRAWN if key in line} for line in done.records]
+    images = len(build_source(run.config).train)
     line = {
         "run": run.name,
         "machine": this_machine(),
-        "training_images": len(build_source(run.config).train),
+        "training_images": images,
         "settings": settings(run.config),
         "summary": done.summary,
-        "records": [{key: float(f"{line[key]:.{DIGITS}g}") for key in DRAWN if key in line} for line in done.records],
+        "records": records,
     }
     before = file.read_text() if file.exists() else ""
     with writing_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(file, f"{before}{to_json(line)}\n")
+    return Run(Path(run.name), run.config, done.summary, records, this_machine(), images)
 
 
 def chosen_machines(runs: Sequence[PlannedRun], results: Sequence[Run]) -> dict[tuple[Path, int], tuple[str, int]]:
@@ -309,20 +324,22 @@ def run_study(
         seconds: after which no run goes on.
 
     Raises:
-        InputError: the study file or a configuration is wrong, or a line or a folder is that of another run than the
-            planned one; nothing was trained then.
+        InputError: the study file or a configuration is wrong, or a folder is that of another run than the planned
+            one; nothing was trained then.
         RunError: a run failed. The same call goes on.
     """
     study = load_study(path)
     runs, file = plan(study, path, overrides), Path(study.results)
+    results = read_results(file, runs)
 
-    keep = partial(add_result, file)
-    for run in missing_runs(runs, read_results(file, runs)):
+    def keep(run: PlannedRun, done: Run) -> None:
+        results.append(add_result(file, run, done))
+
+    for run in missing_runs(runs, results):
         refuse_another_folder(run)
         if (done := run.finished) is not None:
             keep(run, done)
-    train(missing_runs(runs, read_results(file, runs)), jobs, seconds, keep)
-    results = read_results(file, runs)
+    train(missing_runs(runs, results), jobs, seconds, keep)
     left = missing_runs(runs, results)
     ways = found_ways(study, runs, results)
     command = shlex.join(["python", "tools/compare_runs.py", "--study", path.as_posix(), *overrides])
