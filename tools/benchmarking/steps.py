@@ -16,6 +16,7 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.utils.benchmark.utils.timer import timer
+from tqdm import tqdm
 
 import augsub
 from engine.checkpoint import CheckpointStore
@@ -65,7 +66,7 @@ def in_turns(
         repeats: times that a step runs in its turn.
     """
     names, seconds = list(steps), {name: [] for name in steps}
-    for number in range(warm_up + rounds):
+    for number in tqdm(range(warm_up + rounds), unit="round", leave=False, disable=None):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             start = timer()  # when the GPU has nothing to do any more
