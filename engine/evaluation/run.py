@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import augsub
 from engine.announcement import log_left_out
@@ -31,7 +31,7 @@ from engine.evaluation.features import probe
 from engine.evaluation.metrics import WEIGHTS, Metrics, Result, evaluate, metrics_for
 from engine.evaluation.multi_label import MultiLabelMetrics
 from engine.evaluation.speed import measure_speed
-from engine.precision import Precision, compile_forward
+from engine.precision import compile_forward
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
 from models.build import check_image_shape
@@ -198,81 +198,129 @@ def evaluate_weights(
         RunError: a logit is NaN or infinite; the output cannot be made.
     """
     _check_asked(config, asked)
-    sources = held_out_sources(config, asked.variant, with_training=bool(asked.probes))
-    for source in sources.values():
-        log_left_out(source)
-    bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
-    loaders = {name: Batches(config, source, process, bad_files) for name, source in sources.items()}
-    clean = None if asked.clean is None else clean_images(asked.variant, source, asked.clean, config)
-    model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
-    shape = source.image_shape(config.data.image_size)
-    with input_errors(f"data.image_size with model.name = {config.model.name}"):
-        check_image_shape(model, shape, asked.augmentations)
-    model.to(process.device)
-    compile_forward(model, asked.compile)
-    precision, results = build_precision(config, process), []
-    class_names = synsets() if asked.variant in VARIANTS else source.class_names
-    for prefix in _loaded(model, config, file, class_names, source.num_classes):
+    evaluation, results = _Evaluation(config, asked, process, is_pretrained=file is None), []
+    for prefix in evaluation.loaded(file):
         _make(asked.output, process)
-        for augmentation in (None, *asked.augmentations):
-            what = "" if augmentation is None else f"the sub-model {augmentation} of "
-            what += f"the {WEIGHTS[prefix]} weights"
-            whole, parts = _on_all(model, loaders, source, precision, process, what, augmentation, config.seed)
-            found, forwards, on_clean = {}, {}, {}
-            if clean is not None and augmentation is None:
-                counted, loader = metrics_for(clean, process.device), Batches(config, clean, process, bad_files)
-                on_clean = evaluate(model, loader, precision, process, f"{what} on clean images", counted)
-            if asked.probes and augmentation is None:
-                found = probe(asked.probes, model, config, source, process, precision, bad_files)
-            if asked.speed:
-                batch = config.evaluation.batch
-                forwards = measure_speed(model.eval(), shape, batch, precision, process, augmentation)
-            reference = CORRUPTIONS if asked.variant == "c" else {}
-            result = Result(prefix, whole, parts, augmentation, found, forwards, reference, on_clean)
-            examples = _examples(result, model, loaders, source, config, asked) if process.is_main else {}
-            results.append(replace(result, examples=examples))
-    bad_files.unite(process)
-    described = _described(config, asked.variant, source, model)
-    return {"source": str(file or "timm's pretrained weights"), **described}, results
+        results += [evaluation.result(prefix, augmentation) for augmentation in (None, *asked.augmentations)]
+    evaluation.bad_files.unite(process)
+    return {"source": str(file or "timm's pretrained weights"), **evaluation.described()}, results
 
 
-def _examples(
-    result: Result,
-    model: nn.Module,
-    loaders: Mapping[str, Batches],
-    source: DataSource,
-    config: Config,
-    asked: Asked,
-) -> dict[str, Tensor]:
-    """Pictures for the report: of the main model its mistakes, of a sub-model what it sees."""
-    loader, augmentation = next(iter(loaders.values())), result.augmentation
-    if augmentation is not None:
-        titles = {"what the main model sees": None, f"what the sub-model {augmentation} sees": augmentation}
-        return {} if result.prefix else draw_seen(model, loader.examples(SHOWN), titles, config, asked.compile)
-    if len(loaders) > 1 or not isinstance(result.metrics, Metrics):
-        return {}
-    which = f" by the {result.weights} weights" if result.prefix else ""
-    mistakes = draw_mistakes(result.metrics, loader, source.class_names, config)
-    return {title + which: images for title, images in mistakes.items()}
+class _Evaluation:
+    """One model on the images of an evaluation: it loads weights, and finds out what is asked of them."""
 
+    def __init__(self, config: Config, asked: Asked, process: Process, is_pretrained: bool) -> None:
+        self.config, self.asked, self.process = config, asked, process
+        sources = held_out_sources(config, asked.variant, with_training=bool(asked.probes))
+        for source in sources.values():
+            log_left_out(source)
+        self.source = source  # its images aside all are alike
+        self.bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
+        self.loaders = {name: self._loader(source) for name, source in sources.items()}
+        self.clean = None if asked.clean is None else clean_images(asked.variant, source, asked.clean, config)
+        self.model = augsub.patch(create_configured_model(config, source, pretrained=is_pretrained))
+        self.shape = source.image_shape(config.data.image_size)
+        with input_errors(f"data.image_size with model.name = {config.model.name}"):
+            check_image_shape(self.model, self.shape, asked.augmentations)
+        self.model.to(process.device)
+        compile_forward(self.model, asked.compile)
+        self.precision = build_precision(config, process)
 
-def _on_all(
-    model: nn.Module,
-    loaders: Mapping[str, Batches],
-    source: DataSource,
-    precision: Precision,
-    process: Process,
-    what: str,
-    augmentation: augsub.SubModelAugmentation | None,
-    seed: int,
-) -> tuple[Metrics | MultiLabelMetrics, dict[str, dict[str, float]]]:
-    """The metrics over all sets of images, and the figures of each."""
-    whole, parts = metrics_for(source, process.device), {}
-    for name, loader in loaders.items():
-        part, place = metrics_for(source, process.device), f"{what}{name and f' on {name}'}"
-        parts[name] = evaluate(model, loader, precision, process, place, part, augmentation, seed)
-        whole.add(part)
-    return whole, parts
+    def _loader(self, source: DataSource) -> Batches:
+        return Batches(self.config, source, self.process, self.bad_files)
+
+    def loaded(self, file: str | Path | None) -> Iterator[str]:
+        """Load the weights in a file, then their average if there is one: yields the prefix of their results.
+
+        Raises:
+            InputError: weights that are not complete, or of other classes.
+        """
+        config, model, num_classes = self.config, self.model, self.source.num_classes
+        class_names = synsets() if self.asked.variant in VARIANTS else self.source.class_names
+        if file is None:
+            own_classes = model.pretrained_cfg.get("num_classes", num_classes)
+            if own_classes != num_classes:
+                has = f"pretrained for {own_classes} classes, the data have {num_classes}"
+                raise InputError(f"evaluation: {config.model.name} is {has}")
+            check_pretrained_classes(config, class_names, model)
+            yield ""
+            return
+        LOGGER.info("evaluating %s", file)
+        content = load(Path(file))
+        known = content.get("class_names") or load_metadata(Path(file)).get("class_names")
+        check_classes(config, class_names, known, f"evaluation: checkpoint {file}")
+        hooks = content.get("hooks")
+        averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
+        for prefix, weights in (("", content), ("ema_", averaged)):
+            if weights is not None:
+                with input_errors("evaluation"):
+                    load_weights(model, weights, file, complete=True)
+                yield prefix
+
+    def result(self, prefix: str, augmentation: augsub.SubModelAugmentation | None) -> Result:
+        """What the loaded weights are worth, of the sub-model where there is an augmentation."""
+        asked, config, is_main_model = self.asked, self.config, augmentation is None
+        what = f"{'' if is_main_model else f'the sub-model {augmentation} of '}the {WEIGHTS[prefix]} weights"
+        whole, parts = self._on_all(what, augmentation)
+        probes, speed, on_clean = {}, {}, {}
+        if self.clean is not None and is_main_model:
+            counted, loader = metrics_for(self.clean, self.process.device), self._loader(self.clean)
+            on_clean = evaluate(self.model, loader, self.precision, self.process, f"{what} on clean images", counted)
+        if asked.probes and is_main_model:
+            where = (self.model, config, self.source, self.process, self.precision, self.bad_files)
+            probes = probe(asked.probes, *where)
+        if asked.speed:
+            batch = config.evaluation.batch
+            speed = measure_speed(self.model.eval(), self.shape, batch, self.precision, self.process, augmentation)
+        reference = CORRUPTIONS if asked.variant == "c" else {}
+        result = Result(prefix, whole, parts, augmentation, probes, speed, reference, on_clean)
+        return replace(result, examples=self._examples(result) if self.process.is_main else {})
+
+    def _on_all(
+        self, what: str, augmentation: augsub.SubModelAugmentation | None
+    ) -> tuple[Metrics | MultiLabelMetrics, dict[str, dict[str, float]]]:
+        """The metrics over all sets of images, and the figures of each."""
+        whole, parts = metrics_for(self.source, self.process.device), {}
+        for name, loader in self.loaders.items():
+            part, place = metrics_for(self.source, self.process.device), f"{what}{name and f' on {name}'}"
+            parts[name] = evaluate(
+                self.model, loader, self.precision, self.process, place, part, augmentation, self.config.seed
+            )
+            whole.add(part)
+        return whole, parts
+
+    def _examples(self, result: Result) -> dict[str, Tensor]:
+        """Pictures for the report: of the main model its mistakes, of a sub-model what it sees."""
+        loader, augmentation = next(iter(self.loaders.values())), result.augmentation
+        if augmentation is not None:
+            if result.prefix:
+                return {}
+            titles = {"what the main model sees": None, f"what the sub-model {augmentation} sees": augmentation}
+            return draw_seen(self.model, loader.examples(SHOWN), titles, self.config, self.asked.compile)
+        if len(self.loaders) > 1 or not isinstance(result.metrics, Metrics):
+            return {}
+        which = f" by the {result.weights} weights" if result.prefix else ""
+        mistakes = draw_mistakes(result.metrics, loader, self.source.class_names, self.config)
+        return {title + which: images for title, images in mistakes.items()}
+
+    def described(self) -> dict[str, Any]:
+        """The model, and its images and how they are read."""
+        config, variant = self.config, self.asked.variant
+        is_transformed = config.data.dataset not in UNTRANSFORMED
+        split = config.data.train_split if config.data.validation_share else config.data.eval_split
+        data = f"{config.data.root or config.data.dataset}" + (f" ({split})" if is_transformed else "")
+        named = self.model.named_parameters()
+        return {
+            "model": config.model.name,
+            "data": f"ImageNet ({variant}), {config.data.root}"
+            if variant in VARIANTS
+            else ", ".join(filter(None, (data, variant))),
+            "image_size": config.data.image_size,
+            "crop": config.transform.eval_crop if is_transformed else None,  # None: images are used as they are
+            "interpolation": config.transform.eval_interpolation if is_transformed else None,
+            "parameters": sum(tensor.numel() for name, tensor in named if name != "mask_token"),
+            "class_names": self.source.class_names,
+        }
 
 
 def _make(output: Path | None, process: Process) -> None:
@@ -295,53 +343,3 @@ def held_out_sources(config: Config, variant: str | None, with_training: bool = 
     if variant is None:
         return {"": build_source(config, with_training)}
     return corrupted(config) if variant == CORRUPTED else open_variant(variant, config)
-
-
-def _described(config: Config, variant: str | None, source: DataSource, model: nn.Module) -> dict[str, Any]:
-    is_transformed = config.data.dataset not in UNTRANSFORMED
-    split = config.data.train_split if config.data.validation_share else config.data.eval_split
-    data = f"{config.data.root or config.data.dataset}" + (f" ({split})" if is_transformed else "")
-    return {
-        "model": config.model.name,
-        "data": f"ImageNet ({variant}), {config.data.root}"
-        if variant in VARIANTS
-        else ", ".join(filter(None, (data, variant))),
-        "image_size": config.data.image_size,
-        "crop": config.transform.eval_crop if is_transformed else None,  # None: images are used as they are
-        "interpolation": config.transform.eval_interpolation if is_transformed else None,
-        "parameters": sum(tensor.numel() for name, tensor in model.named_parameters() if name != "mask_token"),
-        "class_names": source.class_names,
-    }
-
-
-def _loaded(
-    model: nn.Module, config: Config, file: str | Path | None, class_names: Sequence[str], num_classes: int
-) -> Iterator[str]:
-    """Load the weights in a file, then their average if there is one: yields the prefix of their results.
-
-    Args:
-        class_names: what the model's outputs stand for, by number, as far as the data know.
-
-    Raises:
-        InputError: weights that are not complete, or of other classes.
-    """
-    if file is None:
-        own_classes = model.pretrained_cfg.get("num_classes", num_classes)
-        if own_classes != num_classes:
-            raise InputError(
-                f"evaluation: {config.model.name} is pretrained for {own_classes} classes, the data have {num_classes}"
-            )
-        check_pretrained_classes(config, class_names, model)
-        yield ""
-        return
-    LOGGER.info("evaluating %s", file)
-    content = load(Path(file))
-    known = content.get("class_names") or load_metadata(Path(file)).get("class_names")
-    check_classes(config, class_names, known, f"evaluation: checkpoint {file}")
-    hooks = content.get("hooks")
-    averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
-    for prefix, weights in (("", content), ("ema_", averaged)):
-        if weights is not None:
-            with input_errors("evaluation"):
-                load_weights(model, weights, file, complete=True)
-            yield prefix
