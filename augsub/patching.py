@@ -93,7 +93,7 @@ class PatchedModel(_Base):
         return _new_patched, (_original_class(self),), self.__dict__
 
 
-def patch(model: Model, skip_dropped_paths: bool = False) -> Model:
+def patch(model: Model, skip_dropped_paths: bool = False, update_batch_norm: bool = True) -> Model:
     """Let `model` take `augsub=` and `augsub_ratio=` in its forward, in place.
 
     The main model stays bit-identical and no random number is drawn from the global generator.
@@ -106,11 +106,15 @@ def patch(model: Model, skip_dropped_paths: bool = False) -> Model:
         skip_dropped_paths: in training, the model's own stochastic depth computes no branch that it drops: each
             residual branch of rate r has exactly int(B * (1 - r)) of B images, at least one, in place of a binomial
             number (DINOv2, arXiv 2304.07193, section 5). The main model is then that of other random numbers.
+        update_batch_norm: in training, sub-models' forwards update the running statistics of BatchNorm too, as the
+            paper's do. False: the main model's alone. The weights learn the same; the main model is evaluated by other
+            statistics.
 
     Raises:
         TypeError: if `model` is no module.
         ValueError: if the model is patched already, is a wrapper (DDP, compiled) around the model to
-            patch, or has a `mask_token` of its own; or the branches of its stochastic depth cannot be skipped.
+            patch, or has a `mask_token` of its own; the branches of its stochastic depth cannot be skipped; or there
+            is no BatchNorm to leave alone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"only a model (torch.nn.Module) can be patched, not {model!r}")
@@ -131,12 +135,14 @@ def patch(model: Model, skip_dropped_paths: bool = False) -> Model:
         model.mask_token = nn.Parameter(token.to(like.device, like.dtype))
     cast(PatchedModel, model)._augsub = SubForward(model, family)
     model.__class__ = _patched_class(type(model))  # type: ignore[arg-type, assignment]
-    if skip_dropped_paths:
-        try:
+    try:
+        if skip_dropped_paths:
             cast(PatchedModel, model)._augsub.skip_dropped_paths()
-        except ValueError:
-            unpatch(model)
-            raise
+        if not update_batch_norm:
+            cast(PatchedModel, model)._augsub.keep_batch_norm()
+    except ValueError:
+        unpatch(model)
+        raise
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -13,6 +13,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from augsub.augmentation import SubModelAugmentation
@@ -55,6 +56,7 @@ class SubForward:
         if "drop_path" in self.sites:
             self._hooks += [hook for branch in self._drop_paths.branches for hook in branch.hook()]
         self._skips_dropped_paths = False
+        self._updates_batch_norm = True
 
     def _at_site(
         self, site: str, change: Callable[..., Any], module: nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -73,6 +75,19 @@ class SubForward:
             raise ValueError(f"skip_dropped_paths: {self.model_name} has no stochastic depth")
         self._drop_paths.check_cut("skip_dropped_paths")
         self._skips_dropped_paths = True
+
+    def keep_batch_norm(self) -> None:
+        """Let the main model alone update BatchNorm's running statistics; ValueError if there are none."""
+        if not list(self._batch_norms()):
+            raise ValueError(
+                f"update_batch_norm: {self.model_name} has no BatchNorm, whose statistics False would keep"
+            )
+        self._updates_batch_norm = False
+
+    def _batch_norms(self) -> Iterator[nn.Module]:
+        """Those that keep running statistics, as they are now: synchronised ones may have come in their places."""
+        norms = (module for module in self.model.modules() if isinstance(module, _BatchNorm))
+        return (norm for norm in norms if norm.track_running_stats)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -110,6 +125,8 @@ class SubForward:
             state += self._own_skipping(len(images)) if "drop_path" not in plan else []
             for name, members in plan.items():
                 state += self.sites[name].state(members, len(images))
+            if not self._updates_batch_norm:
+                state += [(norm, "track_running_stats", False) for norm in self._batch_norms()]
             return self._forward(plan, state, forward, augmented, *args, **kwargs)
 
     def _own_skipping(self, batch: int) -> list[Assignment]:

@@ -214,6 +214,8 @@ class AugsubConfig(Section):
     objective: str = "masksub"  # masksub | cosub | rdrop (sub-models that teach each other) | a registered objective
     main_weight: NotNegative = 0.5  # of the loss on the labels; masksub
     alpha: NotNegative = 1.0  # of the divergences; rdrop
+    # sub-models' forwards update BatchNorm's running statistics, as the paper's do; false: the main model's alone
+    update_batch_norm: bool = True
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sub_models: List[SubModelConfig] = field(default_factory=list)  # any number, each one more forward
 

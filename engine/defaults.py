@@ -221,8 +221,8 @@ def build_run_model(config: Config, source: DataSource, process: Process, is_res
     model = create_configured_model(config, source, pretrained)
     if config.distributed.sync_batchnorm:
         model = synchronise_batchnorm(model, process)
-    with input_errors(f"train.skip_dropped_paths with model.name = {settings.name}"):
-        augsub.patch(model, skip_dropped_paths=config.train.skip_dropped_paths)
+    with input_errors(f"model.name = {settings.name} with train.skip_dropped_paths, augsub.update_batch_norm"):
+        augsub.patch(model, config.train.skip_dropped_paths, config.augsub.update_batch_norm)
     with input_errors("model"):
         if not is_resumed:
             start_weights(config, model, source)

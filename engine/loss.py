@@ -149,7 +149,10 @@ def build_objective(config: Config, criterion: nn.Module) -> augsub.Objective:
     options = {"main_weight": section.main_weight, "alpha": section.alpha}
     taken = {name: value for name, value in options.items() if name in inspect.signature(kind).parameters}
     with input_errors(f"augsub.objective = {section.objective}"):
-        return kind(criterion, sub_models, **taken)
+        objective = kind(criterion, sub_models, **taken)
+    if not (section.update_batch_norm or getattr(objective, "computes_main", False)):
+        raise InputError("augsub.update_batch_norm = false: no main model is computed whose forwards would update it")
+    return objective
 
 
 def build_sub_models(config: Config) -> list[augsub.SubModel]:

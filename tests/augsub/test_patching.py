@@ -112,6 +112,37 @@ def test_swin_gets_a_mask_token_without_weight_decay(make_model):
     assert "mask_token" in model.no_weight_decay()
 
 
+def test_batch_norm_keeps_the_statistics_of_the_main_model_alone_if_it_shall(make_model):
+    plain = make_model("resnet").train()
+    shared = augsub.patch(copy.deepcopy(plain))
+    own = copy.deepcopy(augsub.patch(copy.deepcopy(plain), update_batch_norm=False))
+    images = images_for("resnet")
+    plain(images), shared(images), own(images)
+    for name, augmentation in (("masking", 0.5), ("random_crop", 0.5)):
+        logits = seeded(own, images, augsub=name, augsub_ratio=augmentation)
+        assert torch.equal(logits, seeded(shared, images, augsub=name, augsub_ratio=augmentation))
+        logits.sum().backward()
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(own.get_buffer(name), buffer) and not torch.equal(shared.get_buffer(name), buffer), name
+    plain(images), own(images)  # it goes on
+    assert all(torch.equal(own.get_buffer(name), buffer) for name, buffer in plain.named_buffers())
+    vit = make_model("vit")
+    with pytest.raises(ValueError, match=r"^update_batch_norm: VisionTransformer has no BatchNorm"):
+        augsub.patch(vit, update_batch_norm=False)
+    assert type(augsub.patch(vit).eval()(torch.randn(1, 3, 32, 32))) is torch.Tensor  # it was not left half patched
+
+
+@pytest.mark.slow
+def test_batch_norm_keeps_its_statistics_when_compiled(make_model):
+    torch._dynamo.reset()
+    images, model = images_for("resnet"), augsub.patch(make_model("resnet"), update_batch_norm=False).train()
+    compiled, before = torch.compile(model, fullgraph=True), copy.deepcopy(dict(model.named_buffers()))
+    compiled(images, augsub="masking", augsub_ratio=0.5).sum().backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    compiled(images)
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 class Recomputing(nn.Module):
     """Computes its residual branches again in backward, by torch alone: no attribute tells of it."""
 

@@ -92,7 +92,11 @@ def test_two_processes_train_like_one_with_two_micro_batches(command, torchrun, 
         (["augsub.main_weight=0", "augsub.sub_models.0.weight=0"], "nothing learns"),
         (["augsub.teacher={name: vit_tiny_patch16_242}"], "did you mean 'vit_tiny_patch16_224'"),
         (["train.skip_dropped_paths=true", "model.name=gcvit_xxtiny", "model.kwargs={}", "data.image_size=224"],
-         "train.skip_dropped_paths with model.name = gcvit_xxtiny: skip_dropped_paths: the branches of 24 of 24"),
+         "model.name = gcvit_xxtiny with train.skip_dropped_paths, augsub.update_batch_norm: skip_dropped_paths: "),
+        (["augsub.update_batch_norm=false"], "update_batch_norm: VisionTransformer has no BatchNorm"),
+        (["augsub.update_batch_norm=false", "model.name=resnet18", "model.kwargs={}",
+          "augsub.main_weight=0", "augsub.sub_models.0.learn_from=labels"],
+         "augsub.update_batch_norm = false: no main model is computed"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(train_net, tmp_path, overrides, error):
