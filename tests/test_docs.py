@@ -160,14 +160,18 @@ def test_the_readme_quotes_what_the_pages_have():
     for model, training, accuracy, difference, cost in quoted:
         row = measured[f"{model}, {training}"]
         assert [accuracy, difference, cost] == [row[1], row[2], row[6]]
-    study = (DOCS / "study_cifar10_vit_small.md").read_text()
-    measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
     quoted = readme.partition("On photographs there is")[2].partition("The paper's central claim")[0]
-    shown = {name: values for name, *values in map(cells, quoted.splitlines()) if values}
-    for name, values in measured.items():
-        assert shown[name] == [values[1], values[2], values[6]]
-    (against,) = re.findall(r"against baseline, 60 epochs: (.+)", study)
-    assert len(measured) == 3 and f"computation, {against}," in " ".join(quoted.split())
+    for model, count in (("ViT", 3), ("ResNet", 6)):
+        study = (DOCS / f"study_cifar10_{model.lower()}_small.md").read_text().partition("## What can")[0]
+        measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
+        shown = {row[1]: row[2:] for row in map(cells, quoted.splitlines()) if row[0] == model}
+        assert len(measured) == count and shown == {
+            name: [values[1], values[2].partition(" over seeds")[0], values[6]] for name, values in measured.items()
+        }
+    studies = [(DOCS / f"study_cifar10_{name}_small.md").read_text() for name in ("vit", "resnet", "robustness")]
+    text = " ".join(line for line in quoted.splitlines() if not line.startswith("|"))
+    figures = re.findall(r"[+-]\d\.\d\d(?: \[.+?\])?", text)
+    assert len(figures) == 7 and [one for one in figures if one not in "".join(studies)] == []
     study = (DOCS / "study_cifar10_mechanism_small.md").read_text()
     measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
     against = dict(re.findall(r"^- (MaskSub .+), against plain masking .+?: (.+)$", study, re.MULTILINE))
