@@ -243,7 +243,7 @@ def summary_table(ways: Sequence[Way], metric: str) -> str:
             way.name,
             len(way.runs),
             f"**{_mean(way, metric, 2)}**",
-            difference_text(way, metric) if way.baseline else "baseline",
+            difference_text(way, metric),
             *(_mean(way, name, decimals) for name, (_, decimals) in beside.items()),
             *([f"{way.flops / (way.baseline or way).flops:.2f}"] if way.flops else []),
         ]
@@ -260,7 +260,9 @@ def _mean(way: Way, name: str, decimals: int) -> str:
 
 
 def difference_text(way: Way, metric: str, confidence: float = CONFIDENCE) -> str:
-    """`+3.82 [+2.12, +5.52]`, or why there is no interval."""
+    """`+3.82 [+2.12, +5.52]`, or why there is no interval or nothing to compare with."""
+    if way.baseline is None:
+        return "baseline"
     by_seed = way.differences(metric)
     if not by_seed:
         return "no seed in common"
@@ -279,12 +281,7 @@ def robustness_tables(ways: Sequence[Way], metric: str) -> str:
     found = {name: title for name, title in ROBUSTNESS.items() if name in measured and name != metric}
     corruptions = [name for name in measured if name.startswith(BY_CORRUPTION)]
     rows = [
-        [way.name]
-        + [
-            cell
-            for name in found
-            for cell in (_mean(way, name, 2), difference_text(way, name) if way.baseline else "baseline")
-        ]
+        [way.name, *(cell for name in found for cell in (_mean(way, name, 2), difference_text(way, name)))]
         for way in ways
     ]
     header = ["training", *(cell for title in found.values() for cell in (title, "difference"))]
