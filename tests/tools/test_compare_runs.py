@@ -407,16 +407,26 @@ def test_a_failing_run_ends_the_study(study):
 
 @pytest.mark.slow
 def test_a_study_evaluates_its_runs_under_corruptions(study, image_folder, capsys):
-    """It says what eval_net.py wrote, without the runs too; an evaluation that is lost is made again."""
+    """It says what eval_net.py wrote, without the runs too; an evaluation that is lost is made again.
+
+    What was finished without corruptions is evaluated, not trained again.
+    """
     Path("tiny.yaml").write_text(
         f"_base_: {DIGITS}\n"
         "model: {kwargs: {depth: 1}}\n"
         f"data: {{dataset: folder, root: {image_folder}, train_split: train, eval_split: val}}\n"
         "train: {max_iters: 2, global_batch: 8}\n"
     )
-    study.write_text(f"{STUDY.replace('[5, 3]', '[3]')}corruptions: true\n")
+    plain = STUDY.replace("[5, 3]", "[3]")
+    study.write_text(plain)
+    run_study(study, jobs=2)
+    trained = {path: path.read_bytes() for path in Path("runs").rglob("metrics.jsonl")}
+    study.write_text(f"{plain}corruptions: true\n")
     planned = plan(load_study(study), study)
+    assert len(trained) == 2 and len(run_study(study, jobs=1, seconds=0)[1]) == 2
     assert Path("report.md") in run_study(study, jobs=2)[0]
+    assert {path: path.read_bytes() for path in trained} == trained
+    assert len(Path("report.jsonl").read_text().splitlines()) == 4
     text = Path("report.md").read_text()
     robustness = text.partition("## Under corruptions")[2].partition("## ")[0]
     for run in planned:

@@ -112,8 +112,11 @@ class PlannedRun:
     def finished(self) -> Run | None:
         """What it came to; None if it is not at its end."""
         done = finished_run(self.config.output_dir)
-        is_whole = done is not None and (not self.corruptions or done.summary.keys() >= ROBUSTNESS.keys())
-        return done if is_whole else None
+        return done if done is not None and self.is_told_by(done.summary) else None
+
+    def is_told_by(self, summary: Mapping[str, Any]) -> bool:
+        """Whether a summary has all figures that the study is about."""
+        return not self.corruptions or summary.keys() >= ROBUSTNESS.keys()
 
 
 def load_study(path: Path) -> Study:
@@ -205,27 +208,29 @@ def this_machine() -> str:
 def read_results(file: Path, runs: Sequence[PlannedRun]) -> list[Run]:
     """Those of the runs of which a results file has a line; none if there is no file.
 
-    Lines of runs that were trained otherwise stay in the file, and are told.
+    Lines of runs that were trained otherwise stay in the file, and are told; of a run's lines from one machine the last
+    one counts, which may have been evaluated under corruptions since.
 
     Raises:
         InputError: a line is none of a result.
     """
-    planned, results, others = {run.name: run.config for run in runs}, [], []
+    planned, others = {run.name: run for run in runs}, []
+    results: dict[tuple[str, str], Run] = {}  # by run and machine
     for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), start=1):
         try:
             said = json.loads(line)
             name, trained, summary = said.pop("run"), said.pop("settings"), with_nan(said.pop("summary"))
             if name not in planned:
                 continue
-            if difference := changed(trained, planned[name]):
+            if difference := changed(trained, planned[name].config):
                 others.append(f"{name} with {difference}")
-            else:
-                results.append(Run(Path(name), planned[name], summary, **said))
+            elif planned[name].is_told_by(summary):
+                results[name, said["machine"]] = Run(Path(name), planned[name].config, summary, **said)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{file}, line {number}: {first_line(error)}") from error
     if others:
         print(f"{file}: {len(others)} runs were trained otherwise and do not count: {others[0]}", file=sys.stderr)
-    return results
+    return [*results.values()]
 
 
 def add_result(file: Path, run: PlannedRun, done: Run) -> Run:
