@@ -131,16 +131,10 @@ class Metrics:
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Of each accuracy in percent, the interval of 95 % that a bootstrap over the images gives.
 
-        The mean of zeros and ones that are drawn again is binomial, which needs no drawing; the mean over classes, each
-        with as many images as it has, is drawn so.
+        The mean over classes, each with as many images as it has, is drawn.
         """
-        from scipy.stats import binom  # here: a run without evaluation does not need it
-
         images, _, *right = self.totals[:4].tolist()
-        found = {
-            name: tuple(100 / images * binom.ppf(QUANTILES, images, hits / images))
-            for name, hits in zip(("top1", "top5"), right, strict=True)
-        }
+        found = {name: accuracy_interval(hits, images) for name, hits in zip(("top1", "top5"), right, strict=True)}
         counts, hits = self.confusion.sum(dim=1).cpu().numpy(), self.confusion.diag().cpu().numpy()
         counts, hits = counts[counts > 0].astype(int), hits[counts > 0]
         drawn = np.random.default_rng(0).binomial(counts, hits / counts, (DRAWS, len(counts))) / counts
@@ -170,6 +164,17 @@ class Metrics:
         images, cells = mistakes.flatten().sort(descending=True, stable=True)
         pairs = zip(images[:number].tolist(), cells[:number].tolist(), strict=True)
         return [(*divmod(cell, len(mistakes)), int(count)) for count, cell in pairs if count]
+
+
+def accuracy_interval(hits: float, images: float) -> tuple[float, float]:
+    """Of an accuracy in percent, the interval of 95 % that a bootstrap over the images gives.
+
+    The mean of zeros and ones that are drawn again is binomial, which needs no drawing.
+    """
+    from scipy.stats import binom  # here: a run without evaluation does not need it
+
+    low, high = 100 / images * binom.ppf(QUANTILES, images, hits / images)
+    return float(low), float(high)
 
 
 def metrics_for(source: DataSource, device: torch.device, is_detailed: bool = True) -> Metrics | MultiLabelMetrics:

@@ -23,7 +23,6 @@ from engine.typed_yaml import Dumper
 from engine.writers import Record, read_lines
 
 CONFIDENCE = 0.95  # texts say 95 %
-QUANTILES = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 METRICS = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
@@ -303,7 +302,9 @@ def images_table(ways: Sequence[Way]) -> str:
     Raises:
         InputError: two runs were evaluated on different images.
     """
-    from scipy import stats
+    from scipy.stats import binomtest  # here: a command's --help does not need them
+
+    from engine.evaluation.metrics import accuracy_interval
 
     rows = []
     for way in ways:
@@ -312,8 +313,8 @@ def images_table(ways: Sequence[Way]) -> str:
             own, others = predictions(run.path), [] if other is None else predictions(other.path)
             if not own:
                 continue
-            low, high = stats.binom.ppf(QUANTILES, len(own), sum(own.values()) / len(own)) / len(own)
-            accuracy = f"{100 * statistics.fmean(own.values()):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+            low, high = accuracy_interval(sum(own.values()), len(own))
+            accuracy = f"{100 * statistics.fmean(own.values()):.2f} [{low:.2f}, {high:.2f}]"
             rows.append([way.name, seed, accuracy])
             if not others:
                 continue
@@ -321,7 +322,7 @@ def images_table(ways: Sequence[Way]) -> str:
                 raise InputError(f"{run.path}: its predictions are of other images than those of {other.path}")
             changes = [own[image] - others[image] for image in own]
             gained, lost = changes.count(1), changes.count(-1)
-            p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+            p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
             rows[-1] += [gained, lost, f"{p:.2g}"]
     header = ["training", "seed", "top-1, % [over images]", "right here alone", "in the baseline alone", "McNemar's p"]
     return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows]) if rows else ""
