@@ -58,7 +58,7 @@ class Lesson:
     replays_draws = False
 
     def loss(self, logits: Tensor, step: Step) -> Tensor:
-        """The sub-model's loss, a scalar, given its logits (B, K)."""
+        """The sub-model's loss, a scalar, given its logits (B, K) and what the step has for it."""
         raise NotImplementedError
 
 

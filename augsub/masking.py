@@ -156,7 +156,9 @@ def number_kept(num_cells: int, ratio: float) -> int:
     """int(L * (1 - ratio)); ValueError if that is none."""
     num_keep = int(num_cells * (1 - ratio))
     if num_keep < 1:
-        raise ValueError(f"masking: ratio = {ratio} leaves none of {num_cells} cells visible")
+        raise ValueError(
+            f"masking: ratio = {ratio} leaves none of {num_cells} cells visible: lower it, or take smaller cells"
+        )
     return num_keep
 
 

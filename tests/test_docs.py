@@ -26,6 +26,7 @@ from engine.config_file import load_config
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
 ACCURACY = r"\d\d\.\d\d ± \d\.\d\d"
 FILE = r"# (\w+\.py)\n"  # the first line of code that is a file of its own
 OPTION = r"(?<![\w-])--[a-z][a-z-]*"
@@ -44,9 +45,10 @@ def name(page: Path) -> str:
 
 
 def tool_commands(page: Path) -> list[str]:
-    """Every command of our tools in the page's shell blocks, from the name of the tool on."""
-    found = []
-    for block in code_blocks(page, "bash|console"):
+    """Every command of our tools in a page's shell blocks or at a tool's top, from the name of the tool on."""
+    source = re.sub(r"^ +", "", page.read_text().replace("\\\\\n", "\\\n"), flags=re.MULTILINE)
+    found: list[str] = []
+    for block in [source] if page.suffix == ".py" else code_blocks(page, "bash|console"):
         for line in block.replace("\\\n", " ").splitlines():
             command = re.search(r"^(?:\$ )?(?:python|torchrun .*?) ?(tools/[\w/]+\.py.*)", line)
             found += [command[1]] if command else []
@@ -95,7 +97,7 @@ def options(tool: str) -> set[str]:
     return set(re.findall(OPTION, shown.getvalue()))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [*PAGES, *TOOLS], ids=name)
 def test_commands_and_links_name_what_exists(page):
     for command in tool_commands(page):
         tool, *arguments = shlex.split(command, comments=True)
@@ -103,12 +105,15 @@ def test_commands_and_links_name_what_exists(page):
         if page.parent.name != "howto" and "--config" in arguments and "NAME" not in arguments:
             overrides = [word for word in arguments if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
             load_config(arguments[arguments.index("--config") + 1], overrides)
+        if "--study" in arguments and "mine.yaml" not in command:
+            assert (ROOT / arguments[arguments.index("--study") + 1]).exists(), command
         # zsh refuses an unquoted `key=[]`, for which no file is found
         words = shlex.split(command, comments=True, posix=False)
         assert not [word for word in words if re.match(r"[\w.]+=[\[{]", word)], command
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"\bmake ([\w-]+)\b(?=`|\s+#)", page.read_text())) <= set(targets)
-    links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
+    text = "" if page.suffix == ".py" else page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not os.path.exists(page.parent / link)] == []
 
 

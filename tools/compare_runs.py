@@ -3,7 +3,7 @@
     python tools/compare_runs.py runs/baseline_seed* runs/masking_seed* --picture curves.png
     python tools/compare_runs.py baseline=runs/a,runs/b masking='runs/mask_*' --metric ema_top1
     python tools/compare_runs.py --study configs/studies/digits.yaml
-    python tools/compare_runs.py --study configs/studies/cifar10_small.yaml --minutes 60 data.dataset=folder
+    python tools/compare_runs.py --study configs/studies/cifar10_vit_small.yaml --minutes 60 data.dataset=folder
 
 Runs whose configurations differ in nothing but the seed make one way of training; the first way is the baseline.
 A study keeps a line for each finished run beside its page: it repeats none of them, and goes on when it is interrupted.
