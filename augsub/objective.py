@@ -56,7 +56,7 @@ class Objective:
         computes_main: whether a step has a clean branch, the main model's.
         branch_by_branch: whether `backward` frees the graph of a branch before it computes the next one.
         epoch: epochs done, with their fraction; whoever trains sets it before each step if a ratio or a weight is a
-            :class:`augsub.Ramp`.
+            :class:`augsub.Ramp`. None until then.
 
     Raises:
         TypeError: if `sub_models` is not a sequence of `SubModel`.
@@ -70,7 +70,7 @@ class Objective:
             raise TypeError(f"sub_models = {sub_models!r}, needed is a list of augsub.SubModel")
         self.criterion = criterion
         self.sub_models = tuple(sub_model for sub_model in sub_models if sub_model.is_computed)
-        self.epoch = 0.0
+        self.epoch: float | None = None
 
     @property
     def num_branches(self) -> int:
@@ -87,12 +87,15 @@ class Objective:
         branch uses would otherwise make DDP wait for its gradient.
 
         Raises:
-            ValueError: if no model is patched, or it has no site for an augmentation, or DDP holds it already.
+            ValueError: if no model is patched, it has no site for an augmentation, DDP holds it already, or no forward
+                would update its BatchNorm's statistics.
         """
         if isinstance(model, DistributedDataParallel):
             raise ValueError("DistributedDataParallel holds this model: call objective.prepare before wrapping it")
         patched = find_patched(model)
         patched._augsub.check_complete()
+        if not (self.computes_main or patched._augsub.updates_batch_norm):
+            raise ValueError("update_batch_norm = False: no main model is computed, which alone would update it")
         used_sites = {site for sub_model in self.sub_models for site in patched._augsub.plan(sub_model.augmentation)}
         if "stem" in patched._augsub.sites:
             patched.mask_token.requires_grad_("stem" in used_sites)
@@ -108,8 +111,8 @@ class Objective:
             targets: whatever the criterion takes: labels (B,) or soft labels (B, K).
 
         Raises:
-            ValueError: if no model is patched, or the criterion does not take the targets or returns
-                no scalar; with the first batch also if (B, K) targets are no distributions under softmax, or
+            ValueError: if no model is patched, a ramp needs `epoch`, or the criterion does not take the targets or
+                returns no scalar; with the first batch also if (B, K) targets are no distributions under softmax, or
                 an unknown criterion is no mean. That costs a look at values, for which a GPU waits once.
         """
         raise NotImplementedError

@@ -56,7 +56,7 @@ class SubForward:
         if "drop_path" in self.sites:
             self._hooks += [hook for branch in self._drop_paths.branches for hook in branch.hook()]
         self._skips_dropped_paths = False
-        self._updates_batch_norm = True
+        self.updates_batch_norm = True
 
     def _at_site(
         self, site: str, change: Callable[..., Any], module: nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -82,7 +82,7 @@ class SubForward:
             raise ValueError(
                 f"update_batch_norm: {self.model_name} has no BatchNorm, whose statistics False would keep"
             )
-        self._updates_batch_norm = False
+        self.updates_batch_norm = False
 
     def _batch_norms(self) -> Iterator[nn.Module]:
         """Those that keep running statistics, as they are now: synchronised ones may have come in their places."""
@@ -125,7 +125,7 @@ class SubForward:
             state += self._own_skipping(len(images)) if "drop_path" not in plan else []
             for name, members in plan.items():
                 state += self.sites[name].state(members, len(images))
-            if not self._updates_batch_norm:
+            if not self.updates_batch_norm:
                 state += [(norm, "track_running_stats", False) for norm in self._batch_norms()]
             return self._forward(plan, state, forward, augmented, *args, **kwargs)
 

@@ -36,8 +36,10 @@ class Ramp:
         if not all(_is_number(value) for value in (self.start, self.end, self.epochs)) or self.epochs <= 0:
             raise ValueError(f"{self}: allowed are numbers, and epochs above 0")
 
-    def at(self, epoch: float) -> float:
-        """The value at an epoch, which may be a fraction."""
+    def at(self, epoch: float | None) -> float:
+        """The value at an epoch, which may be a fraction; ValueError if nobody has said which epoch it is."""
+        if epoch is None:
+            raise ValueError(f"{self}: set objective.epoch, the epochs done, before each step")
         return self.start + (self.end - self.start) * min(1.0, epoch / self.epochs)
 
     def __str__(self) -> str:
@@ -90,11 +92,11 @@ class SubModel:
         """The weight at the end of the training."""
         return self.weight_at(END)
 
-    def at(self, epoch: float) -> SubModelAugmentation:
+    def at(self, epoch: float | None) -> SubModelAugmentation:
         """The augmentation at an epoch: always the same one where its ratio is a number."""
         return self._at_end if self._is_constant else build(_at(self._spec, epoch))
 
-    def weight_at(self, epoch: float) -> float:
+    def weight_at(self, epoch: float | None) -> float:
         """The weight at an epoch."""
         return float(_at(self._weight, epoch))
 
@@ -152,7 +154,7 @@ def _with_ramps(spec: Any) -> Any:
     )
 
 
-def _at(spec: Any, epoch: float) -> Any:
+def _at(spec: Any, epoch: float | None) -> Any:
     """A number, or an augmentation's description, with the values that its ramps have at an epoch."""
     if isinstance(spec, Ramp):
         return spec.at(epoch)

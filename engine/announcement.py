@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+from timm.layers import DropPath
 
 from engine.config import Config
 from engine.data.source import DataSource
@@ -12,6 +13,7 @@ from engine.trainer import Trainer
 
 LOGGER = logging.getLogger("engine")
 MOST_INITIAL = 0.05  # of an average of use: of digits_vit 1 % cost nothing, 5 % a tenth of the top-1, 15 % all of it
+MOST_ROUNDED = 0.05  # of a rate at which paths are skipped, which is that of whole images
 SPAN_OF_AVERAGE = 10  # times that an average goes through in a run: e ** -10 of its start is left
 SHOWN_CLASSES = 10
 
@@ -65,13 +67,26 @@ def log_left_out(source: DataSource) -> None:
 
 
 def log_warnings(config: Config, trainer: Trainer) -> None:
-    """Say what may go wrong: micro-batches smaller than the recipe's, an average too slow for the run."""
+    """Say what may go wrong: too few images at once for the recipe or for its dropped paths, too slow an average."""
     if config.train.micro_batch is not None and trainer.data.micro_batch < config.train.micro_batch:
         LOGGER.warning(
             "%d images at once per process, train.micro_batch is %d: mixing and BatchNorm see fewer images than there",
             trainer.data.micro_batch,
             config.train.micro_batch,
         )
+    if config.train.skip_dropped_paths:
+        images = trainer.data.micro_batch
+        paths = (module for module in trainer.bare_model.modules() if isinstance(module, DropPath))
+        rates = {path.drop_prob: 1 - max(1, int(images * (1 - path.drop_prob))) / images for path in paths}
+        asked, has = max(rates.items(), key=lambda rate: abs(rate[0] - rate[1]), default=(0.0, 0.0))
+        if abs(asked - has) > MOST_ROUNDED:
+            LOGGER.warning(
+                "WARNING: train.skip_dropped_paths with %d images at once per process: a branch of rate %.3g drops "
+                "%.3g of them; more images at once come nearer",
+                images,
+                asked,
+                has,
+            )
     steps = trainer.max_iterations
     initial = config.ema.decay**steps  # share of the first weights in the last average
     if config.ema.enabled and not config.ema.warmup and initial > MOST_INITIAL:

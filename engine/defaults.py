@@ -77,6 +77,8 @@ def train(config: Config, process: Process, resume: bool) -> None:
         newest = store.newest() if resume else None
         resolved, source, changes = resolve(config, process, newest)
         trainer = build_trainer(resolved, source, process, store, is_resumed=newest is not None)
+        if newest is not None:
+            refuse_fewer_steps(newest, trainer)
         if process.is_main:
             until_the_end.enter_context(folder.opened(to_yaml(resolved), is_resumed=resume))
             log.open(folder.log)
@@ -91,6 +93,16 @@ def train(config: Config, process: Process, resume: bool) -> None:
             LOGGER.info("no checkpoint in %s: starting at the beginning", folder.checkpoints)
         with memory_errors("lower train.micro_batch or evaluation.batch, the images at once in a process"):
             trainer.train()
+
+
+def refuse_fewer_steps(newest: Path, trainer: Trainer) -> None:
+    """Raise InputError if a run that is extended otherwise has had more steps than it would have now."""
+    done = load_metadata(newest)["iteration"]
+    if done > trainer.max_iterations:
+        raise InputError(
+            f"train.extend: {newest} has had {done} iterations, with these train.epochs and train.global_batch the run "
+            f"would have {trainer.max_iterations}: raise train.epochs"
+        )
 
 
 def open_store(config: Config, process: Process, resume: bool) -> CheckpointStore:

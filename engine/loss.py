@@ -22,6 +22,7 @@ from augsub.named_registry import did_you_mean
 from engine.checkpoint import load
 from engine.config import Config, LossConfig
 from engine.data.source import DataSource
+from engine.data.transforms import normalisation
 from engine.errors import InputError, input_errors
 from models.build import create_model
 from models.weights import load_weights
@@ -129,7 +130,7 @@ def build_mixup(config: Config, source: DataSource, micro_batch: int, device: to
     classes = micro_batch if source.has_several_labels else source.num_classes
     arguments |= {"label_smoothing": config.loss.smoothing, "num_classes": classes}
     if mixup.integer_pixels:
-        return IntegerMixup(config.transform.mean, config.transform.std, device, **arguments)
+        return IntegerMixup(*normalisation(config), device, **arguments)
     return MultiLabelMixup(**arguments)
 
 
@@ -149,10 +150,7 @@ def build_objective(config: Config, criterion: nn.Module) -> augsub.Objective:
     options = {"main_weight": section.main_weight, "alpha": section.alpha}
     taken = {name: value for name, value in options.items() if name in inspect.signature(kind).parameters}
     with input_errors(f"augsub.objective = {section.objective}"):
-        objective = kind(criterion, sub_models, **taken)
-    if not (section.update_batch_norm or getattr(objective, "computes_main", False)):
-        raise InputError("augsub.update_batch_norm = false: no main model is computed whose forwards would update it")
-    return objective
+        return kind(criterion, sub_models, **taken)
 
 
 def build_sub_models(config: Config) -> list[augsub.SubModel]:

@@ -39,7 +39,7 @@ from engine.errors import InputError, RunError, input_errors, writing_errors
 from engine.evaluation.run import checkpoint_of, saved_config
 from engine.text import readable_name, to_json
 from models.build import TIMM_KEYS, create_model, takes_image_size
-from models.weights import without_lora
+from models.weights import load_weights, without_lora
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 OF_BUILDING = inspect.signature(timm.create_model).parameters  # files to read, ways to run: nothing of a model's shape
@@ -120,8 +120,8 @@ def load_exported(checkpoint: Path, ema: bool | None = None, overrides: Sequence
     with input_errors(f"checkpoint {checkpoint}"):
         model = create_model(name, image_size=image_size, **arguments)
         # the mask token is of sub-models alone
-        plain = without_lora(weights)
-        model.load_state_dict({name: tensor for name, tensor in plain.items() if name != "mask_token"})
+        plain = {name: tensor for name, tensor in without_lora(weights).items() if name != "mask_token"}
+        load_weights(model, plain, checkpoint, complete=True)
     if takes_image_size(model):
         arguments["img_size"] = image_size
     if not config.model.pretrained:

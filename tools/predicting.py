@@ -100,7 +100,7 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
     if config.data.dataset in UNTRANSFORMED:
         raise InputError(f"{what}: was trained on {config.data.dataset}, which are no files of images")
     if file is not None and model_name is None:
-        exported = load_exported(file, overrides=[f"plugins={to_json(config.plugins)}"])
+        exported = load_exported(file, overrides=overrides)
         return Predictor(_named(file), exported.model, config, exported.state["class_names"], _probabilities(config))
     content = None if file is None else load(file)
     with input_errors(what):

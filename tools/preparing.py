@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from engine import atomic
@@ -32,7 +32,10 @@ Resizing = Callable[[Path], bytes]  # `resized` to some side and quality
 
 
 def resized(file: Path, side: int, quality: int) -> bytes:
-    """The image in a file, its shorter side at most `side` pixels, as a JPEG; InputError if there is none."""
+    """The image in a file, its shorter side at most `side` pixels, as a JPEG; InputError if there is none.
+
+    The orientation that a camera noted is noted there too: whoever reads it decides about it, as of the original.
+    """
     try:
         with file.open("rb") as opened:
             image = decode(opened)
@@ -41,8 +44,9 @@ def resized(file: Path, side: int, quality: int) -> bytes:
     scale = side / min(image.size)
     if scale < 1:
         image = image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=quality)
+    content, noted = io.BytesIO(), Image.Exif()
+    noted[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    image.save(content, "JPEG", quality=quality, exif=noted)
     return content.getvalue()
 
 

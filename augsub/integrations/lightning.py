@@ -33,6 +33,7 @@ class SubModelMixin(_Base):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch: images (B, C, H, W), and labels (B,) or soft labels (B, K)."""
+        self.objective.epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
         out = self.objective(self.model, *batch) if self.automatic_optimization else self.branchwise_step(*batch)
         self.log("main_loss", out.main_loss)
         for number, loss in enumerate(out.sub_losses):

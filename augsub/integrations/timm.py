@@ -19,7 +19,8 @@ class SubModelTask(ClassificationTask):
 
     Args:
         model: a timm model, not wrapped; patched here if it is not yet.
-        objective: the objective, with the criterion of the recipe.
+        objective: the objective, with the criterion of the recipe. timm's loop tells no task which epoch it is: with an
+            :class:`augsub.Ramp` set ``task.objective.epoch`` at its beginning.
         **options: those of every task: device, dtype, verbose.
 
     Raises:

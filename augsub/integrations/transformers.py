@@ -44,5 +44,6 @@ class SubModelTrainer(Trainer):
         """Loss of a micro-batch: `pixel_values`, images (B, C, H, W), and `labels`, (B,) or soft (B, K)."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
+        self.objective.epoch = self.state.epoch or 0.0  # None before the first step
         out = self.objective(model, inputs["pixel_values"], inputs["labels"])
         return (out.loss, {"logits": out.logits}) if return_outputs else out.loss

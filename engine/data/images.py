@@ -296,10 +296,11 @@ class DecodedImages:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             some = range(0, count, max(1, count // cls.SAMPLE))
             needed = count * sum(pixels.nbytes for pixels, _ in pool.map(pixels_and_label, some)) // len(some)
-            memory = memory_of(torch.device("cpu"))
-            if 2 * needed > memory / 2:  # all are there twice for a moment
+            memory, processes = memory_of(torch.device("cpu")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if 2 * needed * processes > memory / 2:  # all are there twice for a moment
+                times = f" times {processes} processes" if processes > 1 else ""
                 raise ValueError(
-                    f"{count} of them need about {readable_size(needed)}, a quarter of this machine's memory is "
+                    f"{count} of them need about {readable_size(needed)}{times}, a quarter of this machine's memory is "
                     f"{readable_size(memory // 4)}: leave it unset"
                 )
             images, labels = zip(*pool.map(pixels_and_label, range(count)), strict=True)

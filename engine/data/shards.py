@@ -14,6 +14,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from engine.text import to_json
 
 INDEX = "index.npz"
 LABEL = "cls"  # the suffix of a sample's label
+READING = threading.Lock()  # who opens a shard may close another one, from which no other thread must read then
 
 
 class ImagesInShards:
@@ -75,7 +77,9 @@ class ImagesInShards:
 
     def __getitem__(self, number: int) -> tuple[BinaryIO, Any]:
         shard, place = self._place_of(number)
-        return io.BytesIO(self._read(self._opened_one(shard), shard, place)), self.labels[number]
+        with READING:
+            content = self._read(self._opened_one(shard), shard, place)
+        return io.BytesIO(content), self.labels[number]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_opened": OrderedDict()}  # another process opens its own

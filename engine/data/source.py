@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, TensorDataset
 from augsub.named_registry import did_you_mean
 from engine.config import PHOTOGRAPHS, UNTRANSFORMED, Config, DataConfig, has_several_labels, image_channels, sides
 from engine.data.files import ImageFiles, image_folder, image_table, split_folder, split_names
-from engine.data.images import IGNORED, Images, UnreadableImage, labels_of
+from engine.data.images import IGNORED, Images, UnreadableImage, labels_of, several
 from engine.data.shards import open_parquet, open_shards
 from engine.data.transforms import build_transform
 from engine.errors import InputError, input_errors
@@ -161,7 +161,7 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
             f"data.root = {data.root}: the only class is {', '.join(class_names.values())}, at least two are needed"
         )
     num_classes = max(class_names) + 1
-    chosen = _chosen(data, train, held_out, [*labels])
+    chosen = _chosen(data, train, held_out, [*labels], has_several)
     sets = {
         split: Images(
             items,
@@ -243,21 +243,24 @@ def _labels(data: DataConfig, classes: Mapping[Any, int]) -> dict[int, int]:
     return {by_name[name]: place for place, name in enumerate(data.classes)}
 
 
-def _chosen(data: DataConfig, train: Any, held_out: Any, kept: Sequence[int]) -> dict[str, list[int] | None]:
+def _chosen(
+    data: DataConfig, train: Any, held_out: Any, kept: Sequence[int], has_several: bool
+) -> dict[str, list[int] | None]:
     """Numbers of the training and the held-out images, in their order; None: all.
 
     Args:
         kept: labels, as the data set has them.
+        has_several: whether images may have several labels; they are not chosen by class then.
     """
     chosen: dict[str, list[int] | None] = {"training": None, "held-out": None}
     if train is not None and (data.classes or data.validation_share or data.images_per_class):
-        labels, parts = _groups(train), []
+        labels, parts = _groups(train, has_several), []
         if len(labels) != len(train):
             raise InputError(
                 "data.classes, data.validation_share, data.images_per_class: need a data set that lists its labels, "
                 f"{data.dataset} does not"
             )
-        for label in kept if len(np.unique(labels)) > 1 else (0,):
+        for label in (0,) if has_several else kept:
             of_class = np.random.default_rng([label, 0]).permutation(np.flatnonzero(labels == label))
             count = math.ceil(data.validation_share * len(of_class))
             if 0 < count == len(of_class):
@@ -268,14 +271,16 @@ def _chosen(data: DataConfig, train: Any, held_out: Any, kept: Sequence[int]) ->
             for split, of_split in zip(chosen, zip(*parts, strict=True), strict=True)
         }
     if not data.validation_share:
-        chosen["held-out"] = np.flatnonzero(np.isin(_groups(held_out), kept)).tolist() if data.classes else None
+        chosen["held-out"] = (
+            np.flatnonzero(np.isin(_groups(held_out, has_several), kept)).tolist() if data.classes else None
+        )
     return chosen
 
 
-def _groups(items: Any) -> np.ndarray:
-    """The class of each image (N,); all are in the group 0 where images have several."""
+def _groups(items: Any, has_several: bool) -> np.ndarray:
+    """The class of each image (N,); all are in the group 0 where images may have several."""
     labels = labels_of(items)
-    return np.zeros(len(labels), np.int64) if any(isinstance(label, tuple) for label in labels) else np.asarray(labels)
+    return np.array([0 if has_several else int(*several(label)) for label in labels], np.int64)
 
 
 def _opener(data: DataConfig) -> Callable[[str], Any]:

@@ -215,6 +215,7 @@ class _Evaluation:
         for source in sources.values():
             log_left_out(source)
         self.source = source  # its images aside all are alike
+        self.iteration: int | None = None  # after which the weights were saved, if their file says so
         self.bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
         self.loaders = {name: self._loader(source) for name, source in sources.items()}
         self.clean = None if asked.clean is None else clean_images(asked.variant, source, asked.clean, config)
@@ -247,6 +248,7 @@ class _Evaluation:
             return
         LOGGER.info("evaluating %s", file)
         content = load(Path(file))
+        self.iteration = content.get("iteration")
         known = content.get("class_names") or load_metadata(Path(file)).get("class_names")
         check_classes(config, class_names, known, f"evaluation: checkpoint {file}")
         hooks = content.get("hooks")
@@ -311,6 +313,7 @@ class _Evaluation:
         data = f"{config.data.root or config.data.dataset}" + (f" ({split})" if is_transformed else "")
         named = self.model.named_parameters()
         return {
+            "iteration": self.iteration,
             "model": config.model.name,
             "data": f"ImageNet ({variant}), {config.data.root}"
             if variant in VARIANTS

@@ -163,6 +163,8 @@ class TestRamps:
 
     def test_the_weight_is_that_of_the_epoch(self, model, images, labels):
         objective = augsub.SubModelObjective(CE, [augsub.SubModel("masking", ratio=0.5, weight=RAMP)])
+        with pytest.raises(ValueError, match=r"set objective\.epoch, the epochs done, before each step"):
+            objective(model, images, labels)
         for objective.epoch, weight in ((0.0, 0.0), (5.0, 0.25), (20.0, 0.5)):
             out = objective(model, images, labels)
             torch.testing.assert_close(out.loss, 0.5 * out.main_loss + weight * out.sub_losses[0])
@@ -171,6 +173,7 @@ class TestRamps:
         found = []
         for ratio, weight in ((0.5, 0.5), (augsub.Ramp(0.5, 0.5, 1), augsub.Ramp(0.5, 0.5, 3))):
             objective = augsub.SubModelObjective(CE, [augsub.SubModel("masking", ratio=ratio, weight=weight)])
+            objective.epoch = 0.5
             seeded()
             found.append(gradients(model, objective(model, images, labels).loss))
         assert_equal(*found, tolerance=0)

@@ -126,6 +126,9 @@ def test_batch_norm_keeps_the_statistics_of_the_main_model_alone_if_it_shall(mak
         assert torch.equal(own.get_buffer(name), buffer) and not torch.equal(shared.get_buffer(name), buffer), name
     plain(images), own(images)  # it goes on
     assert all(torch.equal(own.get_buffer(name), buffer) for name, buffer in plain.named_buffers())
+    labels_alone = [augsub.SubModel("masking", ratio=0.5, learn_from="labels")]
+    with pytest.raises(ValueError, match=r"^update_batch_norm = False: no main model is computed"):
+        augsub.SubModelObjective(torch.nn.CrossEntropyLoss(), labels_alone, main_weight=0).prepare(own)
     vit = make_model("vit")
     with pytest.raises(ValueError, match=r"^update_batch_norm: VisionTransformer has no BatchNorm"):
         augsub.patch(vit, update_batch_norm=False)

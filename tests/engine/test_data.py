@@ -278,6 +278,11 @@ def test_images_that_would_fill_the_memory_are_not_kept(image_folder, folder_con
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 300, "SC_PAGE_SIZE": 4096}[name])
     with pytest.raises(InputError, match=r"data.cache = ram: the training images: 24 of them need about 0.346 MB"):
         train_batches(folder_config(image_folder, cache="ram"))
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 600, "SC_PAGE_SIZE": 4096}[name])
+    assert train_batches(folder_config(image_folder, cache="ram"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"need about 0.346 MB times 2 processes, a quarter of this machine's memory"):
+        train_batches(folder_config(image_folder, cache="ram"))
 
 
 REASONS = {

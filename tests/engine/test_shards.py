@@ -11,15 +11,19 @@ import socketserver
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
 import torch
+from PIL import ExifTags, Image
 from pyarrow import parquet
 
+from engine.config import DataConfig
 from engine.data import remote
+from engine.data.images import decode
 from engine.data.loaders import DataLoaders
 from engine.data.shards import INDEX, Index, scan
 from engine.data.source import build_source
@@ -89,6 +93,19 @@ def test_shards_made_by_others_are_counted_once(shards, folder_config, own_cache
     os.utime(shards / "train-00000.tar", (1, 1))  # another file
     with pytest.raises(TypeError):
         build_source(config)
+
+
+def test_threads_read_what_one_does(shards, folder_config, monkeypatch):
+    """With few files open at a time each thread closes those of others."""
+    monkeypatch.setattr("engine.data.shards.STREAMS", 1)
+    items = build_source(folder_config(shards, dataset="wds")).train._items
+
+    def content(number: int) -> bytes:
+        return items[number][0].read()
+
+    numbers, alone = [*range(len(items))] * 40, [content(number) for number in range(len(items))]
+    with ThreadPoolExecutor(16) as pool:
+        assert [*pool.map(content, numbers)] == [alone[number] for number in numbers]
 
 
 def test_the_order_is_the_same_for_any_workers_and_processes_and_after_a_break(shards, folder_config):
@@ -404,11 +421,15 @@ def test_prepared_data_are_always_the_same_and_smaller_where_asked(image_folder,
     assert prepare_data.main([str(image_folder), str(again), "--samples-per-shard", str(SAMPLES), "--jobs", "2"]) == 0
     for path in shards.glob("*.tar"):
         assert path.read_bytes() == (again / path.name).read_bytes()
+    noted = Image.Exif()
+    noted[ExifTags.Base.Orientation] = 6  # a camera that was turned by a quarter
+    Image.open(turned := image_folder / "val" / "dog" / "2.jpg").save(turned, exif=noted)
     assert prepare_data.main([str(image_folder), str(tmp_path / "small"), "--resize", "30", "--jobs", "1"]) == 0
-    from PIL import Image
-
     files = sorted((tmp_path / "small").rglob("*.jpg"))
     assert len(files) == 33 and all(Image.open(file).size == (40, 30) for file in files)
+    for respects, size in ((False, (40, 30)), (True, (30, 40))):
+        with open(tmp_path / "small" / "val" / "dog" / "2.jpg", "rb") as opened:
+            assert decode(opened, DataConfig(exif_orientation=respects)).size == size
     capsys.readouterr()
     for arguments, message in (
         ([str(image_folder), str(again)], "is not empty"),

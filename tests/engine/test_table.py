@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -71,6 +72,26 @@ def test_one_label_of_each_image_is_a_class_number(table, opened):
     message = "cat/0.jpg: has 2 labels, as have other than one 3 of 4 images: several labels need loss.name=bce and"
     with pytest.raises(InputError, match=message):
         opened(table(), metric="top1")
+
+
+def test_images_of_one_label_are_chosen_by_class(table, opened, image_folder):
+    """As of a folder: the same images held out, the same few, the same classes in the same order."""
+    paths = sorted(image_folder.glob("*/*/*.jpg"))
+    rows = [(path.relative_to(image_folder).as_posix(), path.parent.name, path.parts[-3]) for path in paths]
+    file = table(rows)
+
+    def counted(**data):
+        source = opened(file, metric="top1", **data)
+        return [np.bincount(images.labels).tolist() for images in (source.train, source.held_out)]
+
+    assert counted() == [[8, 8, 8], [3, 3, 3]]
+    assert counted(classes=["fox", "cat"]) == [[8, 8], [3, 3]] and counted(images_per_class=5)[0] == [5, 5, 5]
+    assert counted(validation_share=0.25) == [[6, 6, 6], [2, 2, 2]]
+    foxes = opened(file, metric="top1", classes=["fox", "cat"]).train
+    assert {line.split("/")[-2]: label for line, label in zip(foxes.listing(), foxes.labels, strict=True)} == {
+        "fox": 0,
+        "cat": 1,
+    }
 
 
 def test_a_share_of_the_rows_is_held_out_where_no_column_says_so(table, opened):

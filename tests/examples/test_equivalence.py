@@ -17,10 +17,10 @@ import pytest
 import timm_task
 import torch
 import transformers_trainer
-from digits import adamw, small_vit
+from digits import DIGITS, adamw, small_vit
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import augsub
 from engine.checkpoint import CheckpointStore
@@ -149,6 +149,24 @@ def table() -> Iterator[list[tuple[str, str, str]]]:
     yield rows
     header = ["objective", "loop", f"largest difference of a weight after {STEPS} steps"]
     print(f"\n\n{tabulate(rows, header, tablefmt='github')}")
+
+
+class Noting(augsub.SubModelObjective):
+    """Every epoch that it was told."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "epoch":
+            self.__dict__.setdefault("epochs", []).append(value)
+
+
+@pytest.mark.parametrize("name", ["Lightning, automatic", "Lightning, manual", "Transformers"])
+def test_a_ramp_follows_the_epochs_of_a_trainer(name):
+    sub_model = augsub.SubModel("masking", ratio=0.5, weight=augsub.Ramp(0.1, 0.5, epochs=2))
+    objective = Noting(nn.CrossEntropyLoss(), [sub_model])
+    create, train = LOOPS[name]
+    train(create(), objective, Subset(DIGITS.train, range(100)), epochs=2)  # two batches each
+    assert objective.epochs == [None, 0.0, 0.5, 1.0, 1.5]
 
 
 @pytest.mark.parametrize("name", LOOPS)

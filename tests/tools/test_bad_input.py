@@ -111,6 +111,16 @@ def test_an_average_that_a_short_run_does_not_fill_is_told(steps, advice, caplog
     assert not caplog.messages and advice**steps < 1e-3
 
 
+@pytest.mark.parametrize(("images", "told"), [(1, "rate 0.2 drops 0 of"), (4, "rate 0.04 drops 0.25 of"), (64, "")])
+def test_skipped_paths_of_few_images_are_told(images, told, caplog):
+    config = Config()
+    config.train.skip_dropped_paths = True
+    model = timm.create_model("test_vit", drop_path_rate=0.2)  # rates 0.04 to 0.2
+    data = SimpleNamespace(micro_batch=images)
+    log_warnings(config, SimpleNamespace(max_iterations=100, bare_model=model, data=data))
+    assert told in "".join(caplog.messages) and bool(caplog.messages) == bool(told)
+
+
 def test_the_traceback_can_be_asked_for(train_net):
     with pytest.raises(InputError):
         train_net("--config", DIGITS, "--traceback", "train.epohcs=3")

@@ -141,13 +141,14 @@ def test_what_evaluations_found_of_the_last_checkpoints(finished, call):
             finished(f"{name}_{seed}", 90.0, *overrides, seed=seed)
             for folder, ece, errors in (
                 ("last", 3.0, {}),
-                ("last_data.workers=0_variant=corrupted", top1 / 2, {"shot_noise": 100 - top1 + 1}),
+                ("last_variant=corrupted", top1 / 2, {"shot_noise": 100 - top1 + 1}),
                 ("best", 99.0, {}),
+                ("last_data.image_size=16_variant=corrupted", 99.0, {"shot_noise": 50}),
             ):
                 file = Path(f"{name}_{seed}/evaluation/{folder}/results.json")
                 file.parent.mkdir(parents=True)
                 figures = {"weights": "trained", "top1": top1, "ece": ece, "corruption_errors": errors}
-                file.write_text(json.dumps({"results": [figures]}))
+                file.write_text(json.dumps({"iteration": 40, "results": [figures]}))
     code, printed, _ = call(compare_runs, "a_*", "b_*")
     summary, robustness, by_corruption = re.findall(r"(?:^\|.*\n)+", printed, re.MULTILINE)
     assert code == 0 and "90.00 ± 0.00" in rows(summary)["b"][1] and "under shot noise" not in summary
@@ -163,6 +164,10 @@ def test_what_evaluations_found_of_the_last_checkpoints(finished, call):
     assert "shot noise" in by_corruption and rows(by_corruption) == {"a": ["40.00 ± 1.00"], "b": ["44.50 ± 0.50"]}
     code, printed, _ = call(compare_runs, "a_*", "b_*", "--metric", "corrupted_top1")
     assert code == 0 and "top-1 under corruptions, %" in printed and printed.count("+4.50 [-1.85, +10.85]") == 1
+    file = Path("a_1/evaluation/last_variant=corrupted/results.json")
+    file.write_text(file.read_text().replace('"iteration": 40', '"iteration": 20'))  # of an earlier checkpoint
+    printed = call(compare_runs, "a_*", "b_*")[1]
+    assert "calibration error, %" in printed and "under corruptions" not in printed
     shutil.rmtree("a_1/evaluation")
     assert "calibration" not in call(compare_runs, "a_*", "b_*")[1]
 
@@ -177,6 +182,9 @@ def test_two_models_are_compared_image_by_image(finished, call):
         file.parent.mkdir(parents=True)
         lines = [f"{number},{one},{other}" for number, (one, other) in enumerate(zip(true, predicted, strict=True))]
         file.write_text("\n".join(["image,true,predicted", *lines]))
+        file.with_name("results.json").write_text(
+            json.dumps({"iteration": 40, "results": [{"top1": 50.0, "ece": 1.0}]})
+        )
     gained = sum(mine == label != theirs for label, theirs, mine in zip(true, first, second, strict=True))
     lost = sum(theirs == label != mine for label, theirs, mine in zip(true, first, second, strict=True))
     code, printed, _ = call(compare_runs, "plain", "masked", "--report", "compared.html")
@@ -309,6 +317,10 @@ def test_the_report_of_a_finished_study(study, capsys):
         "report.jsonl: 2 runs were trained otherwise and do not count: tiny_drop_path_seed5 with augsub.sub_models = "
     )
     assert capsys.readouterr().err.startswith(message) and Path("report.jsonl").read_text() == before
+    study.write_text(STUDY)
+    Path("tiny.yaml").write_text(f"{Path('tiny.yaml').read_text()}optimizer: {{lr: 0.5}}\n")
+    assert len(run_study(study, jobs=1, seconds=0)[1]) == 4
+    assert "do not count: tiny_plain_seed5 with optimizer.lr = 0.002, the study says 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.slow

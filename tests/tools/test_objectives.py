@@ -96,7 +96,7 @@ def test_two_processes_train_like_one_with_two_micro_batches(command, torchrun, 
         (["augsub.update_batch_norm=false"], "update_batch_norm: VisionTransformer has no BatchNorm"),
         (["augsub.update_batch_norm=false", "model.name=resnet18", "model.kwargs={}",
           "augsub.main_weight=0", "augsub.sub_models.0.learn_from=labels"],
-         "augsub.update_batch_norm = false: no main model is computed"),
+         "augsub.sub_models: update_batch_norm = False: no main model is computed"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(train_net, tmp_path, overrides, error):

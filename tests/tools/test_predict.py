@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from timm.data import create_transform
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 import tools.train_net
 from engine.checkpoint import load
@@ -41,14 +42,14 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def expected(folder: Path, path: str, flips: bool = False) -> torch.Tensor:
+def expected(folder: Path, path: str, flips: bool = False, size: int = 32) -> torch.Tensor:
     """Probabilities by timm's model and transform alone."""
     weights = load(folder / "run" / "checkpoints" / "best.pt")["model"]
-    model = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
-    model.load_state_dict(weights)
+    model = timm.create_model("test_vit", num_classes=3, img_size=size).eval()
+    model.load_state_dict(checkpoint_filter_fn(weights, model))  # positions are resized
     own = model.pretrained_cfg
     transform = create_transform(
-        (3, 32, 32), mean=own["mean"], std=own["std"], crop_pct=own["crop_pct"], interpolation=own["interpolation"]
+        (3, size, size), mean=own["mean"], std=own["std"], crop_pct=own["crop_pct"], interpolation=own["interpolation"]
     )
     image = transform(Image.open(path).convert("RGB"))[None]
     with torch.no_grad():
@@ -117,6 +118,15 @@ def test_a_table_and_single_files_are_images_too_and_without_output_a_table_is_p
     assert [Path(line[0]).parent.name for line in lines] == ["cat", "fox", "dog"]
     best = expected(trained, str(images / "fox" / "2.png"))
     assert lines[1][1:3] == [NAMES[best.argmax()], f"{best.max():.3f}"]
+
+
+def test_images_of_another_size(call, trained, tmp_path):
+    image, output = trained / "images" / "val" / "cat" / "0.png", tmp_path / "out.csv"
+    code, _, error = call(predict, trained / "run", image, "data.image_size=64", "--output", output, "data.workers=0")
+    assert code == 0, error
+    best = expected(trained, str(image), size=64)
+    assert float(rows_of(output)[0]["probability_1"]) == pytest.approx(best.max().item(), abs=2e-4)
+    assert abs(best - expected(trained, str(image))).max() > 1e-3
 
 
 def test_predictions_of_another_model_are_not_taken_for_this_ones(call, trained, tmp_path):

@@ -355,6 +355,17 @@ def test_the_bar_says_how_far_how_long_how_fast_and_how_good(tmp_path):
     assert len(re.findall(r"iteration \d+  main_loss .* MiB  \d\d:\d\d left", shown)) == 6
 
 
+def test_a_run_is_not_extended_to_fewer_steps_than_it_has_had(train_net, tmp_path):
+    run = ("--config", DIGITS, "model.kwargs.depth=1", f"output_dir={tmp_path}/run")
+    assert train_net(*run, "train.epochs=2", "schedule.warmup_epochs=0", "evaluation.period=2")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, error = train_net(
+        "--resume", tmp_path / "run", "train.extend=true", "train.epochs=3", "train.global_batch=200"
+    )
+    assert code == 2 and "has had 40 iterations, with these train.epochs and train.global_batch the run would" in error
+    assert error.count("\n") == 1 and before == {path: path.read_bytes() for path in before}
+
+
 def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
     code, output, _ = train_net("--config", DIGITS, "--print-config", "seed=4")
     assert code == 0 and yaml.safe_load(output)["seed"] == 4

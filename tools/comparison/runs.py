@@ -52,7 +52,7 @@ ROBUSTNESS = {  # what eval_net.py finds of last checkpoints
 }
 BY_CORRUPTION = "corrupted/"  # prefix of the accuracy under one of them
 AS_MUCH = 0.05  # by so much the computation of two ways may differ that are called equal in it
-EVALUATED = {"": "last", "corrupted_": "last*variant=corrupted*"}  # folders of eval_net.py, by prefix of its figures
+EVALUATED = {"": "last", "corrupted_": "last_variant=corrupted"}  # folders of eval_net.py, by prefix of its figures
 OWN_KEYS = ("seed", "output_dir")  # what the runs of one way may differ in
 
 
@@ -124,23 +124,33 @@ def finished_run(path: str | Path) -> Run | None:
         summary, records = with_nan(json.loads(folder.summary.read_text())), read_lines(folder.metrics)
     if not records or records[-1]["iteration"] != summary["iterations"]:
         return None
-    return Run(folder.path, load_config(folder.config), {**evaluated(folder.path), **summary}, records)
+    return Run(folder.path, load_config(folder.config), {**evaluated(folder.path, summary), **summary}, records)
 
 
-def evaluated(run: Path) -> Record:
+def evaluated(run: Path, summary: Record) -> Record:
     """What eval_net.py has found of the last checkpoint: `ece`, and under corruptions `corrupted_top1` and the like.
 
     Accuracies under one corruption are means over its severities.
     """
     found: Record = {}
-    for prefix, pattern in EVALUATED.items():
-        for file in sorted(run.glob(f"evaluation/{pattern}/results.json"), key=lambda file: file.stat().st_mtime):
-            with input_errors(str(file)):
-                figures = json.loads(file.read_text())["results"][0]
+    for prefix, name in EVALUATED.items():
+        folder = run / "evaluation" / name
+        for figures in _results(folder, summary):
+            with input_errors(str(folder)):
                 found |= {prefix + name: figures[name] for name in ("top1", "ece")}
                 errors = figures.get("corruption_errors", {})
                 found |= {f"{BY_CORRUPTION}{name}": 100 - error for name, error in errors.items()}
     return found
+
+
+def _results(folder: Path, summary: Record) -> list[Record]:
+    """What a folder of eval_net.py says of a run's weights; nothing of a checkpoint that was the last one before."""
+    file = folder / "results.json"
+    if not file.exists():
+        return []
+    with input_errors(str(file)):
+        content = json.loads(file.read_text())
+        return content["results"][:1] if content.get("iteration") == summary["iterations"] else []
 
 
 def read_ways(arguments: Sequence[str]) -> list[Way]:
@@ -310,7 +320,7 @@ def images_table(ways: Sequence[Way]) -> str:
     for way in ways:
         for seed, run in way.runs.items():
             other = way.baseline.runs.get(seed) if way.baseline else None
-            own, others = predictions(run.path), [] if other is None else predictions(other.path)
+            own, others = predictions(run), {} if other is None else predictions(other)
             if not own:
                 continue
             low, high = accuracy_interval(sum(own.values()), len(own))
@@ -328,10 +338,11 @@ def images_table(ways: Sequence[Way]) -> str:
     return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows]) if rows else ""
 
 
-def predictions(run: Path) -> dict[tuple[str, str], bool]:
+def predictions(run: Run) -> dict[tuple[str, str], bool]:
     """By image and true class whether eval_net.py has found the last checkpoint right; nothing if it has not."""
-    file = run / "evaluation" / EVALUATED[""] / "predictions.csv"
-    if not file.exists():
+    folder = run.path / "evaluation" / EVALUATED[""]
+    file = folder / "predictions.csv"
+    if not file.exists() or not _results(folder, run.summary):
         return {}
     with file.open(newline="", encoding="utf-8") as opened:
         return {(row["image"], row["true"]): row["true"] == row["predicted"] for row in csv.DictReader(opened)}

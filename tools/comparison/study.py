@@ -49,6 +49,19 @@ from tools.machine import machine
 TOOLS = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("report.md")
 METRIC = "top1"  # that a study compares
+LEARNT_WITH = (  # of what a run may change when it is resumed, what makes another result of it
+    "model.pretrained",
+    "model.checkpoint",
+    "augsub.teacher.checkpoint",
+    "train.max_iters",
+    "train.micro_batch",
+    "train.accumulation",
+    "train.amp",
+    "train.clip_norm",
+    "optimizer.lr",
+    "ema.*",
+    "evaluation.patience",
+)
 POLL = 0.1  # seconds between looks at the runs
 CORRUPTIONS_CAPTION = (
     "Of the last checkpoints, by `tools/eval_net.py`: mean over eight corruptions in five severities. A model whose "
@@ -168,8 +181,8 @@ def plan(study: Study, path: Path, overrides: Sequence[str] = ()) -> list[Planne
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Keys whose values are not the defaults, but for seed and folder, and what may change on resuming."""
-    left_out = (*OWN_KEYS, *marked(MAY_CHANGE))
+    """Keys whose values are not the defaults, but for seed and folder, and for what says where and how fast."""
+    left_out = {*OWN_KEYS, *marked(MAY_CHANGE)}.difference(LEARNT_WITH)
     return {
         key: value
         for key, (value, _) in differences(config, Config()).items()
@@ -378,8 +391,9 @@ def found_ways(study: Study, runs: Sequence[PlannedRun], results: Sequence[Run])
 
 def write_page(study: Study, by_config: Mapping[str, list[Way]], left: int, command: str) -> list[Path]:
     """Draw the pictures, write the page that shows them and the report; all of them are returned."""
-    page, ways = Path(study.report), every_way(by_config)
-    check_comparable(ways, METRIC)
+    page = Path(study.report)
+    for ways in filter(lambda ways: len(ways) > 1, by_config.values()):
+        check_comparable(ways, METRIC)
     drawn = {f"{page.stem}_{name}.png": draw(by_config, METRIC) for name, (_, draw) in PICTURES.items()}
     figures = {name: figure for name, figure in drawn.items() if figure is not None}
     captions = {name: caption for name, (caption, _) in zip(drawn, PICTURES.values(), strict=True) if name in figures}
