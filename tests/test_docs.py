@@ -18,7 +18,9 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from scipy import stats
 
 import augsub
 from engine.config_file import load_config
@@ -69,17 +71,16 @@ def test_the_python_runs_as_it_stands(code, tmp_path, monkeypatch):
     exec(compile(code, "block", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("page", [README, *sorted((DOCS / "howto").glob("*.md"))], ids=name)
+@pytest.mark.parametrize("page", sorted((DOCS / "howto").glob("*.md")), ids=name)
 def test_a_file_of_python_trains_with_the_command_that_names_it(page, tmp_path, monkeypatch, call):
     (code,) = [code for code in code_blocks(page, "python") if re.match(FILE, code)]
     (tmp_path / re.match(FILE, code)[1]).write_text(code)
     monkeypatch.chdir(tmp_path)
     for command in tool_commands(page):
-        if "plugins=" in command or page != README:
-            tool, *arguments = shlex.split(command.replace("configs/", f"{ROOT}/configs/"), comments=True)
-            shortly = ["train.max_iters=20"] if "train_net" in tool else []
-            ended, _, error = call(module_of(tool), *arguments, *shortly)
-            assert ended == 0, error
+        tool, *arguments = shlex.split(command, comments=True)
+        shortly = ["train.max_iters=20"] if "train_net" in tool else []
+        ended, _, error = call(module_of(tool), *arguments, *shortly)
+        assert ended == 0, error
     (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
     assert ("distance" in metrics.read_text()) == (page.stem == "hook")
 
@@ -154,41 +155,90 @@ def test_the_costs_on_the_cards_are_those_of_the_benchmark():
     assert len(quoted) == 8 and [figure for figure in quoted if figure not in performance] == []
 
 
+def results(study: str) -> dict[str, list[str]]:
+    """Of each way of training in a study's first table: seeds, accuracy, difference and more, computation last."""
+    table = (DOCS / f"study_{study}.md").read_text().partition("## Results")[2].partition("## What can")[0]
+    return {name: values for name, *values in map(cells, table.splitlines()) if values and "±" in values[1]}
+
+
+def table_rows(page: Path, start: str) -> list[list[str]]:
+    return [cells(line) for line in page.read_text().splitlines() if re.match(rf"\| {start} \|", line)]
+
+
+def longer_digits() -> str:
+    """What the study of digits does not say: masking against the baseline of as much computation, by its runs."""
+    runs = (DOCS / "study_digits.md").read_text().partition("## Every run")[2]
+    by_way = {name: values for name, *values in map(cells, runs.splitlines()) if values}
+    masked, longer = (np.array(by_way[way], float) for way in ("masking 0.5", "baseline, 90 epochs"))
+    gained = masked - longer
+    half = stats.t.ppf(0.975, len(gained) - 1) * stats.sem(gained)
+    return f"{gained.mean():+.2f} [{gained.mean() - half:+.2f}, {gained.mean() + half:+.2f}]"
+
+
+SMALL = {"ViT": "cifar10_vit_small", "Swin": "cifar10_swin_small", "ResNet": "cifar10_resnet_small"}
+
+
+def test_tables_of_results_are_those_of_the_studies():
+    page = DOCS / "results.md"
+    measured = results("families")
+    rows = table_rows(page, r"digits_\w+")
+    assert len(rows) == 6
+    for model, way, *figures in rows:
+        assert figures == [measured[f"{model}, {way}"][column] for column in (1, 2, -1)]
+    for model, study in SMALL.items():
+        shown = {way: figures for _, way, *figures in table_rows(page, model)}
+        assert len(shown) >= 3 and shown == {
+            way: [values[1], values[2].partition(" over seeds")[0], values[-1]]
+            for way, values in results(study).items()
+        }
+    measured, text = results("cifar10_mechanism_small"), (DOCS / "study_cifar10_mechanism_small.md").read_text()
+    against = dict(re.findall(r"^- (MaskSub .+), against plain masking .+?: (.+)$", text, re.MULTILINE))
+    rows = table_rows(page, r"0\.\d")
+    assert len(rows) == 4
+    for ratio, *figures in rows:
+        ways = [measured[f"{way} {ratio}"][2] for way in ("plain masking", "MaskSub")]
+        assert figures == [*ways, against[f"MaskSub {ratio}"]]
+
+
 def test_the_readme_quotes_what_the_pages_have():
-    readme = README.read_text()
     (run,) = code_blocks(README, "console")
     assert "held-out top-1" in run and run in (DOCS / "first_run.md").read_text()
-    study = (DOCS / "study_families.md").read_text().partition("## What can")[0]
-    measured = {name: values for name, *values in map(cells, study.splitlines()) if values}
-    quoted = [cells(line) for line in readme.splitlines() if line.startswith("| digits_")]
-    assert len(quoted) == 6
-    for model, training, accuracy, difference, cost in quoted:
-        row = measured[f"{model}, {training}"]
-        assert [accuracy, difference, cost] == [row[1], row[2], row[6]]
-    quoted = readme.partition("On photographs there is")[2].partition("The paper's central claim")[0]
-    for model, count in (("ViT", 3), ("ResNet", 6)):
-        study = (DOCS / f"study_cifar10_{model.lower()}_small.md").read_text().partition("## What can")[0]
-        measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
-        shown = {row[1]: row[2:] for row in map(cells, quoted.splitlines()) if row[0] == model}
-        assert len(measured) == count and shown == {
-            name: [values[1], values[2].partition(" over seeds")[0], values[6]] for name, values in measured.items()
-        }
-    studies = [(DOCS / f"study_cifar10_{name}_small.md").read_text() for name in ("vit", "resnet", "robustness")]
-    text = " ".join(line for line in quoted.splitlines() if not line.startswith("|"))
-    figures = re.findall(r"[+-]\d\.\d\d(?: \[.+?\])?", text)
-    assert len(figures) == 7 and [one for one in figures if one not in "".join(studies)] == []
-    study = (DOCS / "study_cifar10_mechanism_small.md").read_text()
-    measured = {name: values for name, *values in map(cells, study.splitlines()) if values and "±" in values[1]}
-    against = dict(re.findall(r"^- (MaskSub .+), against plain masking .+?: (.+)$", study, re.MULTILINE))
-    quoted = [cells(line) for line in readme.splitlines() if re.match(r"\| 0\.\d \|", line)]
-    assert len(quoted) == 4
-    for ratio, plain, masksub, difference in quoted:
-        expected = [measured[f"plain masking {ratio}"][2], measured[f"MaskSub {ratio}"][2], against[f"MaskSub {ratio}"]]
-        assert [plain, masksub, difference] == expected
-    section = readme.partition("On an NVIDIA H200")[2].partition("## What it does")[0]
-    figures = re.findall(r"\b1\.\d{3}\b|\d+ images/s|(?<=step )\d+", section)
+    rows = table_rows(README, "digits")
+    assert len(rows) == 3 and rows[0][-1] == longer_digits()
+    for _, model, *figures in rows:
+        name, seeds = model.split(", ")
+        plain, masked = (results("families")[f"digits_{name.lower()}, {way}"] for way in ("baseline", "MaskSub"))
+        assert [seeds, *figures[:-1]] == [masked[0], plain[1], masked[1], masked[2]]
+    rows = table_rows(README, "CIFAR-10")
+    assert len(rows) == 3
+    for _, model, *figures in rows:
+        name, seeds = model.split(", ")
+        plain, masked = (results(SMALL[name])[way] for way in ("baseline", "MaskSub 0.5"))
+        (longer,) = re.findall(
+            r"^- MaskSub 0\.5, against baseline, .+?: (.+)$",
+            (DOCS / f"study_{SMALL[name]}.md").read_text(),
+            re.MULTILINE,
+        )
+        assert [seeds, *figures] == [masked[0], plain[1], masked[1], masked[2].partition(" over seeds")[0], longer]
+    recipes = {config: figures for config, *figures in map(cells, (DOCS / "recipes.md").read_text().splitlines())}
+    published = {name: figures for name, *figures in table_rows(README, "(?:published recipe|with MaskSub)")}
+    configs = ("deit3_b_400e", "deit3_l_400e", "mae_l", "swin_b", "resnet152")
+    found = [recipes[f"[{config}](../configs/{config}.yaml)"][2:4] for config in configs]
+    assert [*map(list, zip(*found, strict=True))] == [published["published recipe"], published["with MaskSub"]]
+    section = README.read_text().partition("## What it costs")[2].partition("## Training")[0]
+    figures = re.findall(r"\b[12]\.\d{3}\b|\d{4} images/s|\d{4}(?= to)", section)
     performance = (DOCS / "performance.md").read_text()
-    assert len(figures) == 14 and [figure for figure in figures if figure not in performance] == []
+    assert len(figures) > 20 and [figure for figure in figures if figure not in performance] == []
+
+
+@pytest.mark.parametrize(
+    "page", [README, DOCS / "results.md", DOCS / "objectives.md", *DOCS.glob("augmentations/*.md")], ids=name
+)
+def test_every_difference_is_one_of_a_study(page):
+    studies = "".join(study.read_text() for study in DOCS.glob("study_*.md")) + longer_digits()
+    differences = re.findall(r"(?<![\w.])[+-]\d+\.\d\d(?: \[.+?\])?", " ".join(page.read_text().split()))
+    assert [one for one in differences if one not in studies] == []
+    assert len(differences) > 25 or page not in (README, DOCS / "results.md")
 
 
 def printed(command: str, monkeypatch, capsys) -> str:
