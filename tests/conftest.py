@@ -17,6 +17,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 import augsub
+from augsub.families import FAMILIES
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 10
@@ -122,12 +123,14 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture(autouse=True)
-def _forget_test_augmentations():
-    """Augmentations that a test registers are gone after it."""
-    registry = augsub.AUGSUB_REGISTRY
+def _forget_what_tests_register():
+    """Augmentations and families that a test registers are gone after it."""
+    registry, families = augsub.AUGSUB_REGISTRY, dict(FAMILIES)
     classes = dict(registry._obj_map)
     yield
     registry._obj_map = classes
+    FAMILIES.clear()
+    FAMILIES.update(families)
 
 
 @pytest.fixture
