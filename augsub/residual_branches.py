@@ -109,8 +109,7 @@ class ResidualBranch:
         if not self.rate:
             return None
         values, *others = args
-        num_kept = max(1, int(self.batch * (1 - self.rate)))
-        self._kept = torch.randperm(self.batch, device=values.device)[:num_kept]
+        self._kept = torch.randperm(self.batch, device=values.device)[: images_kept(self.batch, self.rate)]
         with_images, undo = _by_image(values, self.batch)
         return (undo(with_images.index_select(0, self._kept)), *others)
 
@@ -126,6 +125,11 @@ class ResidualBranch:
         with_images, undo = _by_image(values, len(kept))
         whole: Tensor = with_images.new_zeros((self.batch, *with_images.shape[1:]))
         return undo(whole.index_copy_(0, kept, with_images))
+
+
+def images_kept(batch: int, rate: float) -> int:
+    """How many of so many images have a branch that is skipped at a rate: int(B * (1 - rate)), at least one."""
+    return max(1, int(batch * (1 - rate)))
 
 
 def _by_image(values: Tensor, batch: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 from timm.layers import DropPath
 
+from augsub.residual_branches import images_kept
 from engine.config import Config
 from engine.data.source import DataSource
 from engine.trainer import Trainer
@@ -77,7 +78,7 @@ def log_warnings(config: Config, trainer: Trainer) -> None:
     if config.train.skip_dropped_paths:
         images = trainer.data.micro_batch
         paths = (module for module in trainer.bare_model.modules() if isinstance(module, DropPath))
-        rates = {path.drop_prob: 1 - max(1, int(images * (1 - path.drop_prob))) / images for path in paths}
+        rates = {path.drop_prob: 1 - images_kept(images, path.drop_prob) / images for path in paths}
         asked, has = max(rates.items(), key=lambda rate: abs(rate[0] - rate[1]), default=(0.0, 0.0))
         if abs(asked - has) > MOST_ROUNDED:
             LOGGER.warning(

@@ -77,7 +77,7 @@ def train(config: Config, process: Process, resume: bool) -> None:
         newest = store.newest() if resume else None
         resolved, source, changes = resolve(config, process, newest)
         trainer = build_trainer(resolved, source, process, store, is_resumed=newest is not None)
-        if newest is not None:
+        if newest is not None and resolved.train.extend:
             refuse_fewer_steps(newest, trainer)
         if process.is_main:
             until_the_end.enter_context(folder.opened(to_yaml(resolved), is_resumed=resume))

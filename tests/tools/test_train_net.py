@@ -364,6 +364,7 @@ def test_a_run_is_not_extended_to_fewer_steps_than_it_has_had(train_net, tmp_pat
     )
     assert code == 2 and "has had 40 iterations, with these train.epochs and train.global_batch the run would" in error
     assert error.count("\n") == 1 and before == {path: path.read_bytes() for path in before}
+    assert train_net("--resume", tmp_path / "run", "train.max_iters=20")[0] == 0  # it is at its end
 
 
 def test_the_printed_config_runs_the_same_run(train_net, tmp_path):
