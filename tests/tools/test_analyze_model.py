@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 import timm
+from PIL import Image
 
 import augsub
 from tools import analyze_model
@@ -25,6 +28,19 @@ def test_figures_of_models_and_configurations(call):
     _, printed, said = call(analyze_model, "--config", "configs/resnet50.yaml", "data.root=nowhere", "--json")
     assert json.loads(printed)["params"] == 25_557_032
     assert said == "data.root = nowhere: no such folder; taken to have 1000 classes\n"
+
+
+def test_the_size_beside_a_small_model_is_its_own(tmp_path, call):
+    for split, label in product(("train", "test"), range(10)):
+        (tmp_path / split / f"{label}").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / split / f"{label}" / "grey.png")
+    data, checked = ("data.dataset=folder", f"data.root={tmp_path}"), 0
+    for path in ROOT.glob("configs/cifar10_*.yaml"):
+        for millions in re.findall(r"# (\d\.\d) M parameters", path.read_text()):
+            _, printed, _ = call(analyze_model, "--config", path, *data, "--json")
+            assert f"{json.loads(printed)['params'] / 1e6:.1f}" == millions, path
+            checked += 1
+    assert checked == 5
 
 
 def test_support_of_a_wildcard(call):

@@ -433,7 +433,7 @@ def test_a_study_evaluates_its_runs_under_corruptions(study, image_folder, capsy
     study.write_text(plain)
     run_study(study, jobs=2)
     trained = {path: path.read_bytes() for path in Path("runs").rglob("metrics.jsonl")}
-    study.write_text(f"{plain}corruptions: true\n")
+    study.write_text(f"{plain}corruptions: true\nagainst: {{drop path: plain}}\n")
     planned = plan(load_study(study), study)
     assert len(trained) == 2 and len(run_study(study, jobs=1, seconds=0)[1]) == 2
     assert Path("report.md") in run_study(study, jobs=2)[0]
@@ -441,6 +441,8 @@ def test_a_study_evaluates_its_runs_under_corruptions(study, image_folder, capsy
     assert len(Path("report.jsonl").read_text().splitlines()) == 4
     text = Path("report.md").read_text()
     robustness = text.partition("## Under corruptions")[2].partition("## ")[0]
+    gained = "; under corruptions ([+-].+? .one seed: no interval.)\n"
+    assert re.search(f"- drop path, against plain: .+?{gained}", text)[1] in robustness
     for run in planned:
         found = Path(run.config.output_dir, "evaluation", "last_variant=corrupted", "results.json")
         figures = json.loads(found.read_text())["results"][0]

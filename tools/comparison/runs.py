@@ -23,13 +23,14 @@ from engine.typed_yaml import Dumper
 from engine.writers import Record, read_lines
 
 CONFIDENCE = 0.95  # texts say 95 %
+CORRUPTED = "corrupted_top1"
 METRICS = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
     "ema_top1": "top-1 accuracy of the EMA",
     "ema_top5": "top-5 accuracy of the EMA",
     "balanced_accuracy": "mean accuracy of the classes",
-    "corrupted_top1": "top-1 accuracy under corruptions",
+    CORRUPTED: "top-1 accuracy under corruptions",
     "map": "mean average precision",
     "f1_macro": "macro F1",
     "f1_micro": "micro F1",
@@ -46,7 +47,7 @@ BESIDE = {  # further columns, with decimals, where all runs have them
     "seconds": ("seconds", 1),
 }
 ROBUSTNESS = {  # what eval_net.py finds of last checkpoints
-    "corrupted_top1": "top-1 under corruptions, %",
+    CORRUPTED: "top-1 under corruptions, %",
     "ece": "calibration error, %",
     "corrupted_ece": "calibration error under corruptions, %",
 }
@@ -411,11 +412,14 @@ def equal_computation(ways: Sequence[Way], metric: str) -> str:
 
 
 def _against(title: str, pairs: Iterable[tuple[Way, Way]], metric: str) -> str:
-    """Each way against the other one of its pair, where they have seeds in common."""
-    replaced = [replace(way, baseline=other) for way, other in pairs]
-    lines = [
-        f"- {way.name}, against {way.baseline.name}: {difference_text(way, metric)}"
-        for way in replaced
-        if way.differences(metric)
-    ]
+    """Each way against the other one of its pair, where they have common seeds; under corruptions too if evaluated."""
+    lines = []
+    for way, other in pairs:
+        compared = replace(way, baseline=other)
+        if not compared.differences(metric):
+            continue
+        line = f"- {way.name}, against {other.name}: {difference_text(compared, metric)}"
+        if all(CORRUPTED in run.summary for one in (way, other) for run in one.runs.values()):
+            line += f"; under corruptions {difference_text(compared, CORRUPTED)}"
+        lines.append(line)
     return "\n".join([f"\n\n{title}, with intervals of 95 %:\n", *lines]) if lines else ""
