@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from augsub.lessons import logits_of
 from augsub.objective import Objective, ObjectiveOutput, gradient_sync, no_sync, register_objective
-from augsub.sub_model import SubModel, checked_weight
-from augsub.teaching import Criterion, TargetForm, main_loss, teaching_for
+from augsub.sub_model import START, SubModel, checked_weight
+from augsub.teaching import Criterion, TargetForm, Teaching, main_loss, teaching_for
 
 
 class MutualObjective(Objective):
@@ -31,24 +30,28 @@ class MutualObjective(Objective):
     """
 
     branch_by_branch = False
+    _teaching: Teaching
 
     def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel], targets: TargetForm | None = None) -> None:
         super().__init__(criterion, sub_models)
-        if len(self.sub_models) < 2:
-            raise ValueError(f"{type(self).__name__} needs two sub-models or more, not {len(self.sub_models)}")
-        for sub_model in self.sub_models:
-            if (sub_model.weight, sub_model.share, sub_model.learn_from) != (0.5, 1.0, "main"):
+        for sub_model in sub_models:
+            weights = (sub_model.weight_at(START), sub_model.weight)
+            if (*weights, sub_model.share, sub_model.learn_from) != (0.5, 0.5, 1.0, "main"):
                 raise ValueError(
                     f"{type(self).__name__}: {sub_model} must not have a weight, share or lesson of its own"
                 )
+        if len(sub_models) < 2:
+            raise ValueError(f"{type(self).__name__} needs two sub-models or more, not {len(sub_models)}")
         self._teaching = teaching_for(criterion, targets)
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> ObjectiveOutput:
         *first, last = [sub_model.at(self.epoch) for sub_model in self.sub_models]
         with no_sync(model):
-            logits = [logits_of(model(images, augsub=augmentation)) for augmentation in first]
-        logits.append(logits_of(model(images, augsub=last)))
-        from_labels = torch.stack([main_loss(self.criterion, of_one, targets) for of_one in logits]).mean()
+            logits = [self._sub_logits(model, images, augmentation) for augmentation in first]
+        logits.append(self._sub_logits(model, images, last))
+        losses = [main_loss(self.criterion, of_one, targets) for of_one in logits]
+        self._check_first_batch(logits[0], targets, losses[0])
+        from_labels = torch.stack(losses).mean()
         from_others = [
             torch.stack([self.mutual_loss(one, other) for other in logits if other is not one]).mean() for one in logits
         ]

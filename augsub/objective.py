@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from augsub.augmentation import SubModelAugmentation
 from augsub.lessons import LESSONS, Labels, Step, logits_of, random_state
 from augsub.named_registry import NamedRegistry
 from augsub.patching import find_patched
+from augsub.sub_forward import NOT_RUN
 from augsub.sub_model import SubModel, checked_weight
 from augsub.teaching import Criterion, TargetForm, Teaching, check_first_batch, main_loss, teaching_for
 
@@ -71,6 +73,8 @@ class Objective:
         self.criterion = criterion
         self.sub_models = tuple(sub_model for sub_model in sub_models if sub_model.is_computed)
         self.epoch: float | None = None
+        self._teaching: Teaching | None = None
+        self._has_seen_a_batch = self._has_seen_a_sub_model = False
 
     @property
     def num_branches(self) -> int:
@@ -112,8 +116,9 @@ class Objective:
 
         Raises:
             ValueError: if no model is patched, a ramp needs `epoch`, or the criterion does not take the targets or
-                returns no scalar; with the first batch also if (B, K) targets are no distributions under softmax, or
-                an unknown criterion is no mean. That costs a look at values, for which a GPU waits once.
+                returns no scalar; with the first batch also if (B, K) targets are no distributions under softmax,
+                an unknown criterion is no mean, or `model` keeps `augsub` from the patched one inside of it. That
+                costs a look at values, for which a GPU waits once.
         """
         raise NotImplementedError
 
@@ -141,6 +146,26 @@ class Objective:
                 Under FSDP2 this alone decides, whatever `set_requires_gradient_sync` was called with.
         """
         raise NotImplementedError
+
+    def _sub_logits(self, model: nn.Module, images: Tensor, augmentation: SubModelAugmentation) -> Tensor:
+        """Logits (B, K) of a sub-model. The first time it is seen whether it was one."""
+        if self._has_seen_a_sub_model or torch.compiler.is_compiling() or not isinstance(model, nn.Module):
+            return logits_of(model(images, augsub=augmentation))
+        patched = find_patched(model)
+        patched._augsub.image_size = NOT_RUN
+        logits = logits_of(model(images, augsub=augmentation))
+        if patched._augsub.image_size == NOT_RUN:
+            raise ValueError(
+                f"{type(model).__name__} keeps augsub=… from the {type(patched).__name__} inside of it, so that no "
+                "sub-model was computed: its forward must pass it on"
+            )
+        self._has_seen_a_sub_model = True
+        return logits
+
+    def _check_first_batch(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+        if self._teaching is not None and not self._has_seen_a_batch and not torch.compiler.is_compiling():
+            check_first_batch(self._teaching, self.criterion, logits, targets, loss)
+            self._has_seen_a_batch = True
 
 
 OBJECTIVES = NamedRegistry("AUGSUB_OBJECTIVES", "objective", Objective)
@@ -187,7 +212,6 @@ class SubModelObjective(Objective):
         self._lessons = [LESSONS.get(sub_model.learn_from)() for sub_model in self.sub_models]
         self.computes_main = self.main_weight > 0 or any(lesson.needs_main for lesson in self._lessons)
         self._teaching = teaching_for(criterion, targets) if self.sub_models else None
-        self._has_seen_a_batch = False
         self._models: dict[str, nn.Module] = {}
         self.teach_by(teacher=teacher, ema=ema)
 
@@ -260,17 +284,12 @@ class SubModelObjective(Objective):
                 models=self._models,
                 random_state=random_state(images.device) if lesson.replays_draws else [],
             )
-            logits = logits_of(model(step.images, augsub=step.augmentation))
+            logits = self._sub_logits(model, step.images, step.augmentation)
             loss = lesson.loss(logits, step)
             if isinstance(lesson, Labels):
                 self._check_first_batch(logits, step.targets, loss)
             yield Branch(logits, loss, sub_model.weight_at(self.epoch))
             del logits, loss
-
-    def _check_first_batch(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
-        if self._teaching is not None and not self._has_seen_a_batch and not torch.compiler.is_compiling():
-            check_first_batch(self._teaching, self.criterion, logits, targets, loss)
-            self._has_seen_a_batch = True
 
     def _summarise(self, branches: Sequence[Branch]) -> ObjectiveOutput:
         loss = torch.stack([branch.weight * branch.loss for branch in branches]).sum()

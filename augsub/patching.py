@@ -22,8 +22,8 @@ from augsub.sub_forward import SubForward
 Model = TypeVar("Model", bound=nn.Module)
 MASK_TOKEN_STD = 0.02  # as timm initialises every other token
 WRAPPERS = {
-    "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "LightningModule",
-    "PeftModel", "BaseTuner",
+    "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine",
+    "LightningModule", "PeftModel", "BaseTuner",
 }  # fmt: skip
 NO_REPLICAS = "DataParallel computes in copies of the model, which have no sub-model: use DistributedDataParallel"
 
@@ -73,6 +73,11 @@ class PatchedModel(_Base):
             args = (kwargs.pop(name, None),)
         logits = self._augsub.run(augmentation, super().forward, *args, **kwargs)
         return self._with_mask_token(logits) if isinstance(logits, Tensor) else logits
+
+    def train(self, mode: bool = True) -> Any:
+        """The model's own. What a backward that failed has left set is given back first: it would undo the mode."""
+        self._augsub.release()
+        return super().train(mode)
 
     def _with_mask_token(self, logits: Tensor) -> Tensor:
         """The same logits, with a gradient for the mask token, of zero if this sub-model did not mask.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.models.efficientvit_msra import ResidualDrop
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -82,6 +83,7 @@ class ResidualBranch:
         drop_path: stochastic depth, in timm's form.
         starts: one module for each time that the block calls the drop path.
         end: its output is the branch's: the drop path itself, or what EfficientViT's (MSRA) has inside.
+        attention: EVA's, which takes rotary positions beside the values; None in other blocks.
         rate: share of the images that are left out, while they are; 0 computes all.
         batch: number of images, meanwhile.
     """
@@ -89,6 +91,7 @@ class ResidualBranch:
     drop_path: nn.Module
     starts: tuple[nn.Module, ...]
     end: nn.Module
+    attention: nn.Module | None = None
     rate: float = 0.0
     batch: int = 0
 
@@ -102,6 +105,8 @@ class ResidualBranch:
     def hook(self) -> list[RemovableHandle]:
         """Let the modules choose and put back images, whenever there is a rate."""
         before = [start.register_forward_pre_hook(self.choose) for start in self.starts]
+        if self.attention is not None:
+            before.append(self.attention.register_forward_pre_hook(self.choose_positions, with_kwargs=True))
         return [*before, self.end.register_forward_hook(self.put_back)]
 
     def choose(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -112,6 +117,15 @@ class ResidualBranch:
         self._kept = torch.randperm(self.batch, device=values.device)[: images_kept(self.batch, self.rate)]
         with_images, undo = _by_image(values, self.batch)
         return (undo(with_images.index_select(0, self._kept)), *others)
+
+    def choose_positions(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Rotary positions of the chosen images, where masking has given each image its own, (B, 1, N, D)."""
+        positions = kwargs.get("rope")
+        if self._kept is None or positions is None or positions.ndim != 4 or len(positions) != self.batch:
+            return None
+        return args, {**kwargs, "rope": positions.index_select(0, self._kept)}
 
     def put_back(self, module: nn.Module, args: tuple[Any, ...], values: Tensor) -> Tensor | None:
         """Values of the chosen images, scaled to the mean of a branch that all have, and zeros for the others."""
@@ -160,7 +174,8 @@ def branches_of(model: nn.Module, drop_paths: Iterable[nn.Module]) -> tuple[list
             if isinstance(end, ResidualDrop):  # which adds its own input to its branch
                 branches.append(ResidualBranch(end, (end.m,), end.m))
             elif drop in starts:
-                branches.append(ResidualBranch(end, starts[drop], end))
+                attention = getattr(block, "attn", None) if isinstance(block, (EvaBlock, EvaBlockPostNorm)) else None
+                branches.append(ResidualBranch(end, starts[drop], end, attention))
             else:
                 uncut.append(f"{name}.{drop}")
     return branches, uncut

@@ -22,6 +22,7 @@ from augsub.families.base import drop_path_places
 from augsub.registry import AUGSUB_REGISTRY, list_augmentations
 from augsub.sites import Assignment, AugmentationOrClass, DropPathSite, HookedSite, ImageSite
 
+NOT_RUN = (0, 0)  # the image size before a sub-forward
 PATCH_AGAIN = "which does not know it: augsub.unpatch the model and patch it again"
 
 
@@ -44,7 +45,7 @@ class SubForward:
         self._lock = threading.RLock()
         self._family = family
         self.active: dict[str, list[SubModelAugmentation]] = {}
-        self.image_size = (0, 0)
+        self.image_size = NOT_RUN
         self._held: list[Assignment] = []
         self._hooks = [
             module.register_forward_hook(partial(self._at_site, name, change))
@@ -93,12 +94,13 @@ class SubForward:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        vars(self).update(state, _lock=threading.RLock(), active={})  # a copy is in no forward
 
     def main(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         with self._turn():
-            self._release()
+            self._refuse_inside()
+            self.release()
             images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             state = self._own_skipping(len(images)) if images is not None else []
             return self._forward({}, state, forward, *args, **kwargs)
@@ -116,7 +118,8 @@ class SubForward:
             if not isinstance(images, Tensor) or images.ndim != 4:
                 found = getattr(images, "shape", type(images).__name__)
                 raise TypeError(f"the sub-model takes images (B, C, H, W) as its first argument, not {found}")
-            self._release()
+            self._refuse_inside()
+            self.release()
             plan = self.plan(augmentation)
             augmented = cast(ImageSite, self.sites["image"]).apply(plan.get("image", ()), images)
             self.image_size = (int(augmented.shape[-2]), int(augmented.shape[-1]))  # tensors while torch.jit traces
@@ -128,6 +131,14 @@ class SubForward:
             if not self.updates_batch_norm:
                 state += [(norm, "track_running_stats", False) for norm in self._batch_norms()]
             return self._forward(plan, state, forward, augmented, *args, **kwargs)
+
+    def _refuse_inside(self) -> None:
+        """Raise ValueError in a sub-forward, which a forward inside of it would end."""
+        if self.active:
+            raise ValueError(
+                f"{self.model_name} was called inside of its own sub-forward, by an augmentation or a hook: "
+                "call it before, or a copy of it"
+            )
 
     def _own_skipping(self, batch: int) -> list[Assignment]:
         """What lets the model's own stochastic depth skip what it drops, if it shall."""
@@ -147,12 +158,12 @@ class SubForward:
             logits = forward(*args, **kwargs)
         finally:
             self.active = {}
-            self._release()
+            self.release()
         self._replay_in_backward(logits, state)
         return logits
 
     def _turn(self) -> AbstractContextManager[Any]:
-        """One thread at a time is in the model, and may call it again; what was compiled keeps nothing on it."""
+        """One thread at a time is in the model; what was compiled keeps nothing on it."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def plan(self, augmentation: SubModelAugmentation) -> dict[str, list[SubModelAugmentation]]:
@@ -224,7 +235,8 @@ class SubForward:
             self._held.append((module, attribute, getattr(module, attribute)))
             setattr(module, attribute, value)
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give back the state that a forward or a backward has set."""
         while self._held:
             module, attribute, own_value = self._held.pop()
             setattr(module, attribute, own_value)
@@ -238,9 +250,9 @@ class SubForward:
             return
 
         def replay(gradient: Tensor) -> None:
-            self._release()
+            self.release()
             self._hold(state)
-            Variable._execution_engine.queue_callback(self._release)
+            Variable._execution_engine.queue_callback(self.release)
 
         for output in tree_leaves(logits):
             if isinstance(output, Tensor) and output.requires_grad:

@@ -10,14 +10,15 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from augsub.families.base import drop_path_places
+from augsub.families.base import drop_path_places, has_residual
 from models.weights import head_tensors
 
 
 def make_drop_path_uniform(model: nn.Module, rate: float) -> None:
     """Give every residual branch the same stochastic-depth rate; timm ramps it up from 0 in the first block."""
     for parent, name, _ in drop_path_places(model):
-        setattr(parent, name, DropPath(rate).train(parent.training))
+        if has_residual(parent):
+            setattr(parent, name, DropPath(rate).train(parent.training))
 
 
 def restart(model: nn.Module, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 LOGGER = logging.getLogger("models")
-LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names an adapter's tensors
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names those of an adapter
 Weights = dict[str, Tensor]
 
 MOST_MISSING = 0.1  # share of a model's tensors beside its head that a checkpoint of its architecture may lack
@@ -165,9 +165,18 @@ def _in_timms_layout(weights: Weights, model: nn.Module, antialias: bool, source
 
 
 def without_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the plain model, of one with adapters; any other as it is."""
+    """The state dict of the plain model, of one with adapters whose scale is 1; any other as it is.
+
+    Raises:
+        ValueError: an adapter of another kind than those of `models.lora`.
+    """
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
-    for name in weights:
+    for name in weights.keys() - plain.keys():
+        if ".lora_" in name and (not name.endswith((LORA_A, LORA_B)) or weights[name].ndim != 2):
+            raise ValueError(
+                f"{name} {tuple(weights[name].shape)}: only LoRA of linear layers, named 'default', can be merged; "
+                "merge others where they were made, by peft's merge_and_unload"
+            )
         if name.endswith(LORA_A):
             layer = name.removesuffix(LORA_A)
             plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + weights[layer + LORA_B] @ weights[name]

@@ -7,16 +7,15 @@ import torch
 from timm.models.efficientvit_msra import ResidualDrop
 from torch import Tensor, nn
 
-import augsub
 
-
-def skipped_and_computed(model: nn.Module, images: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def skipped_and_computed(model: nn.Module, images: Tensor, rate: float, *beside: object) -> tuple[Tensor, Tensor]:
     """What a patched model returns with skipped paths, and what with the same ones dropped after they are computed.
 
     Args:
         model: in evaluation mode; BatchNorm sees other images otherwise.
         images: (B, C, H, W).
         rate: of every branch; 1 / B or more.
+        *beside: further augmentations, which draw the same in both.
     """
     draws: list[Tensor] = []
     batch, randperm = len(images), torch.randperm
@@ -27,7 +26,8 @@ def skipped_and_computed(model: nn.Module, images: Tensor, rate: float) -> tuple
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", draw)
-        skipped = model(images, augsub=augsub.build("drop_path", ratio=rate, mode="skip"))
+        torch.manual_seed(0)
+        skipped = model(images, augsub=[*beside, {"name": "drop_path", "ratio": rate, "mode": "skip"}])
     assert draws
 
     def drop(module: nn.Module, args: object, branch: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ def skipped_and_computed(model: nn.Module, images: Tensor, rate: float) -> tuple
     drop_paths = model._augsub.sites["drop_path"].modules
     ends = [module.m if isinstance(module, ResidualDrop) else module for module in drop_paths]
     hooks = [end.register_forward_hook(drop) for end in ends]
-    computed = model(images)
+    torch.manual_seed(0)
+    computed = model(images, augsub=[*beside]) if beside else model(images)
     for hook in hooks:
         hook.remove()
     assert not draws

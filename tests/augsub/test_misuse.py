@@ -98,6 +98,7 @@ def test_a_model_that_was_not_patched(wrap, one_process, make_model, images, lab
     ("wrap", "message"),
     [
         *((wrap, WRAPPER) for wrap in (DistributedDataParallel, nn.DataParallel, torch.compile, Module, fsdp1, lora)),
+        (lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))), WRAPPER),
         (lambda model: lora(model).base_model, WRAPPER),
         (in_transformers, "ViTForImageClassification has a head around its model: patch its base_model"),
         (augsub.patch, "VisionTransformer is patched already; augsub.unpatch undoes it"),
@@ -149,6 +150,37 @@ def test_fsdp2_reduces_in_the_callers_backward_or_not(one_process, make_model, i
 def test_misuse_is_refused(use, error, message, one_process, make_model, images, labels):
     with pytest.raises(error, match=message):
         use(augsub.patch(make_model("vit")), images, labels)
+
+
+class Head(nn.Module):
+    """A model that does not pass on what it is called with beside the images."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor, **kwargs: object) -> Tensor:
+        return self.backbone(images)
+
+
+@pytest.mark.parametrize("objective", [masksub(), augsub.CoSubObjective(nn.CrossEntropyLoss(), [HALF] * 2)])
+def test_a_sub_model_that_is_none_is_noticed(objective, make_model, images, labels):
+    model = Head(augsub.patch(make_model("vit")))
+    objective.prepare(model)
+    with pytest.raises(ValueError, match="Head keeps augsub=… from the PatchedVisionTransformer inside of it"):
+        objective(model, images, labels)
+    model.forward = lambda images, **kwargs: model.backbone(images, **kwargs)
+    assert torch.isfinite(objective(model, images, labels).loss)
+
+
+def test_a_forward_inside_of_a_sub_forward_is_refused(make_model, images):
+    model = augsub.patch(make_model("vit")).eval()
+    expected = model(images)
+    handle = model.blocks[0].register_forward_pre_hook(lambda *_: (model(images), None)[1])
+    with pytest.raises(ValueError, match="VisionTransformer was called inside of its own sub-forward"):
+        model(images, augsub="masking")
+    handle.remove()
+    assert torch.equal(model(images), expected)
 
 
 def test_a_distilled_model_must_return_one_output(make_model, images, labels):

@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 import augsub
+from tests.conftest import tiny_vit
 
 
 def rates_during(model, images, module_class, attribute, **sub_model):
@@ -69,6 +70,24 @@ def test_drop_path_drops_that_share_of_paths(make_model):
     model(images)
     assert unchanged[0] == pytest.approx(0.25, abs=0.09)  # both branches: 0.5 ** 2, three standard errors
     assert unchanged[1] == 0
+
+
+def test_evaluation_mode_holds_after_a_backward_that_failed(images, labels):
+    """What the sub-model's backward had set must not come back over it."""
+    model = augsub.patch(tiny_vit(drop_path_rate=0.5)).train()
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    out = model(images, augsub="drop_path", augsub_ratio=0.3)
+
+    def fail(gradient):
+        raise RuntimeError("out of memory")
+
+    model.patch_embed.proj.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        nn.functional.cross_entropy(out, labels).backward()
+    model.eval()
+    assert torch.equal(model(images), model(images))
+    assert not any(module.training for module in model.modules())
+    assert [module.drop_prob for module in model.modules() if isinstance(module, DropPath)] == rates
 
 
 @pytest.mark.parametrize("name", ["mobilevitv2_050", "ese_vovnet39b", "xception41", "hgnetv2_b0"])

@@ -94,6 +94,10 @@ def test_three_sub_models_teach_each_other_alike(model, images, labels, name):
             lambda: augsub.CoSubObjective(CRITERIA["softmax"], PATHS[:1]),
             "CoSubObjective needs two sub-models or more, not 1",
         ),
+        (
+            lambda: augsub.CoSubObjective(CRITERIA["softmax"], [*PATHS, augsub.SubModel("drop_path", 0.1, weight=0)]),
+            "must not have a weight, share or lesson of its own",
+        ),
         (lambda: augsub.RDropObjective(CRITERIA["softmax"], PATHS, alpha=-1), "alpha = -1, allowed is a finite number"),
         (lambda: augsub.CoSubObjective(lambda *_: 0, PATHS), "targets"),
         *(
@@ -103,13 +107,29 @@ def test_three_sub_models_teach_each_other_alike(model, images, labels, name):
                 ),
                 "must not have a weight, share or lesson of its own",
             )
-            for own in ({"weight": 0.3}, {"share": 0.5}, {"learn_from": "labels"})
+            for own in (
+                {"weight": 0.3},
+                {"weight": augsub.Ramp(0.1, 0.5, 20)},
+                {"share": 0.5},
+                {"learn_from": "labels"},
+            )
         ),
     ],
 )
 def test_bad_arguments_are_named(make, error):
     with pytest.raises(ValueError, match=error):
         make()
+
+
+@pytest.mark.parametrize("objective", [augsub.CoSubObjective, augsub.RDropObjective])
+def test_the_first_batch_is_looked_at(model, images, labels, objective):
+    def total(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    with pytest.raises(ValueError, match="adds up over the images, of which sub-models learn by the mean"):
+        objective(total, PATHS, targets="softmax")(model, images, labels)
+    with pytest.raises(ValueError, match="must be distributions, row 0 has the sum 10"):
+        objective(nn.CrossEntropyLoss(), PATHS)(model, images, torch.ones(len(images), 10))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 import augsub
@@ -49,6 +50,15 @@ def test_sums_and_gradients_are_those_of_computed_and_dropped_paths(any_model, i
     assert found.keys() - {"mask_token"} == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).norm() <= 1e-6 * max(1, expected[name].norm()), name
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_attn_inner": True, "use_post_norm": True}, {"rope_type": "mixed"}])
+def test_rotary_positions_of_masked_images_are_those_of_the_kept_ones(images, options):
+    eva = Eva(**VIT, use_rot_pos_emb=True, dynamic_img_size=False, **options)
+    skipped, computed = skipped_and_computed(
+        augsub.patch(alive(eva)).eval(), images, 0.5, {"name": "masking", "ratio": 0.5}
+    )
+    torch.testing.assert_close(skipped, computed, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 3])

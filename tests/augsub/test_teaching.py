@@ -31,6 +31,17 @@ class Around(nn.Module):
         return self.criterion(logits, targets)
 
 
+class BatchMean(nn.CrossEntropyLoss):
+    """A mean over images that calls itself one over the batch, as nn.KLDivLoss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = "batchmean"
+
+    def forward(self, logits, targets):
+        return F.cross_entropy(logits, targets)
+
+
 BCE_SUM = partial(F.binary_cross_entropy_with_logits, reduction="sum")
 KNOWN = {
     "softmax": [
@@ -98,6 +109,7 @@ def test_the_loss_is_least_where_the_sub_model_predicts_what_its_teacher_does(cr
     [
         (nn.CrossEntropyLoss(), torch.softmax),
         (nn.CrossEntropyLoss(reduction="sum"), torch.softmax),
+        (BatchMean(), torch.softmax),
         (nn.BCEWithLogitsLoss(), torch.sigmoid),
         (BCE_SUM, torch.sigmoid),
         (timm.loss.BinaryCrossEntropy(smoothing=0.0), torch.sigmoid),

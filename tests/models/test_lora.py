@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 import augsub
 from models.lora import add_lora
@@ -47,6 +48,22 @@ def test_adapters_and_head_learn_and_merge_into_the_plain_model():
 def test_a_state_dict_without_adapters_stays_as_it_is():
     state = small().state_dict()
     assert without_lora(state).keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"use_dora": True}, "default"),
+        ({"lora_bias": True}, "default"),
+        ({}, "style"),
+        ({"target_modules": ["patch_embed.proj"]}, "default"),
+    ],
+)
+def test_adapters_of_another_kind_are_refused(settings, name):
+    model = small()
+    inject_adapter_in_model(LoraConfig(r=2, **{"target_modules": ["qkv"], **settings}), model, adapter_name=name)
+    with pytest.raises(ValueError, match=r"\.lora_\w+.+: only LoRA of linear layers, named 'default', can be merged"):
+        load_weights(small(), model.state_dict(), "adapted")
 
 
 def test_targets_that_match_nothing_are_refused():

@@ -30,6 +30,17 @@ def test_uniform_drop_path_reaches_every_block(name):
     assert len(found) > sum(isinstance(module, DropPath) for module in ramped.modules())  # there the first is missing
 
 
+def test_uniform_drop_path_erases_no_image():
+    """Some of its blocks have no residual connection: there a dropped branch is all that there is."""
+    model = timm.create_model("mobilevit_xxs", num_classes=5)
+    make_drop_path_uniform(model, 0.9)
+    erased = []
+    model.stages[-1].register_forward_hook(lambda _, args, output: erased.append(not output.flatten(1).any(1).all()))
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 64, 64))
+    assert erased == [False]
+
+
 def test_parts_start_anew():
     model = timm.create_model("test_vit", num_classes=1000)
     with torch.no_grad():
