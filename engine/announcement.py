@@ -62,9 +62,9 @@ def log_data(config: Config, source: DataSource) -> None:
 
 
 def log_left_out(source: DataSource) -> None:
-    """Say which files of the data are no images."""
+    """Say what of the data is no image, or in no split."""
     for split, files in source.left_out.items():
-        LOGGER.info("left out, no images: %s (%s)", files, split)
+        LOGGER.info("left out: %s (%s)", files, split)
 
 
 def log_warnings(config: Config, trainer: Trainer) -> None:

@@ -34,15 +34,28 @@ def build_criterion(config: LossConfig, soft_labels: bool, weights: Tensor | Non
     Args:
         config: what it is.
         soft_labels: whether Mixup gives (B, K) targets, already smoothed.
-        weights: of the classes, (K,); None: all 1. Cross-entropy of labels is their weighted mean, as torch has it.
+        weights: of the classes, (K,); None: all 1.
     """
     if config.name == "bce":
         return BinaryCrossEntropy(config.smoothing, config.target_threshold, weight=weights)
     if weights is not None:
-        return nn.CrossEntropyLoss(weights, label_smoothing=0.0 if soft_labels else config.smoothing)
+        return WeightedCrossEntropy(weights, label_smoothing=0.0 if soft_labels else config.smoothing)
     if soft_labels:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+
+
+class WeightedCrossEntropy(nn.CrossEntropyLoss):
+    """Each image counts by the weight of its class, in parts of the number of images.
+
+    torch's own mean divides by the weights of the images at hand: the fewer they are at once, the less weights do.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(
+            logits, targets, self.weight, reduction="none", label_smoothing=self.label_smoothing
+        )
+        return losses.mean()
 
 
 def class_weights(config: LossConfig, source: DataSource) -> Tensor | None:

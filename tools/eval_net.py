@@ -79,6 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
         log_to_terminal()
     probes = chosen_probes(arguments.features)
     overrides = [*VARIANT_SETTINGS.get(arguments.variant, ()), *arguments.overrides]
+    given = {override.partition("=")[0] for override in overrides}
+    if "data.eval_split" in given and "data.validation_share" not in given:
+        overrides.append("data.validation_share=0")  # which a run was trained with, and which would hide the split
     config, checkpoint = find_target(arguments.what, arguments.model, overrides)
     config = complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios

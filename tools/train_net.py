@@ -81,6 +81,8 @@ def _meant(arguments: argparse.Namespace) -> tuple[Path | str, list[str]]:
         raise InputError(
             "--config NAME is missing: a file in configs/, or any YAML file; or --resume RUN, a run's folder"
         )
+    if elsewhere := [key for key in arguments.overrides if key.startswith("output_dir=")]:
+        raise InputError(f"--resume {arguments.resume} {elsewhere[0]}: a run goes on in its own folder; copy it first")
     folder = RunFolder(expanded(arguments.resume))
     if not folder.config.exists():
         raise InputError(f"--resume {arguments.resume}: is not the folder of a run, it has no {folder.config.name}")

@@ -101,19 +101,24 @@ class ImageFiles:
         return self.samples[index][0].removeprefix(self.root)
 
     def files_of(self, split: str) -> ImageFiles:
-        """The images in a table's rows of a split, under any of its names.
+        """The images in a table's rows of a split, under the first of its names that a row has.
+
+        Rows of a split of a name that nobody looks for count as left out.
 
         Raises:
             InputError: there is none.
         """
         names = split_names(split)
-        own = [sample for sample, of_row in zip(self.samples, self.splits, strict=True) if of_row in names]
-        if not own:
+        found = next((name for name in names if name in self.splits), None)
+        own = [sample for sample, of_row in zip(self.samples, self.splits, strict=True) if of_row == found]
+        if found is None:
             there = ", ".join(sorted({str(name) for name in self.splits if name is not None})) or "no column tells it"
             raise InputError(
                 f"data.table = {self.table}: no row of the split {split} ({', '.join(names)}), but {there}"
             )
-        return ImageFiles(self.root, own, self.class_to_idx)
+        usual = {name for names in SPLIT_NAMES for name in names}
+        left_out = Counter(f"rows of the split {name}" for name in self.splits if found in usual and name not in usual)
+        return ImageFiles(self.root, own, self.class_to_idx, left_out)
 
 
 def image_folder(root: Path, names: Sequence[str] = (), leaves_out_others: bool = False) -> ImageFiles:
@@ -191,20 +196,21 @@ def parquet() -> Any:
 
 
 def image_table(
-    file: Path, root: Path, path: str, labels: str | tuple[str, ...], split: str, separator: str
+    file: Path, root: Path, path: str, labels: str | tuple[str, ...], split: str, needs_split: bool, separator: str
 ) -> ImageFiles:
     """The images in all rows of a table, checked as a whole.
 
     Args:
         root: to which paths are relative.
         path, labels, split: the names of columns; of several ones for the labels each is a class, with 0 or 1.
+        needs_split: whether that column must be there.
         separator: between the labels of an image in one column.
 
     Raises:
         InputError: a column or a file is missing, a path comes twice, or a column of a class holds something else.
     """
     one_column = isinstance(labels, str)
-    rows = read_table(file, [path, *([labels] if one_column else labels)])
+    rows = read_table(file, [path, *([labels] if one_column else labels), *([split] if needs_split else ())])
     if not rows:
         raise InputError(f"{file}: holds no row")
     paths = [os.path.join(root, str(row[path])) for row in rows]
@@ -212,8 +218,7 @@ def image_table(
     _refuse(file, "images come twice", twice)
     _refuse(file, "files are missing", [name for name in paths if not os.path.isfile(name)])
     if one_column:
-        words = [[word.strip() for word in str(row[labels] or "").split(separator)] for row in rows]
-        of_images = [[word for word in dict.fromkeys(own) if word] for own in words]
+        of_images = [_labels_in(row[labels], separator) for row in rows]
         classes = sorted({word for own in of_images for word in own}, key=natural_order)
     else:
         wrong = [
@@ -223,7 +228,14 @@ def image_table(
         of_images, classes = [[name for name in labels if FLAGS[str(row[name])]] for row in rows], [*labels]
     number = {name: place for place, name in enumerate(classes)}
     samples = [(name, tuple(number[word] for word in own)) for name, own in zip(paths, of_images, strict=True)]
-    return ImageFiles(str(root), samples, number, table=file, splits=[row.get(split) for row in rows])
+    splits = [None if row.get(split) is None else str(row[split]).strip() for row in rows]
+    return ImageFiles(str(root), samples, number, table=file, splits=splits)
+
+
+def _labels_in(cell: Any, separator: str) -> list[str]:
+    """The labels in a cell of a table, each once: a list's, a text's, or a number; none in an empty one."""
+    parts = cell if isinstance(cell, list) else [] if cell is None else str(cell).split(separator)
+    return [label for label in dict.fromkeys(str(part).strip() for part in parts) if label]
 
 
 def _refuse(file: Path, problem: str, found: Sequence[str]) -> None:

@@ -80,6 +80,8 @@ def decode(
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     image.load()
+    if image.mode == "F" and 0 < image.getextrema()[1] <= 1:
+        raise ValueError("has float pixels between 0 and 1, which Pillow takes for black: save it with 8 or 16 bits")
     image.info.pop("transparency", None)  # changes no pixel, but Pillow would warn that it is lost
     image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(mode_of(data))
     image.info[Needed.BOX] = asked.box

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,8 +115,7 @@ class Copies:
             return Path(place)
         self.folder.mkdir(parents=True, exist_ok=True)
         copy = self.folder / hashlib.sha256(place.encode()).hexdigest()[:24]
-        with open(copy.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; if it dies, the next one
+        with alone(copy):
             if copy.exists():
                 os.utime(copy)
                 return copy
@@ -124,6 +124,14 @@ class Copies:
             for old in sorted(copies, key=lambda path: path.stat().st_mtime)[: -self.most]:
                 old.unlink(missing_ok=True)  # who has it open can read it on
         return copy
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """One process at a time makes a file; if it dies, the next one."""
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fetch(place: str, target: Path, patience: float, attempts: int = ATTEMPTS) -> None:

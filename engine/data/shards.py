@@ -29,7 +29,7 @@ from engine import atomic
 from engine.config import DataConfig
 from engine.data.files import is_image, parquet
 from engine.data.images import UnreadableImage
-from engine.data.remote import PIPE, Copies, cache_folder, fetch, is_remote, split_places
+from engine.data.remote import PIPE, Copies, alone, cache_folder, fetch, is_remote, split_places
 from engine.data.stream import STREAMS
 from engine.errors import InputError, first_line, input_errors
 from engine.text import to_json
@@ -278,8 +278,13 @@ def index_of(places: Sequence[str], copies: Copies, needs_labels: bool) -> Index
         return Index({place: beside.shards[os.path.basename(place)] for place in places}, beside.classes)
     state = [needs_labels, *((place, None if is_remote(place) else _state(place)) for place in places)]
     kept = cache_folder() / "indices" / f"{hashlib.sha256(to_json(state).encode()).hexdigest()[:24]}.npz"
-    if kept.exists():
-        return Index.load(kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with alone(kept):
+        return Index.load(kept) if kept.exists() else _scanned(places, copies, needs_labels, kept)
+
+
+def _scanned(places: Sequence[str], copies: Copies, needs_labels: bool, kept: Path) -> Index:
+    """A new index of the shards, which is kept if none of them is missing for now."""
     found: dict[str, Shard] = {}
     for place in tqdm(places, desc="counting the samples of shards", unit="shard", disable=None, leave=False):
         try:

@@ -323,7 +323,9 @@ def open_table(data: DataConfig) -> ImageFiles:
     file, columns = Path(data.table), {"path": "path", "labels": "labels", "split": "split", **data.columns}
     root = file.parent if data.root is None else root_of(data)
     labels = columns["labels"] if isinstance(columns["labels"], str) else tuple(columns["labels"])
-    return image_table(file, root, columns["path"], labels, columns["split"], data.label_separator)
+    return image_table(
+        file, root, columns["path"], labels, columns["split"], "split" in data.columns, data.label_separator
+    )
 
 
 def _open_timms(data: DataConfig, split: str) -> Any:

@@ -37,12 +37,19 @@ class LearningRateSchedule(HookBase):
     def before_step(self) -> None:
         step = int(self.trainer.epoch) if self.per_epoch else self.trainer.iteration
         for group in self.trainer.optimizer.param_groups:
-            group["lr"] = self.factor * self.schedule(step) * group["lr_scale"]
+            rate = self.schedule(step)
+            group["lr"] = max(self.factor * rate, min(rate, self.schedule.floor)) * group["lr_scale"]
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the learning rate of the next step is still on its way up."""
+        step = int(self.trainer.epoch) if self.per_epoch else self.trainer.iteration
+        return step - self.schedule.lag < self.schedule.warmup
 
 
 @dataclass
 class Plateau(HookBase):
-    """Lowers the learning rate where evaluations find nothing better: after `patience` of them, and so on.
+    """Lowers the learning rate where evaluations find nothing better: after `patience` of them, and so on, to `min_lr`.
 
     As a hook it comes after the evaluation.
     """
@@ -56,7 +63,8 @@ class Plateau(HookBase):
     def after_step(self) -> None:
         evaluation, iteration = self.evaluation, self.trainer.iteration
         waited = evaluation.without_better
-        if iteration % evaluation.period == 0 and waited and waited % self.patience == 0:
+        is_due = iteration % evaluation.period == 0 and not self.learning_rate.warms_up
+        if is_due and waited and waited % self.patience == 0:
             self.learning_rate.factor *= self.decay_rate
 
     def state_dict(self) -> dict[str, Any]:

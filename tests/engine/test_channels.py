@@ -64,6 +64,15 @@ def test_a_tiff_file_has_its_values_whatever_its_layout(tmp_path, dtype, layout)
     np.testing.assert_allclose(found.numpy(), expected.transpose(2, 0, 1) / most, atol=1e-7)
 
 
+def test_floats_between_0_and_1_are_no_photograph_instead_of_a_black_one(tmp_path):
+    values = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    for most in (1, 200):
+        Image.fromarray(values * most, "F").save(tmp_path / f"{most}.tif")
+    with pytest.raises(ValueError, match="has float pixels between 0 and 1, which Pillow takes for black"):
+        decode((tmp_path / "1.tif").open("rb"))
+    assert np.abs(np.asarray(decode((tmp_path / "200.tif").open("rb")))[..., 0] - values * 200).max() < 1
+
+
 def test_transparency_is_a_fourth_channel(tmp_path):
     expected = pixels(4)
     Image.fromarray(expected, "RGBA").save(tmp_path / "image.png")

@@ -244,6 +244,23 @@ def test_on_a_plateau_the_learning_rate_falls_again_and_again():
     assert other.learning_rate.factor == learning_rate.factor == 0.125
 
 
+def test_a_plateau_ends_at_the_lowest_rate_and_begins_after_the_warmup():
+    schedule = Schedule(1.0, 0.0, 0.2, total=12, warmup=4, cooldown=2, config=ScheduleConfig(name="plateau"))
+    evaluation = judged([50.0] * 7)
+    learning_rate = LearningRateSchedule(schedule, per_epoch=False)
+    rates: list[float] = []
+
+    class Watch(HookBase):
+        def after_step(self):
+            rates.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+    loop = Loop([0.0] * 12)
+    loop.optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "lr_scale": 1.0}])
+    train(loop, learning_rate, evaluation, Plateau(learning_rate, evaluation, patience=1, decay_rate=0.5), Watch())
+    assert rates[:4] == [0.0, 0.25, 0.5, 0.75]
+    assert rates[4:] == [0.5, 0.5, 0.25, 0.25, 0.2, 0.2, 0.2, 0.2]
+
+
 def test_a_resumed_report_counts_on_and_keeps_where_the_run_started(tmp_path):
     report = Report(
         Config(), RunFolder(tmp_path), Evaluation(period=1, metric="top1"), SubModelPictures(Config(), None)

@@ -47,6 +47,19 @@ def test_mixup_gives_soft_labels_that_its_loss_takes():
     torch.testing.assert_close(losses["bce"], nn.functional.binary_cross_entropy_with_logits(logits, targets))
 
 
+def test_weights_of_classes_count_alike_however_many_images_are_at_once():
+    weights, logits = torch.tensor([1.0, 9.0, 0.5]), torch.randn(8, 3)
+    labels = torch.tensor([0, 0, 1, 0, 0, 2, 0, 0])
+    for soft in (False, True):
+        criterion = build_criterion(LossConfig(smoothing=0.1), soft, weights)
+        targets = nn.functional.one_hot(labels, 3).float() if soft else labels
+        whole = criterion(logits, targets)
+        parts = [criterion(*part) for part in zip(logits.split(2), targets.split(2), strict=True)]
+        torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    expected = (weights[labels] * nn.functional.cross_entropy(logits, labels, reduction="none")).mean()
+    torch.testing.assert_close(build_criterion(LossConfig(), False, weights)(logits, labels), expected)
+
+
 def source(*counts: int) -> DataSource:
     """So many images of each of the classes cat, dog, fox, in the order of the classes."""
     labels = torch.arange(3).repeat_interleave(torch.tensor(counts))

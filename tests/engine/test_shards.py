@@ -23,6 +23,7 @@ from pyarrow import parquet
 
 from engine.config import DataConfig
 from engine.data import remote
+from engine.data import shards as data_shards
 from engine.data.images import decode
 from engine.data.loaders import DataLoaders
 from engine.data.shards import INDEX, Index, scan
@@ -86,13 +87,24 @@ def test_shards_made_by_others_are_counted_once(shards, folder_config, own_cache
     config = folder_config(shards, dataset="wds")
     source = build_source(config)
     assert source.class_names == ("0", "1", "2") and len(source.train) == 24
-    kept = sorted((own_cache / "indices").iterdir())
+    kept = sorted((own_cache / "indices").glob("*.npz"))
     assert len(kept) == 2  # of both splits
     monkeypatch.setattr("engine.data.shards.scan", None)  # would fail
     assert items_of(build_source(config).train) == items_of(source.train)
     os.utime(shards / "train-00000.tar", (1, 1))  # another file
     with pytest.raises(TypeError):
         build_source(config)
+
+
+def test_processes_that_start_at_once_count_once(shards, folder_config, monkeypatch):
+    """Here threads, each with a lock of its own, as processes have."""
+    (shards / INDEX).unlink()
+    config, counted, scan = folder_config(shards, dataset="wds"), [], data_shards.scan
+    monkeypatch.setattr(data_shards, "scan", lambda *arguments: (counted.append(arguments[1]), scan(*arguments))[1])
+    with ThreadPoolExecutor(6) as pool:
+        sources = [*pool.map(lambda _: build_source(config), range(6))]
+    assert len(counted) == len({*counted}) == len([*shards.glob("*.tar")])
+    assert all(items_of(source.train) == items_of(sources[0].train) for source in sources)
 
 
 def test_threads_read_what_one_does(shards, folder_config, monkeypatch):

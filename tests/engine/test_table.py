@@ -94,6 +94,33 @@ def test_images_of_one_label_are_chosen_by_class(table, opened, image_folder):
     }
 
 
+def test_labels_are_numbers_and_lists_too(table, opened):
+    paths = [(path, split) for path, _, split in ROWS]
+    numbers = table([(path, n % 3, split) for n, (path, split) in enumerate(paths)], name="numbers.parquet")
+    source = opened(numbers)
+    assert source.class_names == ("0", "1", "2")
+    assert source.train.labels.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    lists = table([(path, ["wild", "red"][: n % 3], split) for n, (path, split) in enumerate(paths)], name="l.parquet")
+    source = opened(lists)
+    assert source.class_names == ("red", "wild")
+    assert source.train.labels.tolist() == [[0, 0], [0, 1], [1, 1], [0, 0]]
+
+
+def test_a_split_has_one_name_and_what_has_none_is_told(table, opened, caplog):
+    rows = [
+        *ROWS,
+        ("val/dog/0.jpg", "pet", "test"),
+        ("val/dog/1.jpg", "pet", "vall"),
+        ("val/cat/1.jpg", "pet", "Train"),
+    ]
+    source = opened(table([(path, labels, f" {split} ") for path, labels, split in rows]))
+    assert (len(source.train), len(source.held_out)) == (4, 2)  # the rows of the split test are no part of val
+    assert source.left_out["held-out"] == "1 rows of the split vall, 1 rows of the split Train"
+    assert len(opened(table(rows), eval_split="test").held_out) == 1
+    with pytest.raises(InputError, match="has no column fold, but path, labels, split"):
+        opened(table(rows), columns={"split": "fold"}, validation_share=0.5)
+
+
 def test_a_share_of_the_rows_is_held_out_where_no_column_says_so(table, opened):
     source = opened(table([row[:2] for row in ROWS], ("path", "labels")), validation_share=0.3)
     assert (len(source.train), len(source.held_out)) == (4, 2)

@@ -137,6 +137,7 @@ def test_what_is_there_is_not_overwritten_and_not_mistaken(train_net, tmp_path):
     for command, message in {
         (*run,): "holds a run already: continue it with --resume",
         (*run, "--resume", "model.kwargs.depth=3"): "--resume: model.kwargs = {",
+        ("--resume", tmp_path / "run", "output_dir=x"): "run output_dir=x: a run goes on in its own folder",
         ("--config", "digits_resnet", f"model.checkpoint={last}", f"output_dir={tmp_path}/other"):
             "is of another model: it fills 0 of",
     }.items():  # fmt: skip

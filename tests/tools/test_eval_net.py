@@ -224,6 +224,20 @@ def test_features_of_training_photographs_are_those_of_an_evaluation(evaluate, i
     shutil.rmtree(images / "train")
 
 
+def test_a_split_that_is_asked_for_is_evaluated_after_training_with_a_share(
+    evaluate, train_net, image_folder, tmp_path
+):
+    data = ("data.dataset=folder", f"data.root={image_folder}", "data.validation_share=0.5", "data.workers=0")
+    run = ("--config", DIGITS, *data, "model.kwargs.depth=1", "train.max_iters=1", "train.global_batch=4")
+    assert train_net(*run, f"output_dir={tmp_path}/run")[0] == 0
+    held_out = {}
+    for split in ("", "data.eval_split=val"):
+        evaluate(tmp_path / "run", *filter(None, [split]), "--output", tmp_path / f"found{split}")
+        held_out[split] = json.loads((tmp_path / f"found{split}" / "results.json").read_text())["results"][0]["images"]
+    found = [len([*(image_folder / split).rglob("*.jpg")]) for split in ("train", "val")]
+    assert [*held_out.values()] == [found[0] // 2, found[1]]
+
+
 def test_ratio_zero_is_the_main_model(evaluate, trained, tmp_path):
     evaluate(trained, "--ratios", "0.75,0", "--output", tmp_path / "first")
     first = results(tmp_path / "first")[0]
