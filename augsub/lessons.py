@@ -114,7 +114,11 @@ class MovingAverage(Teacher):
 
 @register_lesson("augmented_teacher")
 class AugmentedTeacher(Teacher):
-    """The prediction of another patched model that sees what the sub-model sees, with the same draws (MaskedKD)."""
+    """The prediction of another patched model that sees what the sub-model sees, with the same draws (MaskedKD).
+
+    They are the same parts of the image where both models divide it alike, and nothing draws before: a model with dropout
+    of its positions does.
+    """
 
     replays_draws = True
 

@@ -68,7 +68,7 @@ def test_what_is_left_out_is_said_of_every_run_and_evaluation(
         caplog.clear()
         code, _, error = tool(*words)
         assert code == 0, error
-        (line,) = [message for message in caplog.messages if message.startswith("left out, no images: ")]
+        (line,) = [message for message in caplog.messages if message.startswith("left out: ")]
         assert line.endswith(" (held-out)") and "1 .txt" in line and "1 hidden" in line
 
 
