@@ -116,8 +116,8 @@ class MovingAverage(Teacher):
 class AugmentedTeacher(Teacher):
     """The prediction of another patched model that sees what the sub-model sees, with the same draws (MaskedKD).
 
-    They are the same parts of the image where both models divide it alike, and nothing draws before: a model with dropout
-    of its positions does.
+    They are the same parts of the image where both models divide it alike and neither draws before, for dropout of its
+    positions for example.
     """
 
     replays_draws = True
