@@ -11,6 +11,7 @@ Nothing is installed: whatever `import` finds will do, wheels unpacked into a fo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 
 from engine import atomic
 from engine.command_line import as_path, main_of, tool_parser
-from engine.errors import InputError, RunError
+from engine.errors import InputError, RunError, input_errors
 from engine.text import text_table, to_json
 
 ROOT = Path(__file__).parents[1]
@@ -100,15 +101,25 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--device cuda: torch sees no such device; --device cpu runs the same scripts without one")
     about = {**machine(device == "cuda"), "date": time.strftime("%Y-%m-%d")}
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = earlier_parts(folder / RESULTS, about["device"])
     end, outcomes = time.monotonic() + WHOLE[device], []
     for name in arguments.only or parts:
-        outcomes.append(run_part(name, device, folder, end - time.monotonic()))
+        outcomes.append({**run_part(name, device, folder, end - time.monotonic()), "date": about["date"]})
         print(f"{name}: {outcomes[-1]['ended']}", flush=True)
-        atomic.write_text(folder / RESULTS, to_json({**about, "parts": outcomes}, indent=1))
+        now = {part["name"] for part in outcomes}
+        parts = [part for part in earlier if part["name"] not in now] + outcomes
+        atomic.write_text(folder / RESULTS, to_json({**about, "parts": parts}, indent=1))
     rows = [(part["name"], f"{part['ended']}, {part['seconds']:.0f} s: {part['found']}") for part in outcomes]
     print(f"\n{', '.join(f'{key} {value}' for key, value in about.items())}\n{text_table(rows)}")
     if undone := [part["name"] for part in outcomes if part["ended"] != "done"]:
         raise RunError(f"not done: {', '.join(undone)}; what they printed is in {folder}")
+
+
+def earlier_parts(file: Path, device: str) -> list[dict[str, Any]]:
+    """What a results file has of the same device."""
+    with input_errors(str(file)):
+        content = json.loads(file.read_text()) if file.exists() else {"parts": []}
+        return content["parts"] if content.get("device") == device else []
 
 
 def run_part(name: str, device: str, folder: Path, seconds_left: float) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     # here: these bring torch and timm, for which a typo need not wait
     from tools.preparing import open_splits, resized, write_folder, write_shards
 
-    classes, splits = open_splits(arguments.source, arguments.overrides)
+    classes, splits, others = open_splits(arguments.source, arguments.overrides)
     resizing = None
     if arguments.resize is not None:
         resizing = partial(resized, side=arguments.resize, quality=arguments.quality)
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         samples = arguments.samples_per_shard or DEFAULT_SAMPLES
         written = write_shards(splits, classes, arguments.target, samples, resizing, arguments.jobs)
-    print("\n".join([*written, f"in {arguments.target}"]))
+    print("\n".join([*written, *(f"left out: {other}" for other in others), f"in {arguments.target}"]))
 
 
 main = main_of(parse_arguments, run)

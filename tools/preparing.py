@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +52,32 @@ def resized(file: Path, side: int, quality: int) -> bytes:
     return content.getvalue()
 
 
-def open_splits(source: Path, overrides: Sequence[str]) -> tuple[list[str], dict[str, ImageFiles]]:
-    """Names of the classes, and the images of each split that there is.
+def open_splits(source: Path, overrides: Sequence[str]) -> tuple[list[str], dict[str, ImageFiles], list[str]]:
+    """Names of the classes, the images of each split that there is, and what else there is, in words.
 
     Raises:
         InputError: neither a folder of splits nor a table, or none of the splits.
     """
     splits: dict[str, ImageFiles] = {}
+    others: list[str] = []
     if source.is_dir():
         folders = {split: split_folder(source, split) for split in SPLITS}
         splits = {split: image_folder(folder) for split, folder in folders.items() if folder is not None}
+        there = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+        others = [f"{folder.name}/" for folder in there if folder not in folders.values()]
     elif source.is_file():
         data = parse_config("", str(source), [f"data.table={to_json(str(source))}", *overrides]).data
         table = open_table(data)
-        there = [split for split in SPLITS if not {*split_names(split)}.isdisjoint(table.splits)]
-        splits = {split: table.files_of(split) for split in there}
+        names = {split: next((name for name in split_names(split) if name in table.splits), None) for split in SPLITS}
+        splits = {split: table.files_of(split) for split, name in names.items() if name is not None}
+        rows = Counter(name for name in table.splits if name not in names.values())
+        others = [f"{number} rows of the split {name}" for name, number in rows.items()]
     if not splits:
         raise InputError(f"{source}: neither a folder with train/<class> or val/<class>, nor a table with a split")
     classes = {split: [*files.class_to_idx] for split, files in splits.items()}
     if len({*map(tuple, classes.values())}) > 1:
         raise InputError(f"{source}: the splits have different classes")
-    return next(iter(classes.values())), splits
+    return next(iter(classes.values())), splits, others
 
 
 def write_shards(
@@ -143,9 +150,12 @@ def write_folder(
         for number, (path, label) in enumerate(files.samples):
             if len(several(label)) != 1:
                 raise InputError(f"{path}: has {len(several(label))} labels: class folders need one, use shards")
-            folder = target / split / classes[several(label)[0]]
-            copy = folder / f"{Path(path).stem}.jpg"
-            work[folder / f"{copy.stem}-{number}.jpg" if copy in work else copy] = path
+            name, stem = classes[several(label)[0]], Path(path).stem
+            if name.startswith(".") or os.sep in name:
+                raise InputError(f"{path}: its class {name!r} is no name of a folder: use shards, or rename the class")
+            names = chain([stem], (f"{stem}-{place}" for place in count(number)))
+            folder = target / split / name
+            work[next(copy for one in names if (copy := folder / f"{one}.jpg") not in work)] = path
     with writing_errors(target):
         for folder in {path.parent for path in work}:
             folder.mkdir(parents=True, exist_ok=True)

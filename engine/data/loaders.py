@@ -87,7 +87,6 @@ class DataLoaders:
         self.iterations_per_epoch = images // train.global_batch
         self.max_iterations = min(train.epochs * self.iterations_per_epoch, train.max_iters or sys.maxsize)
         self.bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
-        self.bad_files.record(source.damaged)
         self.held_out = Batches(config, source, process, self.bad_files)
 
     def train_from(self, iteration: int) -> Generator[Batch]:
@@ -191,7 +190,7 @@ class Batches(Iterable[Batch]):
     """Images and labels on the device; each iteration over them has workers of its own.
 
     Args:
-        bad_files: where unreadable files are recorded, and refused if there are too many.
+        bad_files: where unreadable files and damaged shards are recorded, and refused if there are too many.
         order: of the training images; None: this process's share of the held-out ones, in which what is no image has
             the label IGNORED.
     """
@@ -204,6 +203,7 @@ class Batches(Iterable[Batch]):
         bad_files: BadFiles,
         order: TrainingOrder | None = None,
     ) -> None:
+        bad_files.record(source.damaged)
         self._bad_files, self._is_training = bad_files, order is not None
         if order is None:
             order = held_out_order(len(source.held_out), process.rank, process.world_size, config.evaluation.batch)

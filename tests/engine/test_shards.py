@@ -428,6 +428,24 @@ def test_parquet_without_names_or_with_wrong_columns(parquet_files, folder_confi
         opened()
 
 
+def test_no_image_is_lost_in_a_smaller_copy_and_none_lands_outside(image_folder, tmp_path, capsys):
+    cats, copy = image_folder / "train" / "cat", tmp_path / "small"
+    for name in ("0-8.jpg", "0.png", "0.webp"):  # beside 0.jpg, in the place of number 8 or after it
+        Image.open(cats / "1.jpg").save(cats / name)
+    (image_folder / "test" / "cat").mkdir(parents=True)
+    assert prepare_data.main([str(image_folder), str(copy), "--resize", "30", "--jobs", "1"]) == 0
+    assert "train: 27 images\nval: 9 images\nleft out: test/\n" in capsys.readouterr().out
+    assert len([*copy.rglob("*.jpg")]) == 36
+    (table := image_folder / "rows.csv").write_text(
+        "path,labels,split\ntrain/cat/0.jpg,../../out,train\ntrain/cat/1.jpg,in,train\nval/cat/0.jpg,in,vall\n"
+    )
+    assert prepare_data.main([str(table), str(tmp_path / "y"), "--resize", "30", "--jobs", "1"]) == 2
+    assert "0.jpg: its class '../../out' is no name of a folder" in capsys.readouterr().err
+    assert prepare_data.main([str(table), str(tmp_path / "z"), "--jobs", "1"]) == 0
+    assert "train: 2 images in 1 shards\nleft out: 1 rows of the split vall\n" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_prepared_data_are_always_the_same_and_smaller_where_asked(image_folder, shards, tmp_path, capsys):
     again = tmp_path / "again"
     assert prepare_data.main([str(image_folder), str(again), "--samples-per-shard", str(SAMPLES), "--jobs", "2"]) == 0

@@ -59,6 +59,13 @@ def test_no_part_begins_when_the_time_is_over(call, tmp_path, three_parts, monke
     assert (part["name"], part["ended"]) == ("well", "left out")
 
 
+def test_parts_that_are_run_later_stand_beside_the_earlier_ones(call, tmp_path, three_parts):
+    for names in (("wrong", "well"), ("well",)):
+        call(gpu, "--device", "cpu", "--output", tmp_path, "--only", *names)
+    parts = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert {part["name"]: part["ended"] for part in parts} == {"wrong": "failed", "well": "done"}
+
+
 def test_what_gpus_have_shown_is_counted_from_their_results(tmp_path):
     folder = tmp_path / "h100"
     folder.mkdir()

@@ -213,7 +213,11 @@ def test_images_in_shards_are_predicted_as_the_files_are(trained, tmp_path, caps
     for number in range(2):
         for place, file in enumerate(files[number::2]):
             assert of_shards[f"{tmp_path}/{number}.tar: image {place}"] == of_files[str(file)]
+    whole = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
+    assert predict.main([run, str(tmp_path / "cut.tar"), "--output", str(tmp_path / "of_cut.csv")]) == 2
+    assert "cut.tar cannot be read: the tar file ends early or is damaged after" in capsys.readouterr().err
     assert predict.main([run, str(tmp_path / "0.tar"), str(files[0])]) == 2
     assert "shards go by themselves" in capsys.readouterr().err
     assert predict.main([run, str(tmp_path / "none-*.tar")]) == 2

@@ -113,7 +113,7 @@ def _formats(
     folder: Path, shards: Path, pixels: int, batch: int, workers: int, rounds: int, device: torch.device
 ) -> list[Line]:
     """Class folders and shards of the same images, which the system's cache does not hold."""
-    classes, splits = open_splits(folder, ())
+    classes, splits, _ = open_splits(folder, ())
     write_shards(splits, classes, shards, SAMPLES, None, workers or 1)
     size, count = f"data.image_size={pixels}", len(splits["train"])
     own = {
