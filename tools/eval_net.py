@@ -86,9 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = complete(config)
     wanted = arguments.sub_model or arguments.augsub is not None or ratios
     augmentations = sub_models(config, arguments.augsub, ratios) if wanted else []
-    named = [
-        f"{key}={vars(arguments)[key]}" for key in ("variant", "augsub", "ratios", "features") if vars(arguments)[key]
-    ]
+    keys = ("variant", "clean", "model", "augsub", "ratios", "features")
+    named = [f"{key}={vars(arguments)[key]}" for key in keys if vars(arguments)[key]]
     named += [*(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
     output = arguments.output or folder_for(arguments.what, checkpoint, named)
     with (

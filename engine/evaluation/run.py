@@ -115,7 +115,7 @@ def folder_for(what: str, checkpoint: Path | None, asked: Sequence[str]) -> Path
     Args:
         asked: whatever a command asks for beside the plain evaluation.
     """
-    folder, name = Path("runs", "evaluation"), (what if checkpoint is None else str(checkpoint)).strip("./")
+    folder, name = Path("runs", "evaluation"), (what if checkpoint is None else str(checkpoint)).removeprefix("./")
     if checkpoint is not None and checkpoint.parent.name == CHECKPOINTS:
         folder, name = checkpoint.parent.parent / "evaluation", checkpoint.stem
     name = quote(os.fsencode("_".join([name, *sorted(asked)])), safe="=,+:[]{}")

@@ -416,7 +416,7 @@ def test_the_name_of_the_folder_tells_what_was_asked_for():
     assert folder_of("b=2", "a=1") == folder_of("a=1", "b=2")
     assert folder_of("data.root=/a/b").name == "best_data.root=%2Fa%2Fb"
     assert folder_for("a", None, []) == Path("runs/evaluation/a")
-    assert len({folder_for(name, Path(name), []) for name in ("a/model.pt", "b/model.pt")}) == 2
+    assert len({folder_for(name, Path(name), []) for name in ("a/model.pt", "b/model.pt", "../a/model.pt")}) == 3
     others = [f"data.root=/data/{'x' * 300}/{end}" for end in ("one", "two")]
     others += ["data.root=画", "data.root=图", "model.kwargs={a: 1}", "model.kwargs={a; 1}"]
     names = [folder_of(other).name for other in others]

@@ -181,7 +181,7 @@ def test_a_run_of_the_version_before_goes_on_to_the_same_end(train_net, tmp_path
     state = load(tmp_path / "run" / "checkpoints" / "last.pt")
     averages = {f"ema.{name}": tensor for name, tensor in state["hooks"]["ema"]["model"].items()}
     expected = load_file(BEFORE / "expected_weights.safetensors")
-    torch.testing.assert_close({**state["model"], **averages}, expected, rtol=1e-4, atol=1e-6)  # another machine's sums
+    torch.testing.assert_close({**state["model"], **averages}, expected, rtol=1e-4, atol=3e-6)  # another machine's sums
     lines, before = records(tmp_path / "run"), records(BEFORE, "expected_metrics.jsonl")
     assert [line["iteration"] for line in lines] == [line["iteration"] for line in before]
     for line, expected_line in zip(without_machine(lines), without_machine(before), strict=True):
