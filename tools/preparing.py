@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from engine import atomic
 from engine.config_file import parse_config
-from engine.data.files import ImageFiles, image_folder, split_folder, split_names
+from engine.data.files import ImageFiles, image_folder, split_folder
 from engine.data.images import decode, several
 from engine.data.shards import INDEX, LABEL, Index, Shard, scan
 from engine.data.source import open_table
@@ -68,7 +68,7 @@ def open_splits(source: Path, overrides: Sequence[str]) -> tuple[list[str], dict
     elif source.is_file():
         data = parse_config("", str(source), [f"data.table={to_json(str(source))}", *overrides]).data
         table = open_table(data)
-        names = {split: next((name for name in split_names(split) if name in table.splits), None) for split in SPLITS}
+        names = {split: table.name_of_split(split) for split in SPLITS}
         splits = {split: table.files_of(split) for split, name in names.items() if name is not None}
         rows = Counter(name for name in table.splits if name not in names.values())
         others = [f"{number} rows of the split {name}" for name, number in rows.items()]

@@ -100,6 +100,10 @@ class ImageFiles:
         """The path of an image from `root` on."""
         return self.samples[index][0].removeprefix(self.root)
 
+    def name_of_split(self, split: str) -> str | None:
+        """The first of a split's names that a row of the table has; None if none has one."""
+        return next((name for name in split_names(split) if name in self.splits), None)
+
     def files_of(self, split: str) -> ImageFiles:
         """The images in a table's rows of a split, under the first of its names that a row has.
 
@@ -108,8 +112,7 @@ class ImageFiles:
         Raises:
             InputError: there is none.
         """
-        names = split_names(split)
-        found = next((name for name in names if name in self.splits), None)
+        names, found = split_names(split), self.name_of_split(split)
         own = [sample for sample, of_row in zip(self.samples, self.splits, strict=True) if of_row == found]
         if found is None:
             there = ", ".join(sorted({str(name) for name in self.splits if name is not None})) or "no column tells it"
