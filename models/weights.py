@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 LOGGER = logging.getLogger("models")
-LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names those of an adapter
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names an adapter's tensors
 Weights = dict[str, Tensor]
 
 MOST_MISSING = 0.1  # share of a model's tensors beside its head that a checkpoint of its architecture may lack
@@ -171,8 +171,8 @@ def without_lora(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: an adapter of another kind than those of `models.lora`.
     """
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
-    for name in weights.keys() - plain.keys():
-        if ".lora_" in name and (not name.endswith((LORA_A, LORA_B)) or weights[name].ndim != 2):
+    for name in filter(lambda name: ".lora_" in name, weights):
+        if not name.endswith((LORA_A, LORA_B)) or weights[name].ndim != 2:
             raise ValueError(
                 f"{name} {tuple(weights[name].shape)}: only LoRA of linear layers, named 'default', can be merged; "
                 "merge others where they were made, by peft's merge_and_unload"

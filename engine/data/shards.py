@@ -278,6 +278,8 @@ def index_of(places: Sequence[str], copies: Copies, needs_labels: bool) -> Index
         return Index({place: beside.shards[os.path.basename(place)] for place in places}, beside.classes)
     state = [needs_labels, *((place, None if is_remote(place) else _state(place)) for place in places)]
     kept = cache_folder() / "indices" / f"{hashlib.sha256(to_json(state).encode()).hexdigest()[:24]}.npz"
+    if kept.exists():  # needs no lock, which a cache that others may only read would not allow
+        return Index.load(kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with alone(kept):
         return Index.load(kept) if kept.exists() else _scanned(places, copies, needs_labels, kept)
