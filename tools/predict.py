@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 tools/predict.py runs/mine 'shards/val-*.tar' --output out.csv
 
 A table, .csv or .parquet, names images in its column `path`, relative to its own folder; shards are tar files or URLs
-of such. What is in the output already is not predicted again; what was interrupted goes on. Probabilities are a
-softmax's, or of a run by binary cross-entropy a sigmoid's.
+of such. What is in the output already, by its path, is not predicted again; what was interrupted goes on. Probabilities
+are a softmax's, or of a run by binary cross-entropy a sigmoid's.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if launched_rank() == 0:
         log_to_terminal()
-    predictor = load_predictor(arguments.what, arguments.model, arguments.overrides)
+    predictor = load_predictor(arguments.what, arguments.model, arguments.overrides, arguments.flips)
     images = open_images(arguments.images, predictor.config.data.patience)
     paths = [images.name_of(number) for number in range(len(images))]
     predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)), paths, predictor.name)
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         worker_deaths(config.data.workers),
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
-        predict(predictor, images, predictions, process, arguments.flips)
+        predict(predictor, images, predictions, process)
         process.barrier()
         if process.is_main:
             print(predictions.finish())

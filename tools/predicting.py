@@ -6,8 +6,9 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from engine.config import UNTRANSFORMED, Config, image_channels
 from engine.data.files import ImageFiles, images_below, natural_order, parquet, read_table
 from engine.data.images import IGNORED, Images
 from engine.data.loaders import BadFiles, Batches
-from engine.data.remote import expand, is_remote
+from engine.data.remote import alone, expand, is_remote
 from engine.data.shards import Shards, shards_at
 from engine.data.source import DataSource
 from engine.data.transforms import build_transform
@@ -50,18 +51,37 @@ class Predictor:
     """A model, and how images become its input.
 
     Attributes:
-        name: of the model, with a checksum of its file if there is one.
+        source: the model's file, or its name in timm.
         model: gives logits (B, K).
         config: complete, of which data, transform, evaluation and train.amp matter.
         class_names: K names.
-        probabilities: of logits.
+        flips: whether predictions are means over each image and its mirror image.
     """
 
-    name: str
+    source: Path | str
     model: nn.Module
     config: Config
     class_names: Sequence[str]
-    probabilities: Callable[[Tensor], Tensor]
+    flips: bool
+
+    @cached_property
+    def name(self) -> str:
+        """The source with a checksum, CRC-32, of what predictions follow from: its content and how images are read."""
+        data = self.config.data
+        reading = [data.image_size, data.in_chans, data.draft_decoding, data.exif_orientation]
+        settings = [asdict(self.config.transform), reading, self.config.loss.name, self.flips]
+        checksum = zlib.crc32(to_json(settings).encode())
+        if isinstance(self.source, Path) and self.source.is_file():
+            with self.source.open("rb") as opened:
+                while block := opened.read(BLOCK):
+                    checksum = zlib.crc32(block, checksum)
+        return f"{self.source} {checksum:08x}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Probabilities (B, K) of images (B, C, H, W)."""
+        views = [images, images.flip(-1)] if self.flips else [images]
+        probabilities = torch.sigmoid if self.config.loss.name == "bce" else partial(torch.softmax, dim=1)
+        return torch.stack([probabilities(self.model(view).float()) for view in views]).mean(dim=0)
 
 
 class OnnxModel(nn.Module):
@@ -82,26 +102,27 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(self.session.run(None, {name: images.cpu().numpy()})[0])
 
 
-def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) -> Predictor:
+def load_predictor(what: str, model_name: str | None, overrides: Sequence[str], flips: bool = False) -> Predictor:
     """What a command line means.
 
     Args:
         what: a run's folder, a checkpoint, a file of weights or of ONNX, or the name of a timm model.
         model_name: the timm model of a file of weights that holds no configuration.
         overrides: `key=value` for the configuration.
+        flips: see Predictor.
 
     Raises:
         InputError: nothing of that name, weights of which the model is unknown, or a model of other than photographs.
     """
     if what.endswith(".onnx"):
-        return _of_onnx(Path(what), overrides)
+        return _of_onnx(Path(what), overrides, flips)
     config, file = find_target(what, model_name, overrides)
     config = complete(config)
     if config.data.dataset in UNTRANSFORMED:
         raise InputError(f"{what}: was trained on {config.data.dataset}, which are no files of images")
     if file is not None and model_name is None:
         exported = load_exported(file, overrides=overrides)
-        return Predictor(_named(file), exported.model, config, exported.state["class_names"], _probabilities(config))
+        return Predictor(file, exported.model, config, exported.state["class_names"], flips)
     content = None if file is None else load(file)
     with input_errors(what):
         model = create_model(
@@ -112,30 +133,10 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str]) 
         )
         if content is not None:
             load_weights(model, content, what, complete=True)
-    return Predictor(_named(file or config.model.name), model, config, _names_of(model), _probabilities(config))
+    return Predictor(file or config.model.name, model, config, _names_of(model), flips)
 
 
-def _named(model: Path | str) -> str:
-    """The name of a model; of a file with its checksum, CRC-32."""
-    if isinstance(model, str) or not model.is_file():
-        return str(model)
-    checksum = 0
-    with model.open("rb") as opened:
-        while block := opened.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return f"{model} {checksum:08x}"
-
-
-def _probabilities(config: Config) -> Callable[[Tensor], Tensor]:
-    return torch.sigmoid if config.loss.name == "bce" else softmax
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Over the classes."""
-    return logits.softmax(dim=1)
-
-
-def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
+def _of_onnx(file: Path, overrides: Sequence[str], flips: bool) -> Predictor:
     """A file that was exported here says what a checkpoint does; of others the shape of their input is known."""
     model = OnnxModel(file)
     said = json.loads(model.session.get_modelmeta().custom_metadata_map.get(EXPORTED, "{}"))
@@ -144,7 +145,7 @@ def _of_onnx(file: Path, overrides: Sequence[str]) -> Predictor:
     config = complete(saved_config(file, said.get("config", ""), [*own, *overrides]))
     classes = model.session.get_outputs()[0].shape[-1]
     names = said.get("class_names") or [str(number) for number in range(classes)]
-    return Predictor(_named(file), model, config, names, _probabilities(config))
+    return Predictor(file, model, config, names, flips)
 
 
 def _classes_of(content: Any, name: str) -> int | None:
@@ -211,22 +212,16 @@ class Predictions:
         model: that predicts them, by its name.
 
     Raises:
-        InputError: the file is there, and is none of such rows, or has some of another model.
+        InputError: the file is there, and is none of such rows, or has some of another model or of other settings.
     """
 
     def __init__(self, file: Path | None, top_k: int, paths: Sequence[str], model: str) -> None:
         self.top_k, self.paths, self.model, self._file = top_k, paths, model, file
+        self._hidden = "" if file is None else f".{file.name}"
         self._rows: dict[str, Row] = {}
-        if file is not None and file.exists():
-            self._rows = {row["path"]: row for row in read_table(file, ("path",))}
-        self._before = [*self._rows]
-        self._take_parts()
-        counts = {sum(name.startswith("class_") for name in row) for row in self._rows.values()}
-        if counts - {top_k}:
-            raise InputError(f"--output {file}: has {max(counts)} classes of each image, not {top_k}")
-        for other in (row["model"] for row in self._rows.values() if "model" in row):
-            if other.split()[-1] != model.split()[-1]:  # the checksum, wherever the file lies
-                raise InputError(f"--output {file}: has predictions of {other}, not of {model}: name another file")
+        if file is not None:
+            with writing_errors(file), alone(file):
+                self._take_what_is_there(file)
         self._already = len(self.paths) - len(self.missing())
 
     def missing(self) -> list[int]:
@@ -237,7 +232,7 @@ class Predictions:
         """Keep some more rows."""
         self._rows |= {row["path"]: row for row in rows}
         if self._file is not None:
-            part = self._part(f"{process.rank}-{os.getpid()}")
+            part = self._file.with_name(f"{self._hidden}.part-{process.rank}-{os.getpid()}.jsonl")
             with writing_errors(part), open(part, "a") as opened:
                 opened.writelines(f"{to_json(row)}\n" for row in rows)
 
@@ -250,10 +245,10 @@ class Predictions:
                 for row in found
             ]
             return tabulate(table, headers=["path", *range(1, self.top_k + 1)])
-        self._take_parts()
-        order = dict.fromkeys([*self._before, *self.paths, *self._rows])  # what other commands have put there stays
-        rows = [self._rows[path] for path in order if path in self._rows]
-        with writing_errors(self._file):
+        with writing_errors(self._file), alone(self._file):
+            there_first = self._take_what_is_there(self._file)  # by other commands too, since this one began
+            order = dict.fromkeys([*there_first, *self.paths, *self._rows])
+            rows = [self._rows[path] for path in order if path in self._rows]
             if self._file.suffix == ".parquet":
                 import pyarrow
 
@@ -263,8 +258,8 @@ class Predictions:
                 columns = rows[0] if rows else ["path"]
                 text = to_csv(rows, columns) if self._file.suffix == ".csv" else _as_lines(rows)
                 atomic.write_text(self._file, text)
-        for part in self._parts():
-            part.unlink()
+            for part in self._parts():
+                part.unlink()
         left = len(self.missing())
         there = "all" if self._already == len(self.paths) else self._already
         notes = [f"{there} of them were there"] * bool(self._already) + [f"{left} could not be read"] * bool(left)
@@ -274,19 +269,26 @@ class Predictions:
     def _ranks(row: Row) -> range:
         return range(1, 1 + sum(name.startswith("class_") for name in row))
 
-    def _take_parts(self) -> None:
-        """Read what processes have added, but for a line that one of them did not finish."""
+    def _take_what_is_there(self, file: Path) -> list[str]:
+        """Read the file, whose paths are returned, and what processes have added beside it: whole lines."""
+        rows = read_table(file, ("path",)) if file.exists() else []
+        there_first = [row["path"] for row in rows]
         for part in self._parts():
-            for line in part.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    row = json.loads(line)
-                    self._rows[row["path"]] = row
-
-    def _part(self, rank: str) -> Path:
-        return self._file.with_name(f".{self._file.name}.part-{rank}.jsonl")
+            rows += [json.loads(line) for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        counts = {len(self._ranks(row)) for row in rows}
+        if counts - {self.top_k}:
+            raise InputError(f"--output {file}: has {max(counts)} classes of each image, not {self.top_k}")
+        for other in (row["model"] for row in rows if "model" in row):
+            if other.split()[-1] != self.model.split()[-1]:  # the checksum, wherever the file lies
+                raise InputError(
+                    f"--output {file}: has predictions of {other}, not of {self.model}: the checksums differ with "
+                    "weights, image size, transform and --flips; name another file"
+                )
+        self._rows |= {row["path"]: row for row in rows}
+        return there_first
 
     def _parts(self) -> list[Path]:
-        return [] if self._file is None else sorted(self._file.parent.glob(self._part("*").name))
+        return sorted(path for path in self._file.parent.iterdir() if path.name.startswith(f"{self._hidden}.part-"))
 
 
 def _as_lines(rows: Sequence[Row]) -> str:
@@ -294,9 +296,7 @@ def _as_lines(rows: Sequence[Row]) -> str:
 
 
 @torch.inference_mode()
-def predict(
-    predictor: Predictor, images: ImageFiles | Shards, predictions: Predictions, process: Process, flips: bool = False
-) -> None:
+def predict(predictor: Predictor, images: ImageFiles | Shards, predictions: Predictions, process: Process) -> None:
     """Predict this process's share of the images of which there are no rows. All processes must call it together.
 
     Raises:
@@ -308,12 +308,11 @@ def predict(
     held_out = Images(images, build_transform(config, is_training=False), "held-out", chosen, data=config.data)
     source = DataSource(None, held_out, len(names), in_chans=image_channels(config.data), class_names=names)
     batches = Batches(config, source, process, BadFiles(config.data.bad_files))
-    model, precision = predictor.model.to(process.device).eval(), build_precision(config, process)
+    predictor.model.to(process.device).eval()
+    precision = build_precision(config, process)
     for batch, numbers in tqdm(batches, unit="batch", disable=None if process.is_main else True):
         with precision.autocast():
-            probabilities = predictor.probabilities(model(batch).float())
-            if flips:
-                probabilities = (probabilities + predictor.probabilities(model(batch.flip(-1)).float())) / 2
+            probabilities = predictor(batch)
         best = probabilities.topk(min(predictions.top_k, len(names)), dim=1)
         rows = []
         for number, values, classes in zip(numbers.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):

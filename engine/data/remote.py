@@ -129,9 +129,16 @@ class Copies:
 @contextmanager
 def alone(file: Path) -> Iterator[None]:
     """One process at a time makes a file; if it dies, the next one."""
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    path = file.with_name(f".{file.name}.lock")
+    while True:
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # none: whoever had it has removed it
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
 
 def fetch(place: str, target: Path, patience: float, attempts: int = ATTEMPTS) -> None:

@@ -302,6 +302,7 @@ class Report(HookBase):
             "epochs": self.trainer.epoch,
             "seconds": self._seconds(),
             "bad_files": len(self.trainer.data.bad_files),
+            "fingerprints": self.trainer.data.source.facts["fingerprints"],
         }
 
     def _rows(self, summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import stats
 
 from engine.config_file import load_config, to_yaml
+from engine.data.source import build_digits
 from engine.errors import InputError, RunError
 from engine.run_folder import RunFolder
 from tools import compare_runs
@@ -321,6 +322,29 @@ def test_the_report_of_a_finished_study(study, capsys):
     Path("tiny.yaml").write_text(f"{Path('tiny.yaml').read_text()}optimizer: {{lr: 0.5}}\n")
     assert len(run_study(study, jobs=1, seconds=0)[1]) == 4
     assert "do not count: tiny_plain_seed5 with optimizer.lr = 0.002, the study says 0.5" in capsys.readouterr().err
+
+
+def test_runs_of_other_images_are_not_compared_though_names_and_counts_agree(finished, study, call):
+    """The runs of one folder of images and of another one."""
+    for name, overrides, digit in (("here", (), "a"), ("there", (NO_SUB_MODEL,), "b"), ("before", (), None)):
+        told = {} if digit is None else {"fingerprints": {"held-out": {"images": 797, "sha256": digit * 64}}}
+        finished(name, 90.0, *overrides, seed=1 + (digit is None), **told)
+    code, _, error = call(compare_runs, "here", "there")
+    assert code == 2 and f"there: evaluated on the names and labels, SHA-256, {'b' * 64}, here on {'a' * 64}" in error
+    assert call(compare_runs, "one=before", "other=there")[0] == 0  # a run from before they were told
+    own = build_digits(8).facts["fingerprints"]
+    for checksum in ("c" * 64, own["held-out"]["sha256"]):
+        for run in plan(load_study(study), study)[:1]:
+            told = {"held-out": {"images": 797, "sha256": checksum}}
+            forge(run.config.output_dir, to_yaml(run.config), 90.0, run.config.seed, fingerprints=told)
+        run_study(study, jobs=1, seconds=0)
+        if checksum != own["held-out"]["sha256"]:
+            with pytest.raises(InputError, match=r"^report\.jsonl: its results of tiny are of other held-out images"):
+                run_study(study, jobs=1, seconds=0)
+        else:
+            assert len(run_study(study, jobs=1, seconds=0)[1]) == 3
+        shutil.rmtree("runs")
+        Path("report.jsonl").unlink()
 
 
 @pytest.mark.slow

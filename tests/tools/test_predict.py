@@ -18,7 +18,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 import tools.train_net
 from engine.checkpoint import load
+from engine.distributed import Process
 from tools import eval_net, export, predict
+from tools.predicting import Predictions
 
 SETTINGS = ("--config", "finetune_folder", "model.name=test_vit", "model.pretrained=false", "data.image_size=32",
             "data.workers=0", "train.epochs=2", "train.global_batch=8")  # fmt: skip
@@ -144,6 +146,27 @@ def test_predictions_of_another_model_are_not_taken_for_this_ones(call, trained,
     assert (
         code == 2 and f"--output {output}: has predictions of {checkpoint}" in error and output.read_bytes() == before
     )
+
+
+@pytest.mark.parametrize("setting", ["--flips", "data.image_size=64", "transform.eval_crop=0.5"])
+def test_predictions_of_other_settings_are_not_taken_for_these(call, trained, tmp_path, setting):
+    output = tmp_path / "out.csv"
+    options = (trained / "run", trained / "images" / "val" / "cat", "--output", output, "data.workers=0")
+    assert call(predict, *options)[0] == 0
+    before = output.read_bytes()
+    code, _, error = call(predict, *options, setting)
+    assert code == 2 and "differ with weights, image size, transform and --flips" in error
+    assert output.read_bytes() == before and [*tmp_path.iterdir()] == [output]
+
+
+def test_two_commands_with_one_output_keep_the_rows_of_both(tmp_path):
+    output = tmp_path / "out [1].csv"  # a name that is a pattern too
+    commands = [Predictions(output, 1, [f"{name}.png"], "model 1234") for name in "ab"]
+    for command, (path,) in zip(commands, (command.paths for command in commands), strict=True):
+        row = {"path": path, "class_1": "cat", "probability_1": 1.0, "model": "model 1234"}
+        command.add([row], Process(int(path == "b.png"), 1, torch.device("cpu")))
+    assert [command.finish() for command in commands] == [f"1 images in {output}"] * 2
+    assert [row["path"] for row in rows_of(output)] == ["a.png", "b.png"] and [*tmp_path.iterdir()] == [output]
 
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "folder", pytest.param("model.onnx", marks=pytest.mark.slow)])

@@ -223,6 +223,11 @@ def differing_keys(configs: Sequence[Config]) -> dict[str, list[object]]:
     return {key: of_all for key, of_all in values.items() if any(value != of_all[0] for value in of_all)}
 
 
+def held_out_checksum(run: Run) -> str | None:
+    """Of the names and labels of the images on which a run was evaluated; None of runs before they were told."""
+    return run.summary.get("fingerprints", {}).get("held-out", {}).get("sha256")
+
+
 def check_comparable(ways: Sequence[Way], metric: str) -> None:
     """Raise InputError if there is nothing to compare, or if runs did not measure it on the same images."""
     if len(ways) < 2:
@@ -231,8 +236,9 @@ def check_comparable(ways: Sequence[Way], metric: str) -> None:
     for run in (run for way in ways for run in way.runs.values()):
         if metric not in run.summary:
             raise InputError(f"{run.path}: has no {metric}; its summary.json has {', '.join(run.summary)}")
-        data = run.config.data
-        for what, value in {"dataset": data.dataset, "split": data.eval_split, "images": run.summary["images"]}.items():
+        data, checksum = run.config.data, held_out_checksum(run)
+        of_run = {"dataset": data.dataset, "split": data.eval_split, "images": run.summary["images"]}
+        for what, value in {**of_run, **({"names and labels, SHA-256,": checksum} if checksum else {})}.items():
             if value != expected.setdefault(what, value):
                 raise InputError(
                     f"{run.path}: evaluated on the {what} {value}, {ways[0].first.path} on {expected[what]}: "

@@ -213,6 +213,21 @@ def refuse_another_folder(run: PlannedRun) -> None:
             )
 
 
+def refuse_other_images(runs: Sequence[PlannedRun], results: Sequence[Run], file: Path) -> None:
+    """Raise InputError if what is left of a study would be evaluated on other images than those of its results."""
+    bases = {run.name: run.base for run in runs}
+    for base, run in {run.base: run for run in missing_runs(runs, results)}.items():
+        before = {compared.held_out_checksum(result) for result in results if bases[result.path.name] == base} - {None}
+        if not before:
+            continue
+        own = build_source(run.config, with_training=False).facts["fingerprints"]["held-out"]["sha256"]
+        if before != {own}:
+            raise InputError(
+                f"{file}: its results of {base.stem} are of other held-out images than data.root = "
+                f"{run.config.data.root} has, by names or labels: give the study another file of results"
+            )
+
+
 def this_machine() -> str:
     """The machine, in one line."""
     return "{device}, {cores} cores, torch {torch}, timm {timm}".format(**machine(torch.cuda.is_available()))
@@ -353,6 +368,7 @@ def run_study(
     def keep(run: PlannedRun, done: Run) -> None:
         results.append(add_result(file, run, done))
 
+    refuse_other_images(runs, results, file)
     for run in missing_runs(runs, results):
         refuse_another_folder(run)
         if (done := run.finished) is not None:
