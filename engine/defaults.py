@@ -394,6 +394,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     guard = NaNGuard(period=period if process.device.type == "cuda" else 1)
     evaluation = Evaluation(
         config.evaluation.period * data.iterations_per_epoch,
+        config.train.epochs * data.iterations_per_epoch,
         config.evaluation.metric,
         config.evaluation.patience,
         average=ema.module if ema is not None and config.ema.evaluate else None,

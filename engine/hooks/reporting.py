@@ -46,15 +46,23 @@ MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss,
 
 @dataclass
 class Evaluation(HookBase):
-    """Accuracy on held-out images, every `period` iterations and after the last step, and the best of it."""
+    """Accuracy on held-out images, every `period` iterations and after the last step, and the best of it.
+
+    Where `train.max_iters` stops a run in between, what is found is the best of a run without another one, and is not
+    saved as such: a run that goes on has the best of one that was never stopped.
+    """
 
     period: int
+    length: int  # iterations of the whole run, whatever train.max_iters says
     metric: str  # of which the best value is kept
     patience: int | None = None  # evaluations without a better one after which the run ends
     average: nn.Module | None = None  # moving average of the weights, evaluated too; its results are called ema_...
     best: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
     state_name = "evaluation"
+
+    def __post_init__(self) -> None:
+        self._best_is_saved = True
 
     @property
     def is_new_best(self) -> bool:
@@ -67,20 +75,28 @@ class Evaluation(HookBase):
         return (self.trainer.iteration - self.best.get("iteration", self.trainer.iteration)) // self.period
 
     def before_train(self) -> None:
+        if self.trainer.is_last and not self.best and self.latest:
+            self._take_as_best()
         self._end_if_it_gets_no_better()  # a run that had ended so, and is resumed
 
     def after_step(self) -> None:
         iteration = self.trainer.iteration
-        if iteration % self.period and not self.trainer.is_last:
+        is_due = iteration % self.period == 0 or iteration >= self.length
+        if not is_due and not self.trainer.is_last:
             return
         self.latest = self._evaluate(self.trainer.bare_model, "")
         if self.average is not None:
             self.latest |= self._evaluate(self.average, "ema_")
         self.trainer.results |= self.latest
         value, best = self.latest[self.metric], self.best.get("value")
-        if best is None or (value < best if self.metric.endswith("loss") else value > best):
-            self.best = {"iteration": iteration, "epoch": self.trainer.epoch, "value": value}
+        if best is None or (is_due and (value < best if self.metric.endswith("loss") else value > best)):
+            self._take_as_best()
+            self._best_is_saved = is_due
         self._end_if_it_gets_no_better()
+
+    def _take_as_best(self) -> None:
+        trainer, value = self.trainer, self.latest[self.metric]
+        self.best = {"iteration": trainer.iteration, "epoch": trainer.epoch, "value": value}
 
     def _end_if_it_gets_no_better(self) -> None:
         if self.patience is not None and self.without_better >= self.patience and not self.trainer.is_last:
@@ -103,7 +119,7 @@ class Evaluation(HookBase):
         return {prefix + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "latest": self.latest}
+        return {"best": self.best if self._best_is_saved else {}, "latest": self.latest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("best", "latest"):

@@ -126,7 +126,7 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
     seen: list = []
     loop = Loop([-1.0, 0.0, 3.0, 0.0, 0.0, 0.0, -4.0])  # the weight is -1, -1, 2, 2, 2, 2, -2
     average = deepcopy(loop.bare_model)
-    evaluation = Evaluation(period=2, metric="top1", average=average)
+    evaluation = Evaluation(period=2, length=7, metric="top1", average=average)
     train(loop, evaluation, Watch())
     unseen = (None, False)  # 100 % again is no new best
     assert seen == [unseen, (0.0, True), unseen, (100.0, True), unseen, (100.0, False), (0.0, False)]
@@ -136,12 +136,35 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
     assert (
         evaluation.latest["ema_eval_loss"] == evaluate(average, [(IMAGES, LABELS)], loop.precision, ALONE)["eval_loss"]
     )
-    resumed = Evaluation(period=2, metric="top1")
+    resumed = Evaluation(period=2, length=7, metric="top1")
     resumed.load_state_dict(evaluation.state_dict())
     assert (resumed.best, resumed.latest) == (evaluation.best, evaluation.latest)
     for spoilt in ({"best": {"value": 1.0}, "latest": {}}, {"best": {}, "latest": {"top1": None}}):
         with pytest.raises(ValueError, match=r"is more than numbers|is not complete"):
             resumed.load_state_dict(spoilt)
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_run_that_was_stopped_between_its_evaluations_ends_with_the_best_of_one_that_was_not(stop):
+    """The weight is -1, 1, 1, 2, -1, 1: by the period the best is 100 %, first seen after iteration 2."""
+    steps = [-1.0, 2.0, 0.0, 1.0, -3.0, 2.0]
+    whole, stopped, resumed = (Evaluation(period=2, length=6, metric="eval_loss") for _ in range(3))
+    train(Loop(steps), whole)
+    before, after = Loop(steps[:stop]), Loop(steps)
+    train(before, stopped)
+    assert stopped.best["iteration"] == min(stop, 2)  # one alone is the best there is, whenever it was
+    assert stopped.latest["images"] == 12
+    again = Evaluation(period=2, length=6, metric="eval_loss")
+    again.load_state_dict(stopped.state_dict())
+    ended = Loop(steps[:stop])
+    ended.iteration = stop
+    train(ended, again)  # as a command that is given twice
+    assert again.best == stopped.best
+    resumed.load_state_dict(stopped.state_dict())
+    after.iteration = before.iteration
+    after.bare_model.load_state_dict(before.bare_model.state_dict())
+    train(after, resumed)
+    assert resumed.best == whole.best and resumed.latest == whole.latest
 
 
 def test_records_have_the_means_of_equal_windows_and_what_hooks_found(tmp_path):
@@ -190,7 +213,7 @@ class Judged(Evaluation):
 
 
 def judged(values, **options) -> Judged:
-    hook = Judged(period=2, **{"metric": "top1", **options})
+    hook = Judged(period=2, length=10, **{"metric": "top1", **options})
     hook.values = values
     return hook
 
@@ -263,7 +286,7 @@ def test_a_plateau_ends_at_the_lowest_rate_and_begins_after_the_warmup():
 
 def test_a_resumed_report_counts_on_and_keeps_where_the_run_started(tmp_path):
     report = Report(
-        Config(), RunFolder(tmp_path), Evaluation(period=1, metric="top1"), SubModelPictures(Config(), None)
+        Config(), RunFolder(tmp_path), Evaluation(period=1, length=1, metric="top1"), SubModelPictures(Config(), None)
     )
     assert 0 <= report.state_dict()["seconds"] < 60
     report.load_state_dict({"seconds": 1000.0, "facts": [["started from", "mae.pth"]]})
@@ -273,7 +296,7 @@ def test_a_resumed_report_counts_on_and_keeps_where_the_run_started(tmp_path):
 
 def saving_hooks(folder: RunFolder, period: int, minutes: float | None = None, guard_period: int = 1) -> tuple:
     folder.checkpoints.mkdir(parents=True)
-    evaluation, guard = Evaluation(period=4, metric="top1"), NaNGuard(guard_period)
+    evaluation, guard = Evaluation(period=4, length=5, metric="top1"), NaNGuard(guard_period)
     store = CheckpointStore(folder, ALONE, keep=5)
     return guard, evaluation, Checkpoint(store, evaluation, guard, {"model_name": "m"}, period, minutes)
 
@@ -317,7 +340,7 @@ def test_the_clock_asks_once_for_each_save(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.hooks.saving.time.monotonic", lambda: now[0])
     *others, checkpoint = saving_hooks(RunFolder(tmp_path / "run"), period=100, minutes=1.0)
     monkeypatch.setattr(checkpoint.store, "save", lambda state, *names: saved.append(state["iteration"]))
-    others[1].period = 100
+    others[1].period = others[1].length = 100
     train(Late([0.0] * 7), *others, checkpoint)
     assert saved == [3, 6, 7]
 
