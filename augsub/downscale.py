@@ -35,5 +35,6 @@ class Downscale(SubModelAugmentation):
                 f"downscale: ratio = {self.ratio} allows no smaller size than {size[0]} x {size[1]}: its sides must be "
                 f"multiples of {stride}"
             )
-        values = F.interpolate(images.values, size=sides, mode="bilinear", antialias=True)
-        return Images(values, stride)
+        values = images.values.float()  # CPUs have no antialiased kernel for half precision
+        values = F.interpolate(values, size=sides, mode="bilinear", antialias=True)
+        return Images(values.to(images.values.dtype), stride)

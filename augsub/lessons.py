@@ -91,7 +91,10 @@ class Teacher(Lesson):
     needs_model: str | None = "teacher"
 
     def loss(self, logits: Tensor, step: Step) -> Tensor:
-        teacher = self.predict(step.models[cast(str, self.needs_model)], step)
+        model = step.models[cast(str, self.needs_model)]
+        if model.training:  # again, as a part of what somebody has put into training mode
+            model.eval()
+        teacher = self.predict(model, step)
         if teacher.shape != logits.shape:
             raise ValueError(
                 f"the {self.needs_model} gives logits {tuple(teacher.shape)}, the sub-model {tuple(logits.shape)}: "

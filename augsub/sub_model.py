@@ -52,7 +52,8 @@ class SubModel:
     Args:
         augmentation: whatever `augsub.build` takes; a ratio in it may be a :class:`Ramp` or its mapping.
         ratio: the augmentation's ratio if `augmentation` is a name, a number or a ramp.
-        weight: weight of its loss, at least 0, a number or a ramp. With 0 it is not computed.
+        weight: weight of its loss, at least 0, a number or a ramp. With 0 it is not computed,
+            and the main model's weight stays what it is.
         share: of the images of a micro-batch that it sees, in (0, 1]: int(B * share) of B, drawn anew.
         learn_from: a registered lesson: ``main``, ``labels``, ``ema``, ``teacher``, ``augmented_teacher`` or one's own.
 

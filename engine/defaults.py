@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -22,7 +23,7 @@ from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, parse_config, to_yaml
 from engine.data.loaders import DataLoaders, batch_for
-from engine.data.source import DataSource, build_source, check_classes, check_resumed
+from engine.data.source import DataSource, build_source, check_classes, check_pretrained_classes, check_resumed
 from engine.distributed import Process, is_sharded, replicate, shard, synchronise_batchnorm
 from engine.errors import InputError, input_errors, memory_errors
 from engine.hooks import build_own_hooks
@@ -264,23 +265,12 @@ def start_weights(config: Config, model: nn.Module, source: DataSource) -> None:
             start = f"model.checkpoint = {settings.checkpoint}, whose head is kept,"
             check_classes(config, source.class_names, content.get("class_names"), start)
     elif settings.pretrained and keeps_head:
-        check_pretrained_classes(config, source.class_names, model)
+        check_pretrained_classes(config, source.class_names, model, f"model.name = {settings.name}")
     restart(model, settings.restart)
     if settings.head_std is not None:
         start_head(model, settings.head_std, settings.head_bias_bound)
     if settings.class_token_std is not None:
         start_class_token(model, settings.class_token_std)
-
-
-def check_pretrained_classes(config: Config, class_names: Sequence[str], model: nn.Module) -> None:
-    """Compare the classes with those of timm's pretrained head, if it knows their names and there are as many.
-
-    Raises:
-        InputError: they differ.
-    """
-    own = getattr(model, "pretrained_cfg", {})
-    if own.get("num_classes") == len(class_names):
-        check_classes(config, class_names, own.get("label_names"), f"model.name = {config.model.name}")
 
 
 def create_configured_model(config: Config, source: DataSource, pretrained: bool = False) -> nn.Module:
@@ -416,6 +406,7 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
     falling = Plateau(learning_rate, evaluation, config.schedule.patience, config.schedule.decay_rate)
     everywhere = [
         *([SameBatchNormStatistics(trainer.bare_model)] if sharded else []),
+        *([SameBatchNormStatistics(ema.module)] if ema is not None and process.world_size > 1 else []),
         learning_rate,
         *([StopMixing(trainer.mix, stop_mixing)] if trainer.mix is not None and stop_mixing is not None else []),
         *([ExponentialMovingAverage(ema)] if ema is not None else []),
@@ -435,6 +426,9 @@ def build_hooks(config: Config, trainer: Trainer, store: CheckpointStore, ema: M
         ProgressBar(writing),  # after the writing, whose records it shows
         Report(config, folder, evaluation, pictures),  # at the end, when all is written
     ]
+    names = Counter(hook.state_name for hook in (*everywhere, *only_main) if hook.state_name)
+    for name in (name for name, count in names.items() if count > 1):
+        raise InputError(f"hooks: two have the state_name {name!r}, under which a checkpoint holds the state of one")
     return everywhere + (only_main if process.is_main else [])
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote, unquote
 
 import markdown
 import matplotlib
@@ -39,14 +40,20 @@ Picture = Figure | Tensor
 
 def plain(text: object) -> str:
     """Text that Markdown and HTML leave as it is: the name of a class, a run or a file."""
-    return SPECIAL.sub(r"\\\1", html.escape(str(text), quote=False))
+    return SPECIAL.sub(r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def picture_line(name: str) -> str:
+    """The paragraph of a picture whose name, whatever it is made of, is its caption."""
+    return f"![{plain(name)}]({quote(name, safe='')})"
 
 
 def write_report(path: Path, text: str, pictures: Mapping[str, Picture]) -> None:
     """Write a page.
 
     Args:
-        text: Markdown that begins with its title; `![caption](name)` in a paragraph of its own is a picture.
+        text: Markdown that begins with its title; `![caption](name)` in a paragraph of its own is a picture, its name
+            quoted as in a URL.
         pictures: by name a figure, each of whose pairs of axes goes where there is room, or images (B, 3, H, W) uint8.
 
     Raises:
@@ -63,7 +70,7 @@ def write_report(path: Path, text: str, pictures: Mapping[str, Picture]) -> None
 
 def _with_picture(pictures: Mapping[str, Picture], found: re.Match) -> str:
     """A picture and its caption, which is HTML already."""
-    caption, picture = found[1], pictures[found[2]]
+    caption, picture = found[1], pictures[unquote(found[2])]
     inside = _axes(picture) if isinstance(picture, Figure) else _images(picture)
     return f"<figure>{inside}<figcaption>{caption}</figcaption></figure>"
 

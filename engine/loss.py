@@ -21,7 +21,7 @@ import augsub
 from augsub.named_registry import did_you_mean
 from engine.checkpoint import load
 from engine.config import Config, LossConfig
-from engine.data.source import DataSource
+from engine.data.source import DataSource, check_classes, check_pretrained_classes
 from engine.data.transforms import normalisation
 from engine.errors import InputError, input_errors
 from models.build import create_model
@@ -190,5 +190,16 @@ def build_teacher(config: Config, source: DataSource, has_weights: bool = True) 
             **settings.kwargs,
         )
         if has_weights and settings.checkpoint is not None:
-            load_weights(model, load(Path(settings.checkpoint)), settings.checkpoint).log(settings.checkpoint)
+            content = load(Path(settings.checkpoint))
+            load_weights(model, content, settings.checkpoint, complete=True).log(settings.checkpoint)
+            place = f"augsub.teacher.checkpoint = {settings.checkpoint}"
+            check_classes(config, source.class_names, content.get("class_names"), place)
+        elif has_weights:
+            known = model.pretrained_cfg.get("num_classes", source.num_classes)
+            if known != source.num_classes:
+                raise InputError(
+                    f"augsub.teacher.name = {settings.name}: is pretrained for {known} classes, the data have "
+                    f"{source.num_classes}: fine-tune it, and set augsub.teacher.checkpoint"
+                )
+            check_pretrained_classes(config, source.class_names, model, f"augsub.teacher.name = {settings.name}")
         return augsub.patch(model)

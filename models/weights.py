@@ -244,6 +244,8 @@ def _state_dicts(content: Any, path: str, depth: int) -> Iterator[tuple[str, Wei
         return
     weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if weights:
+        if any(name.endswith(LORA_A) for name in weights):
+            LOGGER.info("%sadapters are merged with a scale of 1: lora_alpha must have been their rank", path)
         yield path, without_lora({INNER_WRAPPERS.sub("", name): weight for name, weight in weights.items()})
     for key, value in content.items() if depth else ():
         yield from _state_dicts(value, f"{path}{key}.", depth - 1)

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     from engine.defaults import complete
     from engine.distributed import process_group
     from engine.evaluation.features import chosen_probes
-    from engine.evaluation.report import tables, write
+    from engine.evaluation.report import check_folder, tables, write
     from engine.evaluation.run import Asked, evaluate_weights, find_target, folder_for, sub_models
 
     if launched_rank() == 0:
@@ -88,8 +88,10 @@ def run(arguments: argparse.Namespace) -> None:
     augmentations = sub_models(config, arguments.augsub, ratios) if wanted else []
     keys = ("variant", "clean", "model", "augsub", "ratios", "features")
     named = [f"{key}={vars(arguments)[key]}" for key in keys if vars(arguments)[key]]
-    named += [*(["sub-model"] if arguments.sub_model else []), *arguments.overrides]
+    flags = {"sub-model": arguments.sub_model, "speed": arguments.speed, "compile": arguments.compile}
+    named += [*(flag for flag, is_given in flags.items() if is_given), *arguments.overrides]
     output = arguments.output or folder_for(arguments.what, checkpoint, named)
+    check_folder(output)
     with (
         process_group(config.distributed.timeout_minutes) as process,
         worker_deaths(config.data.workers),

@@ -47,6 +47,9 @@ CARD = Path(__file__).with_name("model_card.md")
 RECIPE = ("augsub", "data", "train", "optimizer", "schedule", "loss", "mixup", "transform", "ema")  # sections in it
 # what timm's configuration of a model says of its pretrained weights: of others only the licence stays
 OF_PRETRAINED = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description")
+SEVERAL_LABELS = (
+    "several labels: the sigmoid of each logit is its class's probability"  # a note in timm's configuration
+)
 TOLERANCE = 1e-3  # absolute, of ONNX's logits: kernels add in other orders
 
 
@@ -177,6 +180,8 @@ def _preprocessing(exported: Exported) -> dict[str, Any]:
     else:
         mean, std = normalisation(exported.config)
         own = {**{timms: getattr(transform, key) for key, timms in TIMM_KEYS.items()}, "mean": mean, "std": std}
+    if has_several_labels(exported.config):
+        own["notes"] = [SEVERAL_LABELS]
     return {"input_size": exported.image_shape, **own}
 
 

@@ -28,7 +28,7 @@ from engine.command_line import (
     tool_parser,
 )
 from engine.errors import InputError, memory_errors
-from engine.text import expanded
+from engine.text import expanded, readable_name
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         log_to_terminal()
     predictor = load_predictor(arguments.what, arguments.model, arguments.overrides, arguments.flips)
     images = open_images(arguments.images, predictor.config.data.patience)
-    paths = [images.name_of(number) for number in range(len(images))]
+    paths = [readable_name(images.name_of(number)) for number in range(len(images))]
     predictions = Predictions(arguments.output, min(arguments.top_k, len(predictor.class_names)), paths, predictor.name)
     config = predictor.config
     with (

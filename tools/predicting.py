@@ -7,7 +7,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from engine.evaluation.run import find_target, saved_config
 from engine.text import to_csv, to_json
 from models.build import create_model
 from models.weights import head_tensors, load_weights
-from tools.exporting import load_exported
+from tools.exporting import SEVERAL_LABELS, load_exported
 
 TABLES = (".csv", ".parquet")
 SHARD = ".tar"
@@ -128,11 +128,14 @@ def load_predictor(what: str, model_name: str | None, overrides: Sequence[str], 
         model = create_model(
             config.model.name,
             num_classes=None if content is None else _classes_of(content, config.model.name),
+            in_chans=image_channels(config.data),
             image_size=config.data.image_size,
             pretrained=content is None,
         )
         if content is not None:
             load_weights(model, content, what, complete=True)
+    if SEVERAL_LABELS in (model.pretrained_cfg.get("notes") or ()):
+        config = replace(config, loss=replace(config.loss, name="bce"))
     return Predictor(file or config.model.name, model, config, _names_of(model), flips)
 
 
@@ -193,7 +196,7 @@ def open_images(places: Sequence[str], patience: float) -> ImageFiles | Shards:
             found |= dict.fromkeys(sorted(images_below(place, Counter()), key=natural_order))
         elif not place.exists():
             raise InputError(f"{place}: no such file or folder")
-        elif place.suffix in TABLES:
+        elif place.suffix.lower() in TABLES:
             found |= dict.fromkeys(str(place.parent / row["path"]) for row in read_table(place, ("path",)))
         else:
             found[str(place)] = None
@@ -249,13 +252,14 @@ class Predictions:
             there_first = self._take_what_is_there(self._file)  # by other commands too, since this one began
             order = dict.fromkeys([*there_first, *self.paths, *self._rows])
             rows = [self._rows[path] for path in order if path in self._rows]
+            columns = dict.fromkeys(["path", *(name for row in rows for name in row)])
             if self._file.suffix == ".parquet":
                 import pyarrow
 
+                content = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
                 with atomic.new_content(self._file) as opened:
-                    parquet().write_table(pyarrow.Table.from_pylist(rows), opened)
+                    parquet().write_table(content, opened)
             else:
-                columns = rows[0] if rows else ["path"]
                 text = to_csv(rows, columns) if self._file.suffix == ".csv" else _as_lines(rows)
                 atomic.write_text(self._file, text)
             for part in self._parts():

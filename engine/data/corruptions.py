@@ -106,13 +106,16 @@ class Corruption:
         return _to_bytes(change(pixels.float() / 255, strengths[self.severity - 1], generator))
 
 
-def corrupted(config: Config) -> dict[str, DataSource]:
+def corrupted(config: Config, known_classes: int = 0) -> dict[str, DataSource]:
     """The held-out images of a configuration under each corruption and severity, named "contrast/3".
+
+    Args:
+        known_classes: as of `build_source`.
 
     Raises:
         InputError: they are no images with red, green and blue.
     """
-    source = build_source(config, with_training=False)
+    source = build_source(config, with_training=False, known_classes=known_classes)
     if not isinstance(source.held_out, Images) or source.in_chans != RGB:
         has = f"data.dataset = {config.data.dataset} has none with {RGB} channels"
         raise InputError(f"--variant corrupted: needs photographs, {has}")

@@ -107,7 +107,7 @@ class ImageFiles:
     def files_of(self, split: str) -> ImageFiles:
         """The images in a table's rows of a split, under the first of its names that a row has.
 
-        Rows of a split of a name that nobody looks for count as left out.
+        Rows of a split of a name that nobody looks for, or of another one of its names, count as left out.
 
         Raises:
             InputError: there is none.
@@ -120,7 +120,9 @@ class ImageFiles:
                 f"data.table = {self.table}: no row of the split {split} ({', '.join(names)}), but {there}"
             )
         usual = {name for names in SPLIT_NAMES for name in names}
-        left_out = Counter(f"rows of the split {name}" for name in self.splits if found in usual and name not in usual)
+        passed_over = {name for name in self.splits if name not in usual} if found in usual else set()
+        passed_over |= {*names} - {found}
+        left_out = Counter(f"rows of the split {name}" for name in self.splits if name in passed_over)
         return ImageFiles(self.root, own, self.class_to_idx, left_out)
 
 
@@ -179,7 +181,7 @@ def read_table(file: Path, columns: Sequence[str]) -> list[Row]:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     with input_errors(str(file)):
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             rows = parquet().read_table(file).to_pylist()
         elif file.suffix == ".jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -72,18 +72,20 @@ def decode(
     image = source if isinstance(source, Image.Image) else Image.open(source)
     width, height = image.size
     _refuse_too_many(width, height, data)
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if data.exif_orientation else 1
+    turns = data.exif_orientation and image.format != "TIFF"  # which Pillow turns itself
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if turns else 1
     asked = Needed()
     if needed is not None:
         asked = needed((height, width) if orientation > LAST_UPRIGHT else (width, height))
         image.draft(None, (width // asked.divisor, height // asked.divisor))
+    image.load()
+    image = image if orientation == 1 else ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    image.load()
     if image.mode == "F" and 0 < image.getextrema()[1] <= 1:
         raise ValueError("has float pixels between 0 and 1, which Pillow takes for black: save it with 8 or 16 bits")
     image.info.pop("transparency", None)  # changes no pixel, but Pillow would warn that it is lost
-    image = (image if orientation == 1 else ImageOps.exif_transpose(image)).convert(mode_of(data))
+    image = image.convert(mode_of(data))
     image.info[Needed.BOX] = asked.box
     return image
 

@@ -45,32 +45,34 @@ def split_places(data: DataConfig, split: str, suffix: str, folders: Sequence[st
         InputError: there are none, or a package is not installed.
     """
     if suffix in split or is_remote(split):
-        root = "" if data.root is None or is_remote(split) or os.path.isabs(split) else data.root
-        patterns = [os.path.join(root, split)]
+        root = "" if data.root is None or is_remote(split) or os.path.isabs(split) else data.root.rstrip("/") + "/"
+        patterns = [split]
     elif data.root is None:
         raise InputError(f"data.root is not set: it names the folder or the URL with <split>-*{suffix}")
     else:
-        root = data.root.rstrip("/")
-        patterns = [f"{root}/{folder}{name}-*{suffix}" for folder in folders for name in split_names(split)]
-    places = next((found for pattern in patterns if (found := expand(pattern))), [])
+        root = data.root.rstrip("/") + "/"
+        patterns = [f"{folder}{name}-*{suffix}" for folder in folders for name in split_names(split)]
+    places = next((found for pattern in patterns if (found := expand(pattern, root))), [])
     if not places:
-        raise InputError(f"data.dataset = {data.dataset}: no file for the split {split}: {', '.join(patterns)}")
+        tried = ", ".join(root + pattern for pattern in patterns)
+        raise InputError(f"data.dataset = {data.dataset}: no file for the split {split}: {tried}")
     return places
 
 
-def expand(pattern: str) -> list[str]:
-    """The places that braces and stars mean."""
+def expand(pattern: str, root: str = "") -> list[str]:
+    """The places that braces and stars mean, below a root that is what it is."""
     places = [pattern]
     if "{" in pattern:
         with input_errors("names with braces need other packages, pip install 'augsub[shards]'"):
             from webdataset.shardlists import expand_urls
         places = expand_urls(pattern)
-    return [name for place in places for name in (_matches(place) if "*" in place else [place])]
+    return [name for place in places for name in (_matches(place, root) if "*" in place else [root + place])]
 
 
-def _matches(pattern: str) -> list[str]:
-    if not is_remote(pattern):
-        return sorted(glob.glob(pattern), key=natural_order)
+def _matches(pattern: str, root: str) -> list[str]:
+    if not is_remote(root + pattern):
+        return sorted(glob.glob(glob.escape(root) + pattern), key=natural_order)
+    pattern = root + pattern
     if pattern.startswith(PIPE):
         return [pattern]
     with input_errors("URLs need other packages, pip install 'augsub[shards]'"):

@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import filterfalse, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -217,7 +217,7 @@ def scan(file: Path, name: str, needs_labels: bool = True) -> Shard:
     problem, size = "", os.path.getsize(file)
     try:
         with tarfile.open(file, "r:") as tar:
-            for sample, members in groupby(tar, _sample_of):
+            for sample, members in groupby(filterfalse(_is_hidden, tar), _sample_of):
                 image, numbers = None, None
                 for member in members:
                     base = os.path.basename(member.name)
@@ -241,6 +241,11 @@ def scan(file: Path, name: str, needs_labels: bool = True) -> Shard:
         np.array([label for own in labels for label in own], dtype=np.int64),
         problem,
     )
+
+
+def _is_hidden(member: tarfile.TarInfo) -> bool:
+    """As macOS adds one to each file."""
+    return os.path.basename(member.name).startswith(".")
 
 
 def _sample_of(member: tarfile.TarInfo) -> str:

@@ -136,8 +136,12 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
 IMAGENET = DataSource(train=range(1_281_167), held_out=range(50_000), num_classes=1000, in_chans=3)
 
 
-def build_source(config: Config, with_training: bool = True) -> DataSource:
-    """The data set that `data.dataset` names; without its training images, these need not be there."""
+def build_source(config: Config, with_training: bool = True, known_classes: int = 0) -> DataSource:
+    """The data set that `data.dataset` names; without its training images, these need not be there.
+
+    Args:
+        known_classes: at least so many classes, which weights know, where they have but numbers.
+    """
     data = config.data
     if data.dataset in UNTRANSFORMED:
         for key in ("classes", "validation_share", "images_per_class", "cache"):
@@ -161,6 +165,8 @@ def build_source(config: Config, with_training: bool = True) -> DataSource:
             f"data.root = {data.root}: the only class is {', '.join(class_names.values())}, at least two are needed"
         )
     num_classes = max(class_names) + 1
+    if not data.classes and getattr(held_out, "has_numbers_alone", False):
+        num_classes = max(num_classes, known_classes)
     chosen = _chosen(data, train, held_out, [*labels], has_several)
     sets = {
         split: Images(
@@ -274,6 +280,9 @@ def _chosen(
         chosen["held-out"] = (
             np.flatnonzero(np.isin(_groups(held_out, has_several), kept)).tolist() if data.classes else None
         )
+    for split, numbers in chosen.items():
+        if numbers is not None and not numbers:
+            raise InputError(f"data.classes = {data.classes}: no {split} image has one of them")
     return chosen
 
 
@@ -427,6 +436,22 @@ def check_classes(config: Config, class_names: Sequence[str], known: Any, weight
         if None in different[-1]:  # the model's outputs do not fit, whatever is meant
             raise InputError(difference)
         _refuse(config, difference)
+
+
+def check_pretrained_classes(config: Config, class_names: Sequence[str], model: Any, weights: str) -> None:
+    """Compare the classes of the data with those of timm's pretrained head, if it tells them and there are as many.
+
+    Args:
+        class_names: of the data, by number.
+        model: of timm.
+        weights: what they are, for the message.
+
+    Raises:
+        InputError: they differ.
+    """
+    own = getattr(model, "pretrained_cfg", {})
+    if own.get("num_classes") == len(class_names):
+        check_classes(config, class_names, own.get("label_names"), weights)
 
 
 def check_resumed(config: Config, source: DataSource, facts: dict[str, Any], checkpoint: Path) -> None:

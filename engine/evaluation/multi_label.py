@@ -86,7 +86,7 @@ class MultiLabelMetrics:
         own, predicted = self.targets[:, there], self.probabilities[:, there] > THRESHOLD
         return {
             "map": 100 * float(average_precision_score(own, self.probabilities[:, there], average="macro")),
-            "f1_macro": 100 * float(f1_score(own, predicted, average="macro", zero_division=0)),
+            "f1_macro": 100 * _f1_macro(own, predicted),
             "f1_micro": 100 * float(f1_score(self.targets, self.probabilities > THRESHOLD, average="micro")),
             "eval_loss": loss / images,
             "images": int(images),
@@ -109,6 +109,12 @@ class MultiLabelMetrics:
     def details(self, names: Sequence[str]) -> dict[str, Any]:
         """What results.json has beside the figures."""
         return {"thresholds": {row["class"]: row["threshold"] for row in self.of_classes(names)}}
+
+
+def _f1_macro(targets: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean over classes of F1, of (N, K) bool; scikit-learn's own takes a single column for two classes."""
+    columns = zip(targets.T, predicted.T, strict=True)
+    return float(np.mean([f1_score(own, found, zero_division=0) for own, found in columns]))
 
 
 def best_threshold(targets: np.ndarray, scores: np.ndarray) -> tuple[float, float]:

@@ -11,13 +11,14 @@ from tabulate import tabulate
 from engine import atomic
 from engine.config import OF_SEVERAL_LABELS, sides
 from engine.data.images import IGNORED
-from engine.errors import writing_errors
+from engine.errors import InputError, writing_errors
 from engine.evaluation.metrics import Metrics, Result
 from engine.evaluation.pictures import CAPTIONS, Row, Tables, draw_evaluation, score_of
 from engine.figure import save
-from engine.html_report import plain, write_report
+from engine.html_report import picture_line, plain, write_report
 from engine.text import markdown_table, to_csv, to_json
 
+RESULTS = "results.json"  # which every evaluation writes
 # Files of which there are some evaluations without
 NOT_ALWAYS = (
     *(f"{prefix}{name}.png" for prefix in ("", "ema_") for name in CAPTIONS),
@@ -138,17 +139,25 @@ def _elastic(found: Tables) -> list[str]:
     return [f"best for a budget\n{tabulate(rows, headers=headers)}"] if rows else []
 
 
+def check_folder(folder: Path) -> None:
+    """Raise InputError if a folder has files of such names, and they are not an evaluation's."""
+    there = [name for name in (*NOT_ALWAYS, "results.csv", "classes.csv", "report.html") if (folder / name).exists()]
+    if there and not (folder / RESULTS).exists():
+        raise InputError(f"--output {folder}: has {there[0]} and no {RESULTS} of an evaluation: name another folder")
+
+
 def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result]) -> None:
     """Files of all results of an evaluation, in place of those of an earlier one.
 
     Raises:
         RunError: one of them cannot be written.
     """
+    check_folder(folder)
     for name in NOT_ALWAYS:
         (folder / name).unlink(missing_ok=True)
     found, names = rows(evaluated, results), evaluated["class_names"]
     content = {**evaluated, "results": _as_json(names, results)}
-    files = {"results.json": to_json(content, indent=2)}
+    files = {RESULTS: to_json(content, indent=2)}
     files |= {f"{name}.csv": to_csv(lines) for name, lines in found.items() if lines}
     files |= {
         f"{result.prefix}predictions.csv": to_csv(_predictions(result.metrics, names))
@@ -181,7 +190,7 @@ def _page(evaluated: Mapping[str, Any], results: Sequence[Result], found: Tables
     def examples(of_sub_models: bool) -> list[str]:
         own = [result for result in results if (result.augmentation is not None) == of_sub_models]
         titles = dict.fromkeys(title for result in own for title in result.examples)
-        return [f"![{plain(title)}]({title})" for title in titles]
+        return [picture_line(title) for title in titles]
 
     of_class = next(iter(found["classes"]), {})
     sections = {

@@ -22,8 +22,8 @@ from engine.config_file import parse_config
 from engine.data.corruptions import corrupted
 from engine.data.imagenet_family import CORRUPTED, CORRUPTIONS, VARIANTS, clean_images, open_variant, synsets
 from engine.data.loaders import BadFiles, Batches
-from engine.data.source import DataSource, build_source, check_classes
-from engine.defaults import build_precision, check_pretrained_classes, complete, create_configured_model
+from engine.data.source import DataSource, build_source, check_classes, check_pretrained_classes
+from engine.defaults import build_precision, complete, create_configured_model
 from engine.distributed import Process
 from engine.errors import InputError, input_errors, writing_errors
 from engine.evaluation.examples import SHOWN, draw_mistakes, draw_seen
@@ -34,6 +34,7 @@ from engine.evaluation.speed import measure_speed
 from engine.precision import compile_forward
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.sharded_checkpoint import PLAIN
+from engine.text import LOCAL_MODEL
 from models.build import check_image_shape
 from models.weights import load_weights
 
@@ -50,13 +51,15 @@ def find_target(what: str, model_name: str | None, overrides: Sequence[str]) -> 
     A checkpoint brings its own configuration.
 
     Args:
-        what: a run's folder, a checkpoint, a file of weights, or the name of a timm model.
+        what: a run's folder, a checkpoint, a file of weights, a folder as on a hub, or the name of a timm model.
         model_name: the timm model of a file of weights that holds no configuration.
         overrides: `key=value` for the configuration.
 
     Raises:
         InputError: nothing of that name, a run without checkpoint, or weights of which the model is unknown.
     """
+    if model_name is None and Path(what, "config.json").is_file():
+        what = f"{LOCAL_MODEL}{what}"
     path = Path(what) if model_name is not None else checkpoint_of(Path(what))
     if model_name is None and path.exists():
         text = load_metadata(path).get("config")
@@ -198,7 +201,7 @@ def evaluate_weights(
         RunError: a logit is NaN or infinite; the output cannot be made.
     """
     _check_asked(config, asked)
-    evaluation, results = _Evaluation(config, asked, process, is_pretrained=file is None), []
+    evaluation, results = _Evaluation(config, asked, process, file), []
     for prefix in evaluation.loaded(file):
         _make(asked.output, process)
         results += [evaluation.result(prefix, augmentation) for augmentation in (None, *asked.augmentations)]
@@ -209,9 +212,10 @@ def evaluate_weights(
 class _Evaluation:
     """One model on the images of an evaluation: it loads weights, and finds out what is asked of them."""
 
-    def __init__(self, config: Config, asked: Asked, process: Process, is_pretrained: bool) -> None:
+    def __init__(self, config: Config, asked: Asked, process: Process, file: str | Path | None) -> None:
         self.config, self.asked, self.process = config, asked, process
-        sources = held_out_sources(config, asked.variant, with_training=bool(asked.probes))
+        known = () if file is None else load_metadata(Path(file)).get("class_names") or ()
+        sources = held_out_sources(config, asked.variant, bool(asked.probes), known_classes=len(known))
         for source in sources.values():
             log_left_out(source)
         self.source = source  # its images aside all are alike
@@ -219,7 +223,7 @@ class _Evaluation:
         self.bad_files = BadFiles(config.data.bad_files, logs=process.is_main)
         self.loaders = {name: self._loader(source) for name, source in sources.items()}
         self.clean = None if asked.clean is None else clean_images(asked.variant, source, asked.clean, config)
-        self.model = augsub.patch(create_configured_model(config, source, pretrained=is_pretrained))
+        self.model = augsub.patch(create_configured_model(config, source, pretrained=file is None))
         self.shape = source.image_shape(config.data.image_size)
         with input_errors(f"data.image_size with model.name = {config.model.name}"):
             check_image_shape(self.model, self.shape, asked.augmentations)
@@ -243,7 +247,7 @@ class _Evaluation:
             if own_classes != num_classes:
                 has = f"pretrained for {own_classes} classes, the data have {num_classes}"
                 raise InputError(f"evaluation: {config.model.name} is {has}")
-            check_pretrained_classes(config, class_names, model)
+            check_pretrained_classes(config, class_names, model, f"model.name = {config.model.name}")
             yield ""
             return
         LOGGER.info("evaluating %s", file)
@@ -341,8 +345,10 @@ def _check_asked(config: Config, asked: Asked) -> None:
         raise InputError(f"--features: not with --variant {asked.variant}, which has no training images")
 
 
-def held_out_sources(config: Config, variant: str | None, with_training: bool = False) -> dict[str, DataSource]:
-    """The images of an evaluation by name, "" if there is one set of them."""
+def held_out_sources(
+    config: Config, variant: str | None, with_training: bool = False, known_classes: int = 0
+) -> dict[str, DataSource]:
+    """The images of an evaluation by name, "" if there is one set of them; the rest as of `build_source`."""
     if variant is None:
-        return {"": build_source(config, with_training)}
-    return corrupted(config) if variant == CORRUPTED else open_variant(variant, config)
+        return {"": build_source(config, with_training, known_classes)}
+    return corrupted(config, known_classes) if variant == CORRUPTED else open_variant(variant, config)

@@ -28,7 +28,7 @@ from engine.config_file import differences
 from engine.evaluation.examples import SHOWN, draw_seen
 from engine.evaluation.metrics import WEIGHTS, evaluate, metrics_for
 from engine.figure import draw_curves, save
-from engine.html_report import plain, write_report
+from engine.html_report import picture_line, plain, write_report
 from engine.run_folder import RunFolder
 from engine.text import markdown_table, text_table, to_json
 from engine.train_loop import HookBase
@@ -292,7 +292,7 @@ class Report(HookBase):
                     [[f"{record[name]:.5g}" if name in record else "" for name in names] for record in evaluations],
                 ),
                 "## What the models see",
-                *(f"![{plain(title)}]({title})" for title in self._pictures.images),
+                *map(picture_line, self._pictures.images),
                 "## Configuration, where it is not the default",
                 markdown_table(["key", "value"], [[f"`{key}`", plain(value)] for key, (value, _) in settings.items()]),
             ]

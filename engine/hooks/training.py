@@ -86,7 +86,10 @@ class StopMixing(HookBase):
 
 
 class SameBatchNormStatistics(HookBase):
-    """Gives all processes the main one's running statistics before a step, as DistributedDataParallel does."""
+    """Gives all processes the main one's running statistics before a step, as DistributedDataParallel does.
+
+    Those of an average too: a checkpoint has the main process's, and a sub-model may learn from it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]

@@ -33,6 +33,16 @@ def test_a_vit_is_that_of_the_smaller_size(images, ratio, side):
     assert not model.dynamic_img_size and model.patch_embed.flatten and model.patch_embed.strict_img_size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_cpu_is_the_rounded_image(images, dtype):
+    model = augsub.patch(tiny_vit()).eval().to(dtype)
+    found = model(images.to(dtype), augsub="downscale", augsub_ratio=0.5)
+    own = augsub.patch(tiny_vit()).eval()
+    own.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    expected = own(images, augsub="downscale", augsub_ratio=0.5)
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0)
+
+
 def test_others_see_the_smaller_image():
     model, images = augsub.patch(tiny_resnet()).eval(), torch.randn(3, 3, 128, 160)
     expected = F.interpolate(images, size=(96, 128), mode="bilinear", antialias=True)  # 90.5 and 113 to 32s

@@ -95,6 +95,18 @@ def test_a_moving_average_teaches(model, images, labels, form):
     torch.testing.assert_close(out.sub_losses[0], expected)
 
 
+def test_who_teaches_stays_in_evaluation_mode(model, images, labels):
+    """Also as a part of a module that is put into training mode, as a LightningModule is."""
+    average = tiny_resnet()
+    statistics = [buffer.clone() for buffer in average.buffers()]
+    sub_model = augsub.SubModel("masking", ratio=0.5, learn_from="ema")
+    objective = augsub.SubModelObjective(CE, [sub_model], ema=average)
+    torch.nn.ModuleList([model, average]).train()
+    objective.backward(model, images, labels)
+    assert model.training and not average.training
+    assert all(torch.equal(*pair) for pair in zip(average.buffers(), statistics, strict=True))
+
+
 def seeded_batch(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     seeded()
     return images, labels

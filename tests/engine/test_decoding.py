@@ -105,6 +105,22 @@ def test_photographs_are_turned_as_their_camera_says(photograph, tmp_path, orien
     assert decode((tmp_path / "turned.jpg").open("rb")).size == image.size  # else as it is stored
 
 
+def test_sixteen_bits_are_turned_and_a_tiff_is_not_turned_twice(tmp_path, folder_config):
+    """Pillow turns a TIFF itself."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    pixels = np.arange(20 * 60, dtype=np.uint16).reshape(60, 20) * 50
+    Image.fromarray(pixels).save(tmp_path / "deep.png", exif=exif)
+    found = decode((tmp_path / "deep.png").open("rb"), DataConfig(exif_orientation=True))
+    assert np.array_equal(np.asarray(found)[..., 0], np.rot90(np.rint(pixels / 257).astype(np.uint8), -1))
+    Image.new("RGB", (20, 60)).save(tmp_path / "turned.tif", exif=exif)
+    sizes = []
+    needed = lambda size: (sizes.append(size), Needed())[1]  # noqa: E731
+    for turns in (False, True):
+        image = decode((tmp_path / "turned.tif").open("rb"), DataConfig(exif_orientation=turns), needed)
+        assert image.size == (60, 20) == sizes.pop()
+
+
 def test_an_image_of_too_many_pixels_is_a_bad_file(image_folder, folder_config):
     source = build_source(folder_config(image_folder, max_megapixels=0.004))
     with pytest.raises(Exception, match=r"60 pixels are 0.0 million, more than data.max_megapixels = 0.004 allows"):

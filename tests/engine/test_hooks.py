@@ -13,6 +13,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import tools.train_net
 from engine.checkpoint import CheckpointStore, load
 from engine.config import Config, LogConfig, ScheduleConfig, TrainConfig
 from engine.data.source import DataSource
@@ -86,6 +87,28 @@ def test_the_average_is_exponential_and_is_saved_or_starts_with_the_weights():
     assert torch.equal(ema.module.weight, loop.bare_model.weight)
     hook.load_state_dict(state)
     torch.testing.assert_close(ema.module.weight, expected * torch.eye(3))
+
+
+TWICE = """
+from engine.hooks import HOOK_REGISTRY
+from engine.train_loop import HookBase
+
+
+@HOOK_REGISTRY.register()
+class Twice(HookBase):
+    state_name = "twice"
+
+    def __init__(self, step):
+        self.step = step
+"""
+
+
+def test_two_hooks_with_one_name_for_their_state_are_refused(call, tmp_path, monkeypatch):
+    (tmp_path / "twice.py").write_text(TWICE)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = ("--config", "digits_vit", "train.max_iters=1", "plugins=[twice]", f"output_dir={tmp_path}/run")
+    code, _, error = call(tools.train_net, *run, "hooks=[{name: Twice, step: 1}, {name: Twice, step: 2}]")
+    assert code == 2 and error.startswith("error: hooks: two have the state_name 'twice'") and error.count("\n") == 1
 
 
 def test_frozen_statistics_stay_through_training():

@@ -15,7 +15,8 @@ from engine.config import Config, LossConfig, MixupConfig
 from engine.data.source import DataSource
 from engine.errors import InputError
 from engine.hooks.training import StopMixing
-from engine.loss import build_criterion, build_mixup, class_weights
+from engine.loss import build_criterion, build_mixup, build_teacher, class_weights
+from models.build import create_model
 
 CLASSES = DataSource(None, None, num_classes=5, in_chans=3)
 
@@ -24,6 +25,32 @@ CPU = torch.device("cpu")
 
 def config(smoothing: float = 0.1, **mixup) -> Config:
     return Config(mixup=MixupConfig(**mixup), loss=LossConfig(smoothing=smoothing))
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "message"),
+    [
+        (7, None, r"checkpoint .*t\.pt.*7"),
+        (
+            5,
+            ["4", "3", "2", "1", "0"],
+            r"augsub\.teacher\.checkpoint = .*t\.pt is for other classes than the data have",
+        ),
+        (5, ["0", "1", "2", "3", "4"], None),
+        (5, None, None),
+    ],
+)
+def test_a_teacher_knows_the_classes_of_the_data(tmp_path, classes, names, message):
+    weights = create_model("test_vit", num_classes=classes, image_size=32).state_dict()
+    torch.save({"model": weights, "class_names": names}, tmp_path / "t.pt")
+    own = config()
+    own.data.image_size = 32
+    own.augsub.teacher.name, own.augsub.teacher.checkpoint = "test_vit", str(tmp_path / "t.pt")
+    if message is None:
+        assert torch.equal(build_teacher(own, CLASSES).head.weight, weights["head.weight"])
+    else:
+        with pytest.raises(InputError, match=message):
+            build_teacher(own, CLASSES)
 
 
 def test_smoothed_cross_entropy_without_mixup():

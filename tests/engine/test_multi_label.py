@@ -54,6 +54,13 @@ def test_figures_are_those_of_scikit_learn(outputs):
     assert found["eval_loss"] == pytest.approx(np.mean(of_classes), rel=1e-5)
 
 
+def test_where_one_class_alone_occurs_its_f1_is_the_mean():
+    metrics = MultiLabelMetrics(CPU)
+    targets = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    metrics.update(torch.tensor([[-1.0, 2.0, -1.0], [-1.0, 3.0, -1.0], [-1.0, -2.0, -1.0]]), targets)
+    assert metrics.figures()["f1_macro"] == pytest.approx(50) == metrics.of_classes("abc")[1]["f1"]
+
+
 def test_the_best_threshold_is_that_of_a_search(outputs):
     logits, targets = outputs
     own, scores = targets[:, 1].numpy() > 0, logits[:, 1].sigmoid().numpy()

@@ -215,6 +215,27 @@ def test_samples_are_what_webdataset_takes_for_them(image_folder, tmp_path):
     assert shard.problem == ""
 
 
+def test_what_macos_puts_beside_each_file_is_no_part_of_a_sample(tmp_path):
+    sample = {"._a.jpg": b"x", "a.jpg": b"12345", "d/._a.cls": b"x", "._a.cls": b"x", "a.cls": b"2"}
+    write_tar(tmp_path / "t.tar", sample)
+    shard = scan(tmp_path / "t.tar", "t.tar")
+    assert shard.labels.tolist() == [2] and shard.images[:, 1].tolist() == [5]
+
+
+def test_a_root_is_no_pattern(tmp_path, folder_config, image_folder):
+    jpeg = (image_folder / "train" / "cat" / "0.jpg").read_bytes()
+    root = tmp_path / "sh [1] {a,b}*"
+    for split, labels in (("train", (0, 1, 2)), ("val", (0, 1))):
+        members = {f"{n}.{end}": content for n in labels for end, content in (("jpg", jpeg), ("cls", b"%d" % n))}
+        write_tar(root / f"{split}-000.tar", members)
+    config = folder_config(root, dataset="wds", eval_split="val-{000..000}.tar")
+    assert (len(build_source(config).train), len(build_source(config).held_out)) == (3, 2)
+    # of held-out images alone the last class is not seen, which weights know
+    assert build_source(config).num_classes == 3 and build_source(config, with_training=False).num_classes == 2
+    known = build_source(config, with_training=False, known_classes=3)
+    assert known.num_classes == 3 and known.class_names == ("0", "1", "2")
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

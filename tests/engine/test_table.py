@@ -115,10 +115,17 @@ def test_a_split_has_one_name_and_what_has_none_is_told(table, opened, caplog):
     ]
     source = opened(table([(path, labels, f" {split} ") for path, labels, split in rows]))
     assert (len(source.train), len(source.held_out)) == (4, 2)  # the rows of the split test are no part of val
-    assert source.left_out["held-out"] == "1 rows of the split vall, 1 rows of the split Train"
+    told = {"1 rows of the split vall", "1 rows of the split Train", "1 rows of the split test"}
+    assert {*source.left_out["held-out"].split(", ")} == told
     assert len(opened(table(rows), eval_split="test").held_out) == 1
     with pytest.raises(InputError, match="has no column fold, but path, labels, split"):
         opened(table(rows), columns={"split": "fold"}, validation_share=0.5)
+
+
+def test_classes_of_which_no_image_is_held_out_are_refused(table, opened):
+    rows = [("train/cat/0.jpg", "a", "train"), ("train/cat/1.jpg", "b", "train"), ("val/cat/0.jpg", "c", "val")]
+    with pytest.raises(InputError, match=r"data\.classes = \['a', 'b'\]: no held-out image has one of them"):
+        opened(table(rows), "top1", classes=["a", "b"])
 
 
 def test_a_share_of_the_rows_is_held_out_where_no_column_says_so(table, opened):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import html
 import importlib.util
 import json
 import logging
 import math
+import re
 import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import figure
 from engine.config import Config, ModelConfig
 from engine.config_file import leaves, to_yaml
 from engine.errors import RunError
+from engine.html_report import picture_line, write_report
 from engine.run_folder import RunFolder
 from engine.text import to_json
 from engine.writers import CSVWriter, JSONLinesWriter, LogWriter, TensorBoardWriter, open_writers, read_lines
@@ -96,6 +100,15 @@ def test_tensorboard_has_curves_and_the_configuration(tmp_path):
     assert text.tensor_proto.string_val == [f"```yaml\n{to_yaml(config)}```".encode()]
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert all(key.encode() in start for key, value in leaves(config).items() if value is not None) and b"vit" in start
+
+
+def test_a_report_shows_every_picture_whatever_its_name(tmp_path):
+    names = ["salt & pepper", '12" pizza', "x<y>", "tick`s`", " a)b (c", "two\nlines", "[1] *2* 50 %25", "naïve/ä"]
+    pictures = {name: torch.zeros(1, 3, 4, 4, dtype=torch.uint8) for name in names}
+    write_report(tmp_path / "report.html", "\n\n".join(["# Page", *map(picture_line, names)]), pictures)
+    page = (tmp_path / "report.html").read_text()
+    captions = [html.unescape(text) for text in re.findall("<figcaption>(.*?)</figcaption>", page)]
+    assert captions == [" ".join(name.split()) for name in names] and page.count("data:image/png") == len(names)
 
 
 def test_a_run_without_tensorboard_says_so_and_goes_on(tmp_path, monkeypatch, caplog):

@@ -77,7 +77,8 @@ def test_another_number_of_processes(server, finished, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_own_statistics(server, finished, tmp_path, strategy):
     run = ["--config", DIGITS["resnet"], "train.max_iters=24", "train.global_batch=100", "ema.enabled=true",
-           "ema.decay=0.9", "evaluation.period=1", "checkpoint.period=4", "log.csv=true", "checkpoint.background=false",
+           "augsub.sub_models.0.learn_from=ema", "ema.decay=0.9", "evaluation.period=1", "checkpoint.period=4",
+           "log.csv=true", "checkpoint.background=false",
            f"distributed.strategy={strategy}"]  # fmt: skip
     kill = {"function": "Trainer.run_step", "entry": 15, "delay": 0}  # the last save, at 12, is no evaluation
     killed = [*run, f"output_dir={tmp_path}/killed"]

@@ -393,6 +393,7 @@ def test_another_evaluation_goes_to_another_folder(evaluate, run):
     for name, arguments in {
         "best": [],
         "best_data.image_size=12": ["data.image_size=12"],
+        "best_speed": ["--speed"],
         "best_augsub=masking_ratios=0,0.5": ["--augsub", "masking", "--ratios", "0,0.5"],
     }.items():
         folder = run / "evaluation" / name
@@ -404,6 +405,13 @@ def test_another_evaluation_goes_to_another_folder(evaluate, run):
     assert {path.name for path in folder.iterdir()} == {path.name for path in kept if path.parent.name == "best"} | {
         "notes.txt"
     }
+
+
+def test_files_that_are_no_evaluations_stay(call_tool, run, tmp_path):
+    (tmp_path / "predictions.csv").write_text("mine")
+    code, _, error = call_tool(run, "--output", tmp_path)
+    assert code == 2 and f"--output {tmp_path}: has predictions.csv and no results.json of an evaluation" in error
+    assert (tmp_path / "predictions.csv").read_text() == "mine"
 
 
 def folder_of(*asked: str) -> Path:

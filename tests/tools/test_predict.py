@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,40 @@ def test_predictions_of_other_settings_are_not_taken_for_these(call, trained, tm
     assert output.read_bytes() == before and [*tmp_path.iterdir()] == [output]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_name_that_is_not_utf_8_has_one_row(call, trained, tmp_path, suffix):
+    output, image = tmp_path / f"out.{suffix}", os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(os.fsencode(trained) + b"/images/val/cat/0.png", image)
+    options = (trained / "run", tmp_path, "--output", output, "data.workers=0")
+    assert call(predict, *options)[0] == 0
+    assert call(predict, *options)[1] == f"1 images in {output}, all of them were there\n"
+    assert [row["path"] for row in rows_of(output)] == [f"{tmp_path}/caf\\xe9.png"]
+
+
+def test_rows_of_an_earlier_version_stay(call, trained, tmp_path):
+    """Which had no column of the model; the table that names the images is of capitals."""
+    images, output = trained / "images" / "val" / "cat", tmp_path / "out.csv"
+    output.write_text("path,class_1,probability_1\nold.png,cat,1.0\n")
+    (images / "LIST.CSV").write_text("path\n0.png\n")
+    options = ("--top-k", 1, "--output", output, "data.workers=0")
+    code, _, error = call(predict, trained / "run", images / "LIST.CSV", *options)
+    (images / "LIST.CSV").unlink()
+    assert code == 0, error
+    assert [(row["path"], bool(row["model"])) for row in rows_of(output)] == [
+        ("old.png", False), (str(images / "0.png"), True)
+    ]  # fmt: skip
+
+
+def test_a_grey_model_of_timm_is_built_as_one(call, trained, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, in_chans=1, img_size=32).eval()
+    torch.save(model.state_dict(), tmp_path / "grey.pth")
+    image, output = trained / "images" / "val" / "cat" / "0.png", tmp_path / "out.csv"
+    options = ("--model", "test_vit", "data.in_chans=1", "data.image_size=32", "data.workers=0", "--output", output)
+    code, _, error = call(predict, tmp_path / "grey.pth", image, *options)
+    assert code == 0 and len(rows_of(output)) == 1, error
+
+
 def test_two_commands_with_one_output_keep_the_rows_of_both(tmp_path):
     output = tmp_path / "out [1].csv"  # a name that is a pattern too
     commands = [Predictions(output, 1, [f"{name}.png"], "model 1234") for name in "ab"]
@@ -256,15 +291,21 @@ def test_an_exported_model_of_several_labels_and_other_sizes_predicts_as_its_run
         "train.epochs=2",
     )
     assert tools.train_net.main([*run, "loss.name=bce", "loss.smoothing=0", "evaluation.metric=map"]) == 0
-    file = tmp_path / "model.safetensors"
-    assert call(export, tmp_path / "run" / "checkpoints" / "best.pt", file)[0] == 0
-    for what, output in ((file, "file.csv"), (tmp_path / "run", "run.csv")):
+    file, folder = tmp_path / "model.safetensors", tmp_path / "as on a hub"
+    for target in (file, folder):
+        assert call(export, tmp_path / "run" / "checkpoints" / "best.pt", target)[0] == 0
+    for what, output in ((file, "file.csv"), (tmp_path / "run", "run.csv"), (folder, "folder.csv")):
         assert call(predict, what, trained / "images" / "val", "--output", tmp_path / output, "data.workers=0")[0] == 0
     found = [rows_of(tmp_path / f"{name}.csv") for name in ("file", "run")]
     assert [row.pop("model").split()[0] for row in (*found[0][:1], *found[1][:1])] == [
         str(file), str(tmp_path / "run" / "checkpoints" / "best.pt")
     ]  # fmt: skip
     assert [{**row, "model": ""} for row in found[0]] == [{**row, "model": ""} for row in found[1]]
+    of_folder = rows_of(tmp_path / "folder.csv")
+    for row, other in zip(of_folder, found[1], strict=True):
+        for rank in (1, 2, 3):
+            name = f"probability_{rank}"
+            assert float(row[name]) == pytest.approx(float(other[name]), abs=2e-6)
     figures = []
     for what in (file, tmp_path / "run"):
         place = tmp_path / f"evaluation of {what.name}"
