@@ -48,8 +48,8 @@ MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss,
 class Evaluation(HookBase):
     """Accuracy on held-out images, every `period` iterations and after the last step, and the best of it.
 
-    Where `train.max_iters` stops a run in between, what is found is the best of a run without another one, and is not
-    saved as such: a run that goes on has the best of one that was never stopped.
+    An evaluation where `train.max_iters` stops a run in between counts for the best, not for patience and plateaus: the
+    run goes on as one that was never stopped.
     """
 
     period: int
@@ -58,11 +58,9 @@ class Evaluation(HookBase):
     patience: int | None = None  # evaluations without a better one after which the run ends
     average: nn.Module | None = None  # moving average of the weights, evaluated too; its results are called ema_...
     best: dict[str, float] = field(default_factory=dict)
+    best_in_time: dict[str, float] = field(default_factory=dict)  # of those evaluations that are not a stop's
     latest: dict[str, float] = field(default_factory=dict)
     state_name = "evaluation"
-
-    def __post_init__(self) -> None:
-        self._best_is_saved = True
 
     @property
     def is_new_best(self) -> bool:
@@ -72,31 +70,31 @@ class Evaluation(HookBase):
     @property
     def without_better(self) -> int:
         """Evaluations since the best one."""
-        return (self.trainer.iteration - self.best.get("iteration", self.trainer.iteration)) // self.period
+        iteration = self.trainer.iteration
+        return (iteration - self.best_in_time.get("iteration", iteration)) // self.period
 
     def before_train(self) -> None:
-        if self.trainer.is_last and not self.best and self.latest:
-            self._take_as_best()
         self._end_if_it_gets_no_better()  # a run that had ended so, and is resumed
 
     def after_step(self) -> None:
         iteration = self.trainer.iteration
-        is_due = iteration % self.period == 0 or iteration >= self.length
-        if not is_due and not self.trainer.is_last:
+        is_in_time = iteration % self.period == 0 or iteration >= self.length
+        if not is_in_time and not self.trainer.is_last:
             return
         self.latest = self._evaluate(self.trainer.bare_model, "")
         if self.average is not None:
             self.latest |= self._evaluate(self.average, "ema_")
         self.trainer.results |= self.latest
-        value, best = self.latest[self.metric], self.best.get("value")
-        if best is None or (is_due and (value < best if self.metric.endswith("loss") else value > best)):
-            self._take_as_best()
-            self._best_is_saved = is_due
+        found = {"iteration": iteration, "epoch": self.trainer.epoch, "value": self.latest[self.metric]}
+        if self._is_better(found, self.best):
+            self.best = found
+        if is_in_time and self._is_better(found, self.best_in_time):
+            self.best_in_time = found
         self._end_if_it_gets_no_better()
 
-    def _take_as_best(self) -> None:
-        trainer, value = self.trainer, self.latest[self.metric]
-        self.best = {"iteration": trainer.iteration, "epoch": trainer.epoch, "value": value}
+    def _is_better(self, found: dict[str, float], best: dict[str, float]) -> bool:
+        sign = -1 if self.metric.endswith("loss") else 1
+        return not best or sign * found["value"] > sign * best["value"]
 
     def _end_if_it_gets_no_better(self) -> None:
         if self.patience is not None and self.without_better >= self.patience and not self.trainer.is_last:
@@ -104,7 +102,7 @@ class Evaluation(HookBase):
             LOGGER.info(
                 "no better %s since epoch %.4g: the run ends after %d evaluations without one (evaluation.patience)",
                 self.metric,
-                self.best["epoch"],
+                self.best_in_time["epoch"],
                 self.without_better,
             )
 
@@ -119,15 +117,17 @@ class Evaluation(HookBase):
         return {prefix + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best if self._best_is_saved else {}, "latest": self.latest}
+        other = {} if self.best_in_time == self.best else {"best_in_time": self.best_in_time}
+        return {"best": self.best, "latest": self.latest, **other}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("best", "latest"):
+        state = {"best_in_time": state["best"], **state}
+        for name in ("best", "best_in_time", "latest"):
             if not all(isinstance(value, int | float) for value in state[name].values()):
                 raise ValueError(f"evaluation.{name} = {state[name]} is more than numbers")
-        if state["best"] and not state["best"].keys() >= {"iteration", "epoch", "value"}:
-            raise ValueError(f"evaluation.best = {state['best']} is not complete")
-        self.best, self.latest = state["best"], state["latest"]
+            if name != "latest" and state[name] and not state[name].keys() >= {"iteration", "epoch", "value"}:
+                raise ValueError(f"evaluation.{name} = {state[name]} is not complete")
+        self.best, self.best_in_time, self.latest = (state[name] for name in ("best", "best_in_time", "latest"))
 
 
 class WriteRecords(HookBase):

@@ -161,33 +161,28 @@ def test_an_evaluation_at_its_period_and_at_the_end_and_the_best_of_them():
     )
     resumed = Evaluation(period=2, length=7, metric="top1")
     resumed.load_state_dict(evaluation.state_dict())
-    assert (resumed.best, resumed.latest) == (evaluation.best, evaluation.latest)
+    assert (resumed.best, resumed.best_in_time, resumed.latest) == (*[evaluation.best] * 2, evaluation.latest)
     for spoilt in ({"best": {"value": 1.0}, "latest": {}}, {"best": {}, "latest": {"top1": None}}):
         with pytest.raises(ValueError, match=r"is more than numbers|is not complete"):
             resumed.load_state_dict(spoilt)
 
 
 @pytest.mark.parametrize("stop", [1, 3])
-def test_a_run_that_was_stopped_between_its_evaluations_ends_with_the_best_of_one_that_was_not(stop):
-    """The weight is -1, 1, 1, 2, -1, 1: by the period the best is 100 %, first seen after iteration 2."""
-    steps = [-1.0, 2.0, 0.0, 1.0, -3.0, 2.0]
+def test_a_run_that_was_stopped_between_its_evaluations_waits_as_one_that_was_not(stop):
+    """The weight is -1 or 3, then 1, 3 or 9, 2, -1, 1: what a stop finds is the best, which is not waited for."""
+    steps = [3.0 if stop == 1 else -1.0, -2.0 if stop == 1 else 2.0, 8.0, -7.0, -3.0, 2.0]
     whole, stopped, resumed = (Evaluation(period=2, length=6, metric="eval_loss") for _ in range(3))
     train(Loop(steps), whole)
     before, after = Loop(steps[:stop]), Loop(steps)
     train(before, stopped)
-    assert stopped.best["iteration"] == min(stop, 2)  # one alone is the best there is, whenever it was
-    assert stopped.latest["images"] == 12
-    again = Evaluation(period=2, length=6, metric="eval_loss")
-    again.load_state_dict(stopped.state_dict())
-    ended = Loop(steps[:stop])
-    ended.iteration = stop
-    train(ended, again)  # as a command that is given twice
-    assert again.best == stopped.best
-    resumed.load_state_dict(stopped.state_dict())
+    assert stopped.best["iteration"] == stop and stopped.best_in_time.get("iteration", 0) == stop - 1
+    resumed.load_state_dict(deepcopy(stopped.state_dict()))
     after.iteration = before.iteration
     after.bare_model.load_state_dict(before.bare_model.state_dict())
     train(after, resumed)
-    assert resumed.best == whole.best and resumed.latest == whole.latest
+    assert resumed.best_in_time == whole.best_in_time == whole.best and resumed.latest == whole.latest
+    assert resumed.best == stopped.best  # better than all that came in time
+    assert resumed.without_better == whole.without_better > 0
 
 
 def test_records_have_the_means_of_equal_windows_and_what_hooks_found(tmp_path):
