@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from engine.config import DataConfig
 from engine.data.files import natural_order, split_names
@@ -135,12 +136,19 @@ def alone(file: Path) -> Iterator[None]:
     while True:
         with open(path, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:  # none: whoever had it has removed it
+            if _is_at(path, lock):  # else whoever had it has removed it
                 try:
                     yield
                 finally:
                     path.unlink(missing_ok=True)
                 return
+
+
+def _is_at(path: Path, opened: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(opened.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def fetch(place: str, target: Path, patience: float, attempts: int = ATTEMPTS) -> None:

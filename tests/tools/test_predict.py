@@ -149,7 +149,10 @@ def test_predictions_of_another_model_are_not_taken_for_this_ones(call, trained,
     )
 
 
-@pytest.mark.parametrize("setting", ["--flips", "data.image_size=64", "transform.eval_crop=0.5"])
+@pytest.mark.parametrize(
+    "setting",
+    ["--flips", *(pytest.param(s, marks=pytest.mark.slow) for s in ("data.image_size=64", "transform.eval_crop=0.5"))],
+)
 def test_predictions_of_other_settings_are_not_taken_for_these(call, trained, tmp_path, setting):
     output = tmp_path / "out.csv"
     options = (trained / "run", trained / "images" / "val" / "cat", "--output", output, "data.workers=0")
@@ -160,7 +163,7 @@ def test_predictions_of_other_settings_are_not_taken_for_these(call, trained, tm
     assert output.read_bytes() == before and [*tmp_path.iterdir()] == [output]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_name_that_is_not_utf_8_has_one_row(call, trained, tmp_path, suffix):
     output, image = tmp_path / f"out.{suffix}", os.fsencode(tmp_path) + b"/caf\xe9.png"
     shutil.copy(os.fsencode(trained) + b"/images/val/cat/0.png", image)
