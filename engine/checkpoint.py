@@ -71,6 +71,11 @@ def load_metadata(path: Path) -> dict[str, Any]:
     return split_tensors(checkpoint_file.load(path, mmap=True))[1]
 
 
+def class_names_in(path: str | Path) -> list[str] | None:
+    """For which classes the head of weights is, by number; None if their file does not say it."""
+    return load_metadata(Path(path)).get("class_names")
+
+
 def verify(path: Path) -> None:
     """Compare a checkpoint of a run with its checksums, and see that its plain values can be read.
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 import augsub
 from engine.announcement import log_plan
-from engine.checkpoint import CheckpointStore, load, load_metadata, shardings_of
+from engine.checkpoint import CheckpointStore, class_names_in, load, load_metadata, shardings_of
 from engine.config import MODELS_TRANSFORM, Config, OptimizerConfig
 from engine.config_file import changes_on_resume, fill_in_from, parse_config, to_yaml
 from engine.data.loaders import DataLoaders, batch_for
@@ -258,12 +258,12 @@ def start_weights(config: Config, model: nn.Module, source: DataSource) -> None:
     head, restarted = head_tensors(model), tuple(f"{name}." for name in settings.restart)
     keeps_head = settings.head_std is None and not any(tensor.startswith(restarted) for tensor in head)
     if settings.checkpoint is not None:
-        content = load(Path(settings.checkpoint))
-        report = load_weights(model, content, settings.checkpoint, settings.pos_embed_antialias)
+        weights = load(Path(settings.checkpoint))
+        report = load_weights(model, weights, settings.checkpoint, settings.pos_embed_antialias)
         report.log(settings.checkpoint)
         if keeps_head and head <= set(report.loaded):
             start = f"model.checkpoint = {settings.checkpoint}, whose head is kept,"
-            check_classes(config, source.class_names, content.get("class_names"), start)
+            check_classes(config, source.class_names, class_names_in(settings.checkpoint), start)
     elif settings.pretrained and keeps_head:
         check_pretrained_classes(config, source.class_names, model, f"model.name = {settings.name}")
     restart(model, settings.restart)

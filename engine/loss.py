@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import augsub
 from augsub.named_registry import did_you_mean
-from engine.checkpoint import load
+from engine.checkpoint import class_names_in, load
 from engine.config import Config, LossConfig
 from engine.data.source import DataSource, check_classes, check_pretrained_classes
 from engine.data.transforms import normalisation
@@ -190,10 +190,10 @@ def build_teacher(config: Config, source: DataSource, has_weights: bool = True) 
             **settings.kwargs,
         )
         if has_weights and settings.checkpoint is not None:
-            content = load(Path(settings.checkpoint))
-            load_weights(model, content, settings.checkpoint, complete=True).log(settings.checkpoint)
+            weights = load(Path(settings.checkpoint))
+            load_weights(model, weights, settings.checkpoint, complete=True).log(settings.checkpoint)
             place = f"augsub.teacher.checkpoint = {settings.checkpoint}"
-            check_classes(config, source.class_names, content.get("class_names"), place)
+            check_classes(config, source.class_names, class_names_in(settings.checkpoint), place)
         elif has_weights:
             known = model.pretrained_cfg.get("num_classes", source.num_classes)
             if known != source.num_classes:

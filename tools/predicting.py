@@ -6,12 +6,13 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from timm.data import ImageNetInfo
@@ -42,7 +43,6 @@ from tools.exporting import SEVERAL_LABELS, load_exported
 TABLES = (".csv", ".parquet")
 SHARD = ".tar"
 IMAGENET_CLASSES = 1000
-BLOCK = 2**24  # bytes that are read at once
 Row = dict[str, Any]  # path, class_1, probability_1, class_2 …, model
 
 
@@ -66,16 +66,22 @@ class Predictor:
 
     @cached_property
     def name(self) -> str:
-        """The source with a checksum, CRC-32, of what predictions follow from: its content and how images are read."""
-        data = self.config.data
+        """The source with a checksum, CRC-32, of what predictions follow from: the model, and how images are read."""
+        config, data = self.config, self.config.data
         reading = [data.image_size, data.in_chans, data.draft_decoding, data.exif_orientation]
-        settings = [asdict(self.config.transform), reading, self.config.loss.name, self.flips]
-        checksum = zlib.crc32(to_json(settings).encode())
-        if isinstance(self.source, Path) and self.source.is_file():
-            with self.source.open("rb") as opened:
-                while block := opened.read(BLOCK):
-                    checksum = zlib.crc32(block, checksum)
+        settings = [config.model.name, config.model.kwargs, asdict(config.transform), reading, config.loss.name]
+        checksum = zlib.crc32(to_json([*settings, self.flips]).encode())
+        for part in self._content():
+            checksum = zlib.crc32(part, checksum)
         return f"{self.source} {checksum:08x}"
+
+    def _content(self) -> Iterator[bytes | np.ndarray]:
+        """The model's tensors with their names, or its program."""
+        if isinstance(self.model, OnnxModel):
+            yield Path(self.source).read_bytes()
+        for name, tensor in self.model.state_dict().items():
+            yield name.encode()
+            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (B, K) of images (B, C, H, W)."""
@@ -236,7 +242,7 @@ class Predictions:
         self._rows |= {row["path"]: row for row in rows}
         if self._file is not None:
             part = self._file.with_name(f"{self._hidden}.part-{process.rank}-{os.getpid()}.jsonl")
-            with writing_errors(part), open(part, "a") as opened:
+            with writing_errors(part), alone(self._file), open(part, "a") as opened:
                 opened.writelines(f"{to_json(row)}\n" for row in rows)
 
     def finish(self) -> str:
@@ -282,7 +288,7 @@ class Predictions:
         counts = {len(self._ranks(row)) for row in rows}
         if counts - {self.top_k}:
             raise InputError(f"--output {file}: has {max(counts)} classes of each image, not {self.top_k}")
-        for other in (row["model"] for row in rows if "model" in row):
+        for other in (row["model"] for row in rows if row.get("model")):
             if other.split()[-1] != self.model.split()[-1]:  # the checksum, wherever the file lies
                 raise InputError(
                     f"--output {file}: has predictions of {other}, not of {self.model}: the checksums differ with "

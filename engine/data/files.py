@@ -181,9 +181,10 @@ def read_table(file: Path, columns: Sequence[str]) -> list[Row]:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     with input_errors(str(file)):
-        if file.suffix.lower() == ".parquet":
+        suffix = file.suffix.lower()
+        if suffix == ".parquet":
             rows = parquet().read_table(file).to_pylist()
-        elif file.suffix == ".jsonl":
+        elif suffix == ".jsonl":
             rows = [json.loads(line) for line in file.read_text().splitlines()]
         else:
             rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))))

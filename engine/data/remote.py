@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -25,6 +26,7 @@ from engine.errors import InputError, input_errors
 PIPE = "pipe:"  # WebDataset's: what follows is a command of the shell, which prints the file
 ATTEMPTS, PAUSE = 3, 1.0  # and seconds between the first two; doubled for the next
 POLL = 0.05  # seconds between looks at a copy
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems say
 # In a process of its own, which can be stopped wherever it hangs
 COPY = "import fsspec, shutil, sys; shutil.copyfileobj(fsspec.open(sys.argv[1]).open(), sys.stdout.buffer)"
 
@@ -46,12 +48,12 @@ def split_places(data: DataConfig, split: str, suffix: str, folders: Sequence[st
         InputError: there are none, or a package is not installed.
     """
     if suffix in split or is_remote(split):
-        root = "" if data.root is None or is_remote(split) or os.path.isabs(split) else data.root.rstrip("/") + "/"
+        root = "" if data.root is None or is_remote(split) or os.path.isabs(split) else os.path.join(data.root, "")
         patterns = [split]
     elif data.root is None:
         raise InputError(f"data.root is not set: it names the folder or the URL with <split>-*{suffix}")
     else:
-        root = data.root.rstrip("/") + "/"
+        root = os.path.join(data.root, "")
         patterns = [f"{folder}{name}-*{suffix}" for folder in folders for name in split_names(split)]
     places = next((found for pattern in patterns if (found := expand(pattern, root))), [])
     if not places:
@@ -61,7 +63,7 @@ def split_places(data: DataConfig, split: str, suffix: str, folders: Sequence[st
 
 
 def expand(pattern: str, root: str = "") -> list[str]:
-    """The places that braces and stars mean, below a root that is what it is."""
+    """The places that braces and stars mean, below a root, which on this machine is no pattern itself."""
     places = [pattern]
     if "{" in pattern:
         with input_errors("names with braces need other packages, pip install 'augsub[shards]'"):
@@ -131,11 +133,15 @@ class Copies:
 
 @contextmanager
 def alone(file: Path) -> Iterator[None]:
-    """One process at a time makes a file; if it dies, the next one."""
+    """One process at a time makes a file; if it dies, the next one. A file system without locks has none."""
     path = file.with_name(f".{file.name}.lock")
     while True:
         with open(path, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             if _is_at(path, lock):  # else whoever had it has removed it
                 try:
                     yield

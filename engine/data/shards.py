@@ -35,6 +35,7 @@ from engine.errors import InputError, first_line, input_errors
 from engine.text import to_json
 
 INDEX = "index.npz"
+RULES = 2  # by which shards are scanned: an index that was kept by others does not count
 LABEL = "cls"  # the suffix of a sample's label
 READING = threading.Lock()  # who opens a shard may close another one, from which no other thread must read then
 
@@ -281,7 +282,7 @@ def index_of(places: Sequence[str], copies: Copies, needs_labels: bool) -> Index
     beside = _beside(places, copies)
     if beside is not None and all(os.path.basename(place) in beside.shards for place in places):
         return Index({place: beside.shards[os.path.basename(place)] for place in places}, beside.classes)
-    state = [needs_labels, *((place, None if is_remote(place) else _state(place)) for place in places)]
+    state = [RULES, needs_labels, *((place, None if is_remote(place) else _state(place)) for place in places)]
     kept = cache_folder() / "indices" / f"{hashlib.sha256(to_json(state).encode()).hexdigest()[:24]}.npz"
     if kept.exists():  # needs no lock, which a cache that others may only read would not allow
         return Index.load(kept)

@@ -147,12 +147,11 @@ def check_folder(folder: Path) -> None:
 
 
 def write(folder: Path, evaluated: Mapping[str, Any], results: Sequence[Result]) -> None:
-    """Files of all results of an evaluation, in place of those of an earlier one.
+    """Files of all results of an evaluation, in place of those of an earlier one; see `check_folder`.
 
     Raises:
         RunError: one of them cannot be written.
     """
-    check_folder(folder)
     for name in NOT_ALWAYS:
         (folder / name).unlink(missing_ok=True)
     found, names = rows(evaluated, results), evaluated["class_names"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import augsub
 from engine.announcement import log_left_out
-from engine.checkpoint import load, load_metadata
+from engine.checkpoint import class_names_in, load, load_metadata
 from engine.config import MODELS_TRANSFORM, UNTRANSFORMED, Config, has_several_labels
 from engine.config_file import parse_config
 from engine.data.corruptions import corrupted
@@ -214,8 +214,8 @@ class _Evaluation:
 
     def __init__(self, config: Config, asked: Asked, process: Process, file: str | Path | None) -> None:
         self.config, self.asked, self.process = config, asked, process
-        known = () if file is None else load_metadata(Path(file)).get("class_names") or ()
-        sources = held_out_sources(config, asked.variant, bool(asked.probes), known_classes=len(known))
+        self.known = None if file is None else class_names_in(file)  # the classes of the weights
+        sources = held_out_sources(config, asked.variant, bool(asked.probes), known_classes=len(self.known or ()))
         for source in sources.values():
             log_left_out(source)
         self.source = source  # its images aside all are alike
@@ -253,8 +253,7 @@ class _Evaluation:
         LOGGER.info("evaluating %s", file)
         content = load(Path(file))
         self.iteration = content.get("iteration")
-        known = content.get("class_names") or load_metadata(Path(file)).get("class_names")
-        check_classes(config, class_names, known, f"evaluation: checkpoint {file}")
+        check_classes(config, class_names, self.known, f"evaluation: checkpoint {file}")
         hooks = content.get("hooks")
         averaged = hooks.get("ema") if isinstance(hooks, Mapping) else None
         for prefix, weights in (("", content), ("ema_", averaged)):

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from engine.checkpoint_file import EXPORTED
 from engine.config import Config, LossConfig, MixupConfig
 from engine.data.source import DataSource
 from engine.errors import InputError
 from engine.hooks.training import StopMixing
 from engine.loss import build_criterion, build_mixup, build_teacher, class_weights
+from engine.text import to_json
 from models.build import create_model
 
 CLASSES = DataSource(None, None, num_classes=5, in_chans=3)
@@ -51,6 +54,16 @@ def test_a_teacher_knows_the_classes_of_the_data(tmp_path, classes, names, messa
     else:
         with pytest.raises(InputError, match=message):
             build_teacher(own, CLASSES)
+
+
+def test_an_exported_teacher_tells_its_classes_too(tmp_path):
+    model, own = create_model("test_vit", num_classes=5, image_size=32), config()
+    said = to_json({"class_names": ["4", "3", "2", "1", "0"]})
+    (tmp_path / "t.safetensors").write_bytes(save(model.state_dict(), metadata={EXPORTED: said}))
+    own.data.image_size = 32
+    own.augsub.teacher.name, own.augsub.teacher.checkpoint = "test_vit", str(tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match="is for other classes than the data have"):
+        build_teacher(own, CLASSES)
 
 
 def test_smoothed_cross_entropy_without_mixup():

@@ -80,11 +80,11 @@ def test_own_statistics(server, finished, tmp_path, strategy):
            "augsub.sub_models.0.learn_from=ema", "ema.decay=0.9", "evaluation.period=1", "checkpoint.period=4",
            "log.csv=true", "checkpoint.background=false",
            f"distributed.strategy={strategy}"]  # fmt: skip
-    kill = {"function": "Trainer.run_step", "entry": 15, "delay": 0}  # the last save is no evaluation, as at 10 and 20
+    kill = {"function": "Trainer.run_step", "entry": 15, "delay": 0}  # between the evaluations at 10 and 20
     killed = [*run, f"output_dir={tmp_path}/killed"]
     assert -signal.SIGKILL in [end.code for end in server.run(*killed, processes=2, kill=kill)]
     said = server.succeed(*killed, "--resume", processes=2)
-    assert "after 12 of 24" in said or "after 16 of 24" in said  # a busy machine may miss an entry
+    assert "after 12 of 24" in said or "after 16 of 24" in said  # on a busy machine some entries are missed
     assert_same_end(finished(*run, processes=2), tmp_path / "killed")
 
 

@@ -340,7 +340,13 @@ def test_runs_of_other_images_are_not_compared_though_names_and_counts_agree(fin
         run_study(study, jobs=1, seconds=0)
         if checksum != own["held-out"]["sha256"]:
             with pytest.raises(InputError, match=r"^report\.jsonl: its results of tiny are of other held-out images"):
+                run_study(study, jobs=1, seconds=1)
+            before, run = Path("report.jsonl").read_bytes(), plan(load_study(study), study)[1]
+            told = {"held-out": {"images": 797, "sha256": "d" * 64}}  # of a run that was finished elsewhere
+            forge(run.config.output_dir, to_yaml(run.config), 90.0, run.config.seed, fingerprints=told)
+            with pytest.raises(InputError, match="of other held-out images"):
                 run_study(study, jobs=1, seconds=0)
+            assert Path("report.jsonl").read_bytes() == before
         else:
             assert len(run_study(study, jobs=1, seconds=0)[1]) == 3
         shutil.rmtree("runs")

@@ -21,7 +21,7 @@ import tools.train_net
 from engine.checkpoint import load
 from engine.distributed import Process
 from tools import eval_net, export, predict
-from tools.predicting import Predictions
+from tools.predicting import Predictions, load_predictor
 
 SETTINGS = ("--config", "finetune_folder", "model.name=test_vit", "model.pretrained=false", "data.image_size=32",
             "data.workers=0", "train.epochs=2", "train.global_batch=8")  # fmt: skip
@@ -149,6 +149,20 @@ def test_predictions_of_another_model_are_not_taken_for_this_ones(call, trained,
     )
 
 
+def test_the_checksum_is_of_the_weights_wherever_they_come_from(trained, tmp_path):
+    checkpoint = trained / "run" / "checkpoints" / "best.pt"
+    for target in ("a", "a.safetensors"):
+        export.main([str(checkpoint), str(tmp_path / target)])
+    other = load(checkpoint)
+    other["model"]["head.bias"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    export.main([str(tmp_path / "other.pt"), str(tmp_path / "b")])
+    names = [load_predictor(str(tmp_path / what), None, []).name.split()[-1] for what in ("a", "b", "other.pt")]
+    assert len({*names}) == 3
+    same = [load_predictor(str(what), None, []).name for what in (checkpoint, trained / "run")]
+    assert same[0] == same[1] and names[-1] not in same[0]
+
+
 @pytest.mark.parametrize(
     "setting",
     ["--flips", *(pytest.param(s, marks=pytest.mark.slow) for s in ("data.image_size=64", "transform.eval_crop=0.5"))],
@@ -179,9 +193,11 @@ def test_rows_of_an_earlier_version_stay(call, trained, tmp_path):
     output.write_text("path,class_1,probability_1\nold.png,cat,1.0\n")
     (images / "LIST.CSV").write_text("path\n0.png\n")
     options = ("--top-k", 1, "--output", output, "data.workers=0")
-    code, _, error = call(predict, trained / "run", images / "LIST.CSV", *options)
+    for _ in range(2):
+        code, printed, error = call(predict, trained / "run", images / "LIST.CSV", *options)
+        assert code == 0, error
     (images / "LIST.CSV").unlink()
-    assert code == 0, error
+    assert printed == f"1 images in {output}, all of them were there\n"
     assert [(row["path"], bool(row["model"])) for row in rows_of(output)] == [
         ("old.png", False), (str(images / "0.png"), True)
     ]  # fmt: skip

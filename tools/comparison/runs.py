@@ -232,16 +232,17 @@ def check_comparable(ways: Sequence[Way], metric: str) -> None:
     """Raise InputError if there is nothing to compare, or if runs did not measure it on the same images."""
     if len(ways) < 2:
         raise InputError("nothing to compare: name the folders of runs, trained in at least two ways")
-    expected: dict[str, object] = {}
+    expected: dict[str, tuple[object, Path]] = {}
     for run in (run for way in ways for run in way.runs.values()):
         if metric not in run.summary:
             raise InputError(f"{run.path}: has no {metric}; its summary.json has {', '.join(run.summary)}")
         data, checksum = run.config.data, held_out_checksum(run)
         of_run = {"dataset": data.dataset, "split": data.eval_split, "images": run.summary["images"]}
         for what, value in {**of_run, **({"names and labels, SHA-256,": checksum} if checksum else {})}.items():
-            if value != expected.setdefault(what, value):
+            other, path = expected.setdefault(what, (value, run.path))
+            if value != other:
                 raise InputError(
-                    f"{run.path}: evaluated on the {what} {value}, {ways[0].first.path} on {expected[what]}: "
+                    f"{run.path}: evaluated on the {what} {value}, {path} on {other}: "
                     "accuracies on different images cannot be compared"
                 )
 

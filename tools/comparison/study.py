@@ -213,19 +213,23 @@ def refuse_another_folder(run: PlannedRun) -> None:
             )
 
 
-def refuse_other_images(runs: Sequence[PlannedRun], results: Sequence[Run], file: Path) -> None:
-    """Raise InputError if what is left of a study would be evaluated on other images than those of its results."""
-    bases = {run.name: run.base for run in runs}
-    for base, run in {run.base: run for run in missing_runs(runs, results)}.items():
-        before = {compared.held_out_checksum(result) for result in results if bases[result.path.name] == base} - {None}
-        if not before:
-            continue
-        own = build_source(run.config, with_training=False).facts["fingerprints"]["held-out"]["sha256"]
-        if before != {own}:
-            raise InputError(
-                f"{file}: its results of {base.stem} are of other held-out images than data.root = "
-                f"{run.config.data.root} has, by names or labels: give the study another file of results"
-            )
+def refuse_other_images(
+    run: PlannedRun, checksum: str | None, runs: Sequence[PlannedRun], results: Sequence[Run], file: Path
+) -> None:
+    """Raise InputError if the held-out images of a run are not those of the results of its configuration.
+
+    Args:
+        checksum: of the run's images.
+        runs: all that are planned.
+        results: in the file.
+    """
+    names = {other.name for other in runs if other.base == run.base}
+    before = {compared.held_out_checksum(result) for result in results if result.path.name in names} - {None}
+    if checksum is not None and before - {checksum}:
+        raise InputError(
+            f"{file}: its results of {run.base.stem} are of other held-out images, by names or labels: give the study "
+            "another file of results"
+        )
 
 
 def this_machine() -> str:
@@ -368,11 +372,14 @@ def run_study(
     def keep(run: PlannedRun, done: Run) -> None:
         results.append(add_result(file, run, done))
 
-    refuse_other_images(runs, results, file)
     for run in missing_runs(runs, results):
         refuse_another_folder(run)
         if (done := run.finished) is not None:
+            refuse_other_images(run, compared.held_out_checksum(done), runs, results, file)
             keep(run, done)
+    for run in {run.base: run for run in missing_runs(runs, results)}.values() if seconds else ():
+        own = build_source(run.config, with_training=False).facts["fingerprints"]["held-out"]["sha256"]
+        refuse_other_images(run, own, runs, results, file)
     train(missing_runs(runs, results), jobs, seconds, keep)
     left = missing_runs(runs, results)
     ways = found_ways(study, runs, results)
