@@ -47,9 +47,8 @@ CARD = Path(__file__).with_name("model_card.md")
 RECIPE = ("augsub", "data", "train", "optimizer", "schedule", "loss", "mixup", "transform", "ema")  # sections in it
 # what timm's configuration of a model says of its pretrained weights: of others only the licence stays
 OF_PRETRAINED = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "description")
-SEVERAL_LABELS = (
-    "several labels: the sigmoid of each logit is its class's probability"  # a note in timm's configuration
-)
+# A note in timm's configuration of a model
+SEVERAL_LABELS = "several labels: the sigmoid of each logit is its class's probability"
 TOLERANCE = 1e-3  # absolute, of ONNX's logits: kernels add in other orders
 
 

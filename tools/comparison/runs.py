@@ -238,7 +238,9 @@ def check_comparable(ways: Sequence[Way], metric: str) -> None:
             raise InputError(f"{run.path}: has no {metric}; its summary.json has {', '.join(run.summary)}")
         data, checksum = run.config.data, held_out_checksum(run)
         of_run = {"dataset": data.dataset, "split": data.eval_split, "images": run.summary["images"]}
-        for what, value in {**of_run, **({"names and labels, SHA-256,": checksum} if checksum else {})}.items():
+        if checksum is not None:
+            of_run["names and labels, SHA-256,"] = checksum
+        for what, value in of_run.items():
             other, path = expected.setdefault(what, (value, run.path))
             if value != other:
                 raise InputError(
