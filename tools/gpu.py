@@ -37,7 +37,9 @@ COMPILED = "--only 'our trainer' 'masking 0.5' train.compile="
 SKIPPING = f"{BENCHMARK} --parts steps memory --rounds 3 --only 'timm task' 'masking 0.5' 'masking 0.5, paths skipped'"
 HUGE = "deit3_huge_patch14_224:160:128 model.drop_path_rate=0.5 model.drop_path_shape=uniform"  # as its recipe
 TINY = "test_vit:160:2"
-STUDY = "tools/compare_runs.py --jobs 6 --minutes 2.4 --study {study} data.dataset=folder train.amp=bf16"
+STUDIED = "data.dataset=folder train.amp=bf16 data.workers=3"  # of each of four runs: transforms keep 16 cores busy
+STUDY = f"tools/compare_runs.py --jobs 4 --minutes {{minutes}} --study {{study}} {STUDIED}"
+ENDING = 45  # seconds that a study has beside its minutes: to plan, to save what still runs, to write its page
 
 
 def models(batch: int) -> str:
@@ -46,10 +48,10 @@ def models(batch: int) -> str:
 
 
 # By device and name, what says most first: seconds, fewer where the whole has fewer left; and a command of Python's,
-# with {device}, {folder} and {name} to fill in.
+# with {device}, {folder}, {name} and {minutes} to fill in.
 PARTS: dict[str, dict[str, tuple[int, str]]] = {
     "cuda": {
-        "checks": (210, CHECKS),
+        "checks": (210, f"{CHECKS} -n 4"),
         "eager_128": (110, f"{STEPS} --rounds 5 --only 'bare loop' 'timm task' {CHOSEN} {models(128)}"),
         "captured_128": (150, f"{STEPS} --rounds 5 {COMPILED}reduce-overhead {models(128)}"),
         "skipping": (60, f"{SKIPPING} --models {HUGE}"),
@@ -58,13 +60,13 @@ PARTS: dict[str, dict[str, tuple[int, str]]] = {
         "loading": (45, f"{BENCHMARK} --parts data --rounds 5 --workers 16"),
         "eager_512": (110, f"{STEPS} --rounds 2 --only {CHOSEN} {models(512)}"),
         "compiled_512": (150, f"{STEPS} --rounds 2 {COMPILED}true {models(512)}"),
-        **{  # each goes on next time
-            f"study_{model}": (165, STUDY.replace("{study}", f"configs/studies/cifar10_{model}.yaml"))
+        **{  # one after the other, each goes on next time
+            f"study_{model}": (480, STUDY.replace("{study}", f"configs/studies/cifar10_{model}.yaml"))
             for model in ("vit", "resnet", "swin")
         },
     },
     "cpu": {
-        "checks": (1200, CHECKS),
+        "checks": (1200, f"{CHECKS} -n 2"),
         "steps": (1200, f"{STEPS} memory --rounds 1 --models {TINY} --only {CHOSEN}"),
         "skipping": (1200, f"{SKIPPING} --models test_vit:160:4 model.drop_path_rate=0.5"),
         "captured": (1200, f"{STEPS} --rounds 1 --models {TINY} {COMPILED}reduce-overhead"),
@@ -125,11 +127,13 @@ def earlier_parts(file: Path, device: str) -> list[dict[str, Any]]:
 def run_part(name: str, device: str, folder: Path, seconds_left: float) -> dict[str, Any]:
     """Run a part, what it prints into a file; how it ended, and its last line, as the results file has it."""
     seconds, command = PARTS[device][name]
-    command = command.format(device=device, folder=shlex.quote(str(folder)), name=name)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     start, limit = time.monotonic(), min(seconds, seconds_left)
+    working = limit - ENDING if "{minutes}" in command else limit
+    minutes = f"{working / 60:.1f}"
+    command = command.format(device=device, folder=shlex.quote(str(folder)), name=name, minutes=minutes)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     outcome = {"name": name, "ended": "left out", "seconds": 0.0, "found": "no time was left", "command": command}
-    if limit <= 0:
+    if working <= 0:
         return outcome
     printed = folder / f"{name}.txt"
     with open(printed, "w") as output:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -26,10 +28,10 @@ def amp(device) -> str:
 
 @pytest.fixture
 def report(capsys):
-    """Print a figure for whoever watches, whatever pytest captures."""
+    """Print a figure for whoever watches, whatever pytest captures, also in one of its worker processes."""
 
     def say(text: str) -> None:
         with capsys.disabled():
-            print(f"\n  {text}", flush=True)
+            print(f"\n  {text}", file=sys.stderr, flush=True)
 
     return say
