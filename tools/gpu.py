@@ -37,8 +37,8 @@ COMPILED = "--only 'our trainer' 'masking 0.5' train.compile="
 SKIPPING = f"{BENCHMARK} --parts steps memory --rounds 3 --only 'timm task' 'masking 0.5' 'masking 0.5, paths skipped'"
 HUGE = "deit3_huge_patch14_224:160:128 model.drop_path_rate=0.5 model.drop_path_shape=uniform"  # as its recipe
 TINY = "test_vit:160:2"
-STUDIED = "data.dataset=folder train.amp=bf16 data.workers=3"  # of each of four runs: transforms keep 16 cores busy
-STUDY = f"tools/compare_runs.py --jobs 4 --minutes {{minutes}} --study {{study}} {STUDIED}"
+STUDIED = "data.dataset=folder train.amp=bf16 data.workers=3"  # of each of five runs: transforms keep 16 cores busy
+STUDY = f"tools/compare_runs.py --jobs 5 --minutes {{minutes}} --study {{study}} {STUDIED}"
 ENDING = 45  # seconds that a study has beside its minutes: to plan, to save what still runs, to write its page
 
 
@@ -51,7 +51,7 @@ def models(batch: int) -> str:
 # with {device}, {folder}, {name} and {minutes} to fill in.
 PARTS: dict[str, dict[str, tuple[int, str]]] = {
     "cuda": {
-        "checks": (210, f"{CHECKS} -n 4"),
+        "checks": (210, f"{CHECKS} -n 8 --dist worksteal"),
         "eager_128": (110, f"{STEPS} --rounds 5 --only 'bare loop' 'timm task' {CHOSEN} {models(128)}"),
         "captured_128": (150, f"{STEPS} --rounds 5 {COMPILED}reduce-overhead {models(128)}"),
         "skipping": (60, f"{SKIPPING} --models {HUGE}"),
@@ -61,12 +61,12 @@ PARTS: dict[str, dict[str, tuple[int, str]]] = {
         "eager_512": (110, f"{STEPS} --rounds 2 --only {CHOSEN} {models(512)}"),
         "compiled_512": (150, f"{STEPS} --rounds 2 {COMPILED}true {models(512)}"),
         **{  # one after the other, each goes on next time
-            f"study_{model}": (480, STUDY.replace("{study}", f"configs/studies/cifar10_{model}.yaml"))
+            f"study_{model}": (525, STUDY.replace("{study}", f"configs/studies/cifar10_{model}.yaml"))
             for model in ("vit", "resnet", "swin")
         },
     },
     "cpu": {
-        "checks": (1200, f"{CHECKS} -n 2"),
+        "checks": (1200, f"{CHECKS} -n 2 --dist worksteal"),
         "steps": (1200, f"{STEPS} memory --rounds 1 --models {TINY} --only {CHOSEN}"),
         "skipping": (1200, f"{SKIPPING} --models test_vit:160:4 model.drop_path_rate=0.5"),
         "captured": (1200, f"{STEPS} --rounds 1 --models {TINY} {COMPILED}reduce-overhead"),

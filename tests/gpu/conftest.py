@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -12,6 +13,16 @@ def pytest_collection_modifyitems(config: pytest.Config) -> None:
     """Without the device there is nothing to run: one line, and a good end."""
     if config.getoption("device") == "cuda" and not torch.cuda.is_available() and config.getoption("-m") == "gpu":
         pytest.exit("no CUDA device here, nothing to test; --device cpu runs the same lines without one", returncode=0)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say what failed at once: the time for all of it may be over before the end."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(
+            f"\nFAILED {report.nodeid} after {report.duration:.0f} s\n{report.longreprtext}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,8 @@ def same_draws(device: torch.device) -> Iterator[None]:
                 return draw(*size, **kwargs).to(device or "cpu")
 
             patch.setattr(torch, name, drawn)
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):  # an image may have set either
+            patch.setattr(backend, "allow_tf32", False)
         yield
 
 

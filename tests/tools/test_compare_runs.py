@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -412,30 +413,45 @@ def test_several_configurations_have_their_own_baselines_and_hold_together(study
 
 
 @pytest.mark.slow
-def test_a_study_is_interrupted_and_continued(study, capsys):
-    study.write_text(STUDY.replace("[5, 3]", "[3]"))
-    first, report = RunFolder("runs/study/tiny_plain_seed3"), Path("report.md")
+def interrupted(study: Path, ready: Callable[[], bool], plugins: Path) -> str:
+    """What a study says that is interrupted once something is there."""
     with subprocess.Popen(
         [sys.executable, compare_runs.__file__, "--study", study, "--jobs", "1"],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{plugins}"},
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as started:
         deadline = time.monotonic() + 120
-        while not (first.metrics.exists() and first.metrics.stat().st_size):
+        while not ready():
             assert started.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(started.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
         said = started.communicate(timeout=120)[1]
     assert started.returncode == 130 and said.endswith("interrupted: the same command goes on\n")
+    return said
+
+
+def test_a_study_is_interrupted_and_continued(study, tmp_path, capsys):
+    study.write_text(STUDY.replace("[5, 3]", "[3]"))
+    first, report = RunFolder("runs/study/tiny_plain_seed3"), Path("report.md")
+    said = interrupted(study, lambda: first.metrics.exists() and first.metrics.stat().st_size, tmp_path)
     assert first.last.exists() and "the state is saved" not in said
     assert not first.summary.exists() and not report.exists()
 
     assert report in run_study(study, jobs=2)[0]
     lines = [f"runs/study/tiny_{way}_seed3: finished" for way in ("drop_path", "plain")]
     assert sorted(capsys.readouterr().err.splitlines()) == lines and "resumed" in first.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_while_its_study_is_stopped_is_kept(study, tmp_path):
+    Path("lingering.py").write_text("import atexit, time\natexit.register(time.sleep, 5)\n")
+    Path("tiny.yaml").write_text(f"{Path('tiny.yaml').read_text()}plugins: [lingering]\n")
+    first = RunFolder("runs/study/tiny_plain_seed5")
+    interrupted(study, lambda: first.summary.exists() and (first.path / "report.html").exists(), tmp_path)
+    assert [json.loads(line)["run"] for line in Path("report.jsonl").read_text().splitlines()] == [first.path.name]
 
 
 @pytest.mark.slow

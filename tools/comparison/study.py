@@ -346,8 +346,10 @@ def train(runs: Sequence[PlannedRun], jobs: int, seconds: float, finished: Calla
     finally:
         for process in processes:
             process.terminate()
-        for process in processes:
+        for process, (run, *_) in processes.items():
             process.wait()
+            if (done := run.finished) is not None:  # it had come to its end meanwhile
+                finished(run, done)
 
 
 def run_study(
