@@ -160,7 +160,7 @@ def test_the_costs_on_the_cards_are_those_of_the_benchmark():
 def results(study: str) -> dict[str, list[str]]:
     """Of each way of training in a study's first table: seeds, accuracy, difference and more, computation last."""
     table = (DOCS / f"study_{study}.md").read_text().partition("## Results")[2].partition("## What can")[0]
-    return {name: values for name, *values in map(cells, table.splitlines()) if values and "±" in values[1]}
+    return {name: values for name, *values in map(cells, table.splitlines()) if values and re.match(r"\d\d\.\d\d", values[1])}
 
 
 def table_rows(page: Path, start: str) -> list[list[str]]:
@@ -193,6 +193,8 @@ def test_tables_of_results_are_those_of_the_studies():
             way: [values[1], values[2].partition(" over seeds")[0], values[-1]]
             for way, values in results(study).items()
         }
+    shown = {way: figures for way, *figures in table_rows(page, r"(?:baseline(?:, 24 epochs)?|MaskSub 0\.5)")}
+    assert shown == {way: [*values[:3], values[-1], values[-2]] for way, values in results("cifar10_vit").items()}
     measured, text = results("cifar10_mechanism_small"), (DOCS / "study_cifar10_mechanism_small.md").read_text()
     against = dict(re.findall(r"^- (MaskSub .+), against plain masking .+?: (.+)$", text, re.MULTILINE))
     rows = table_rows(page, r"0\.\d")
