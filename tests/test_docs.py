@@ -160,7 +160,11 @@ def test_the_costs_on_the_cards_are_those_of_the_benchmark():
 def results(study: str) -> dict[str, list[str]]:
     """Of each way of training in a study's first table: seeds, accuracy, difference and more, computation last."""
     table = (DOCS / f"study_{study}.md").read_text().partition("## Results")[2].partition("## What can")[0]
-    return {name: values for name, *values in map(cells, table.splitlines()) if values and re.match(r"\d\d\.\d\d", values[1])}
+    return {
+        name: values
+        for name, *values in map(cells, table.splitlines())
+        if values and re.match(r"\d\d\.\d\d", values[1])
+    }
 
 
 def table_rows(page: Path, start: str) -> list[list[str]]:
