@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,10 +52,17 @@ AUGMENTATIONS = {"masking": 0.5, "random_crop": 0.5, "drop_path": 0.2, "dropout"
 DIGITS = {"vit": "digits_vit", "swin": "digits_swin", "resnet": "digits_resnet"}
 
 
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    """Convolutions of a GPU round to TF32 unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @contextmanager
-def same_draws(device: torch.device) -> Iterator[None]:
+def same_draws() -> Iterator[None]:
     """Random numbers of the CPU wherever they are wanted: those of a GPU are others."""
     functions = {name: getattr(torch, name) for name in ("rand", "randint", "randperm")}
+    bernoulli = Tensor.bernoulli_  # of stochastic depth
     with pytest.MonkeyPatch.context() as patch:
         for name, draw in functions.items():
 
@@ -62,8 +70,7 @@ def same_draws(device: torch.device) -> Iterator[None]:
                 return draw(*size, **kwargs).to(device or "cpu")
 
             patch.setattr(torch, name, drawn)
-        for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):  # an image may have set either
-            patch.setattr(backend, "allow_tf32", False)
+        patch.setattr(Tensor, "bernoulli_", lambda into, p=0.5: into.copy_(bernoulli(torch.empty(into.shape), p)))
         yield
 
 
@@ -81,7 +88,7 @@ def masksub_step(family: str, augmentation: str, device: torch.device) -> tuple[
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
     objective = SubModelObjective(nn.CrossEntropyLoss(), [SubModel(augmentation, AUGMENTATIONS[augmentation])])
     objective.prepare(model)
-    with same_draws(device):
+    with same_draws():
         states = record(model, images, objective.sub_models[0].augmentation, seed=2).states
         torch.manual_seed(2)
         out = objective.backward(model, images, torch.arange(4, device=device))
@@ -226,6 +233,7 @@ def synchronised(rank: int, device: torch.device, backend: str, store: str, seen
 
 def batchnorm_statistics(device: torch.device, share: slice, process: Process) -> dict[str, Tensor]:
     """Running statistics after a forward of a share of always the same images."""
+    torch.backends.cudnn.allow_tf32 = False  # in a process of its own, which no fixture reaches
     torch.manual_seed(0)
     images = torch.randn(8, 3, 64, 64)[share].to(device)
     model = synchronise_batchnorm(timm.create_model("resnet10t", num_classes=10).to(device), process)
@@ -278,6 +286,7 @@ def test_a_sub_model_needs_no_more_memory_than_its_main_model_and_the_gradient(d
     batch = 64 if device.type == "cuda" else 4
     peaks = {}
     for way, sub_models in {"plain": [], "MaskSub": [SubModel("masking", 0.5)]}.items():
+        gc.collect()  # a patched model refers to itself: the one before may still be there
         model = augsub.patch(timm.create_model(name, **kwargs)).to(device)
         objective = SubModelObjective(nn.CrossEntropyLoss(), sub_models)
         objective.prepare(model)
