@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from augsub.augmentation import SubModelAugmentation
 from augsub.named_registry import NamedRegistry
+from augsub.patching import find_patched
 from augsub.teaching import Criterion, Teaching, main_loss
 
 
@@ -120,13 +121,14 @@ class AugmentedTeacher(Teacher):
     """The prediction of another patched model that sees what the sub-model sees, with the same draws (MaskedKD).
 
     They are the same parts of the image where both models divide it alike and neither draws before, for dropout of its
-    positions for example.
+    positions for example. A compiled model needs ``torch._inductor.config.fallback_random``: else it draws others.
     """
 
     replays_draws = True
 
     @torch.no_grad()
     def predict(self, model: nn.Module, step: Step) -> Tensor:
+        find_patched(model)
         with step.same_draws():
             return logits_of(model(step.images, augsub=step.augmentation))
 
@@ -144,7 +146,13 @@ def logits_of(output: Any) -> Tensor:
 
 def random_state(device: torch.device) -> list[Tensor]:
     """The state of the generators from which a model on the device draws."""
-    return [torch.get_rng_state(), *([torch.get_device_module(device).get_rng_state()] if device.type != "cpu" else [])]
+    of_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(*_which(device))]
+    return [torch.get_rng_state(), *of_device]
+
+
+def _which(device: torch.device) -> list[torch.device]:
+    """What a device's module wants to be told of it: Apple's has one only."""
+    return [] if device.type == "mps" else [device]
 
 
 @contextmanager
@@ -153,5 +161,5 @@ def _random_state(device: torch.device, state: list[Tensor]) -> Iterator[None]:
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.set_rng_state(state[0])
         if devices:
-            torch.get_device_module(device).set_rng_state(state[1])
+            torch.get_device_module(device).set_rng_state(state[1], *_which(device))
         yield

@@ -3,6 +3,7 @@ the main model teaches the sub-models."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class Objective:
 
     computes_main = False
     branch_by_branch = True
+    replays_draws = False  # whether another model sees what a sub-model sees, by the same random numbers
 
     def __init__(self, criterion: Criterion, sub_models: Sequence[SubModel]) -> None:
         if not isinstance(sub_models, Sequence) or not all(isinstance(sub_model, SubModel) for sub_model in sub_models):
@@ -210,6 +212,7 @@ class SubModelObjective(Objective):
         if not (self.main_weight or self.sub_models):
             raise ValueError("nothing learns: main_weight and the weights of all sub-models are 0")
         self._lessons = [LESSONS.get(sub_model.learn_from)() for sub_model in self.sub_models]
+        self.replays_draws = any(lesson.replays_draws for lesson in self._lessons)
         self.computes_main = self.main_weight > 0 or any(lesson.needs_main for lesson in self._lessons)
         self._teaching = teaching_for(criterion, targets) if self.sub_models else None
         self._models: dict[str, nn.Module] = {}
@@ -259,6 +262,8 @@ class SubModelObjective(Objective):
         """
         if self.sub_models and isinstance(model, nn.Module):
             find_patched(model)
+        if self.replays_draws:
+            _check_draws(model)
         for lesson in self._lessons:
             if lesson.needs_model not in (None, *self._models):
                 raise ValueError(
@@ -295,6 +300,17 @@ class SubModelObjective(Objective):
         loss = torch.stack([branch.weight * branch.loss for branch in branches]).sum()
         sub_losses = [branch.loss for branch in branches[self.computes_main :]]
         return ObjectiveOutput(loss, branches[0].loss, sub_losses, branches[0].logits.detach())
+
+
+def _check_draws(model: nn.Module) -> None:
+    """Raise ValueError if the model is compiled so that it draws other random numbers than one that is not."""
+    inductor = sys.modules.get("torch._inductor.config")  # which takes a second to import
+    is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
+    if is_compiled and not (inductor is not None and inductor.fallback_random):
+        raise ValueError(
+            "the model is compiled and would see other parts of the images than its teacher: set "
+            "torch._inductor.config.fallback_random = True before the first step"
+        )
 
 
 def chosen(images: Tensor, sub_model: SubModel) -> slice | Tensor:

@@ -94,8 +94,10 @@ class PatchedModel(_Base):
         return {*own(), "mask_token"}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        # The generated class cannot be imported by name: pickle and deepcopy make it anew.
-        return _new_patched, (_original_class(self),), self.__dict__
+        # The generated class cannot be imported by name: pickle and deepcopy make it anew. What `compile` made is of
+        # this very model: torch's own state leaves it out.
+        state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _new_patched, (_original_class(self),), state
 
 
 def patch(model: Model, skip_dropped_paths: bool = False, update_batch_norm: bool = True) -> Model:

@@ -222,7 +222,8 @@ class SubForward:
                 raise ValueError(f"{self.model_name}.{name} was replaced after augsub.patch, {PATCH_AGAIN}")
 
     def remove(self) -> None:
-        """Take the hooks and the inserted modules out of the model."""
+        """Take the hooks, the inserted modules and what a backward that failed has left set out of the model."""
+        self.release()
         for hook in self._hooks:
             hook.remove()
         for parent, name, own in self._inserted:
@@ -254,6 +255,7 @@ class SubForward:
             self._hold(state)
             Variable._execution_engine.queue_callback(self.release)
 
-        for output in tree_leaves(logits):
+        for leaf in tree_leaves(logits):
+            output = getattr(leaf, "logits", leaf)  # of a class of somebody's own
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(replay)

@@ -60,7 +60,7 @@ def main_loss(criterion: Criterion, logits: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"{name_of(criterion)} cannot take targets {tuple(targets.shape)}, {targets.dtype}, with logits "
             f"{tuple(logits.shape)}: {' '.join(str(error).split()).rstrip('.')}; labels (B,), below "
-            f"{logits.shape[-1]}, need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy, soft targets "
+            f"{logits.shape[1]}, need nn.CrossEntropyLoss or timm.loss.LabelSmoothingCrossEntropy, soft targets "
             "(B, K), as mixup makes them, timm.loss.SoftTargetCrossEntropy or BinaryCrossEntropy"
         ) from error
     if loss.ndim != 0:

@@ -144,6 +144,8 @@ def resolve(
     saved = {} if newest is None else load_metadata(newest)
     before = None if newest is None else parse_config(saved.get("config"), f"--resume: the configuration in {newest}")
     resolved = complete(config, before)
+    if before is not None and resolved.model.pretrained == IF_AVAILABLE:
+        resolved.model.pretrained = before.model.pretrained  # as it was decided then
     changes = [] if before is None else changes_on_resume(resolved, before)
     source = open_data(resolved)
     if newest is not None:
@@ -151,7 +153,7 @@ def resolve(
     if resolved.train.global_batch is None and source.train is not None:
         resolved.train.global_batch = batch_for(len(source.train), process.world_size)
     if resolved.model.pretrained == IF_AVAILABLE:
-        resolved.model.pretrained = newest is None and has_pretrained_weights(resolved)
+        resolved.model.pretrained = process.broadcast(process.is_main and has_pretrained_weights(resolved))
     resolved.freeze()
     return resolved, source, changes
 
@@ -324,7 +326,7 @@ def build_trainer(
     objective.teach_by(
         teacher=None if teacher is None else teacher.to(process.device), ema=None if ema is None else ema.module
     )
-    compile_forward(bare_model, config.train.compile)
+    compile_forward(bare_model, config.train.compile, has_eager_draws=objective.replays_draws)
     model = parallelise(config, process, bare_model, ema)
     trainer = Trainer(
         model=model,
@@ -352,7 +354,8 @@ def check_images(
 ) -> None:
     """Refuse images that main model or sub-models cannot take, or too few of them at once."""
     shape = source.image_shape(config.data.image_size)
-    times = (0, config.train.epochs)  # where a ratio changes, else both are one augmentation
+    # where a ratio changes, else all are one augmentation; after the beginning, as 0 may be well and little more not
+    times = (0, 1e-6, config.train.epochs)
     augmentations = [*dict.fromkeys(sub_model.at(epoch) for sub_model in objective.sub_models for epoch in times)]
     frozen.before_step()
     with input_errors("augsub.sub_models"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -13,13 +14,16 @@ DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_GRAPHS = "torch._inductor.cudagraph_trees"  # imported where something was compiled
 
 
-def compile_forward(model: nn.Module, compile: bool | str) -> None:
+def compile_forward(model: nn.Module, compile: bool | str, has_eager_draws: bool = False) -> None:
     """Compile a model's forward, in place.
 
     Args:
         compile: false, true, or one of torch's modes (`train.compile`).
+        has_eager_draws: whether it draws the random numbers of a model that is not compiled.
     """
     if compile:
+        if has_eager_draws:
+            importlib.import_module("torch._inductor.config").fallback_random = True
         model.compile(mode=None if compile is True else compile)
 
 

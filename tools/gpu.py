@@ -148,9 +148,11 @@ def run_part(name: str, device: str, folder: Path, seconds_left: float) -> dict[
         try:
             ended = "failed" if process.wait(limit) else "done"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             ended = f"cut off after {limit:.0f} s"
+        finally:  # after Ctrl-C too
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
     found = (printed.read_text().strip().splitlines() or ["nothing printed"])[-1]
     return outcome | {"ended": ended, "seconds": time.monotonic() - start, "found": found}
 

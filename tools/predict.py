@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         memory_errors("lower evaluation.batch, the images at once in a process"),
     ):
         predict(predictor, images, predictions, process)
+        predictions.gather(process)
         process.barrier()
         if process.is_main:
             print(predictions.finish())

@@ -245,6 +245,12 @@ class Predictions:
             with writing_errors(part), alone(self._file), open(part, "a") as opened:
                 opened.writelines(f"{to_json(row)}\n" for row in rows)
 
+    def gather(self, process: Process) -> None:
+        """Give every process the rows of all, of which a file would have them. All processes must call it together."""
+        if self._file is None:
+            for rows in process.gather(self._rows):
+                self._rows |= rows
+
     def finish(self) -> str:
         """Write all rows in the order of their paths; what to print."""
         if self._file is None:

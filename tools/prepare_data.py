@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from engine.command_line import AtLeast, as_path, main_of, parse_with_overrides, tool_parser
+from engine.config_file import parse_config
 from engine.errors import InputError
+from engine.text import to_json
 
 DEFAULT_SAMPLES = 1000
 
@@ -46,10 +48,14 @@ def run(arguments: argparse.Namespace) -> None:
     # here: these bring torch and timm, for which a typo need not wait
     from tools.preparing import open_splits, resized, write_folder, write_shards
 
-    classes, splits, others = open_splits(arguments.source, arguments.overrides)
+    source = arguments.source
+    table = [f"data.table={to_json(str(source))}"] if source.is_file() else []
+    data = parse_config("", str(source), [*table, *arguments.overrides]).data
+    classes, splits, others = open_splits(source, data)
     resizing = None
     if arguments.resize is not None:
-        resizing = partial(resized, side=arguments.resize, quality=arguments.quality)
+        of_image = {"quality": arguments.quality, "max_megapixels": data.max_megapixels}
+        resizing = partial(resized, side=arguments.resize, **of_image)
     if arguments.samples_per_shard is None and resizing is not None:
         written = write_folder(splits, classes, arguments.target, resizing, arguments.jobs)
     else:

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from engine import atomic
-from engine.config_file import parse_config
+from engine.config import DataConfig
 from engine.data.files import ImageFiles, image_folder, split_folder
 from engine.data.images import decode, several
 from engine.data.shards import INDEX, LABEL, Index, Shard, scan
@@ -33,14 +33,14 @@ INFO = "_info.json"  # under this name timm looks for the lengths of shards
 Resizing = Callable[[Path], bytes]  # `resized` to some side and quality
 
 
-def resized(file: Path, side: int, quality: int) -> bytes:
+def resized(file: Path, side: int, quality: int, max_megapixels: float) -> bytes:
     """The image in a file, its shorter side at most `side` pixels, as a JPEG; InputError if there is none.
 
     The orientation that a camera noted is noted there too: whoever reads it decides about it, as of the original.
     """
     try:
         with file.open("rb") as opened:
-            image = decode(opened)
+            image = decode(opened, DataConfig(max_megapixels=max_megapixels))
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise InputError(f"{file}: cannot be read: {first_line(error)}") from error
     scale = side / min(image.size)
@@ -52,7 +52,7 @@ def resized(file: Path, side: int, quality: int) -> bytes:
     return content.getvalue()
 
 
-def open_splits(source: Path, overrides: Sequence[str]) -> tuple[list[str], dict[str, ImageFiles], list[str]]:
+def open_splits(source: Path, data: DataConfig) -> tuple[list[str], dict[str, ImageFiles], list[str]]:
     """Names of the classes, the images of each split that there is, and what else there is, in words.
 
     Raises:
@@ -66,7 +66,6 @@ def open_splits(source: Path, overrides: Sequence[str]) -> tuple[list[str], dict
         there = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
         others = [f"{folder.name}/" for folder in there if folder not in folders.values()]
     elif source.is_file():
-        data = parse_config("", str(source), [f"data.table={to_json(str(source))}", *overrides]).data
         table = open_table(data)
         names = {split: table.name_of_split(split) for split in SPLITS}
         splits = {split: table.files_of(split) for split, name in names.items() if name is not None}

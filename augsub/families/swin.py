@@ -48,7 +48,7 @@ def scaled_windows(block: ForeignModule, built_size: ImageSize, image_size: Imag
     model's FLOPs instead of 51 %.
     """
     window = tuple(
-        max(1, side * now // built)
+        max(1, min(side, side * now // built))  # of larger images as they were built
         for side, now, built in zip(block.attn.window_size, image_size, built_size, strict=True)
     )
     shifts = tuple(side // 2 if shift else 0 for side, shift in zip(window, block.shift_size, strict=True))

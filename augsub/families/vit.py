@@ -32,7 +32,9 @@ class TokenFamily(Family):
 
 
 def patch_side(patch_embed: ForeignModule) -> int:
-    """Side of a patch in pixels, the longer one if they differ."""
+    """Side of a patch in pixels, the longer one if they differ. A hybrid's own are of its backbone's positions."""
+    if hasattr(patch_embed, "feat_ratio"):
+        return int(patch_embed.feat_ratio())
     size: tuple[int, int] = patch_embed.patch_size
     return max(size)
 

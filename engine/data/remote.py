@@ -125,10 +125,14 @@ class Copies:
                 os.utime(copy)
                 return copy
             fetch(place, copy, self.patience)
-            copies = [path for path in self.folder.iterdir() if not path.suffix]
-            for old in sorted(copies, key=lambda path: path.stat().st_mtime)[: -self.most]:
-                old.unlink(missing_ok=True)  # who has it open can read it on
+            self.clear(self.most)
         return copy
+
+    def clear(self, most: int = 0) -> None:
+        """Remove all but the latest copies."""
+        copies = [path for path in self.folder.iterdir() if not path.suffix]
+        for old in sorted(copies, key=lambda path: path.stat().st_mtime)[: len(copies) - most]:
+            old.unlink(missing_ok=True)  # who has it open can read it on
 
 
 @contextmanager

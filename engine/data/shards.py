@@ -278,10 +278,20 @@ def shards_at(places: Sequence[str], patience: float, needs_labels: bool = True)
 
 
 def index_of(places: Sequence[str], copies: Copies, needs_labels: bool) -> Index:
-    """The index beside the shards, else the one that an earlier run has kept, else a new one, which is kept."""
-    beside = _beside(places, copies)
-    if beside is not None and all(os.path.basename(place) in beside.shards for place in places):
-        return Index({place: beside.shards[os.path.basename(place)] for place in places}, beside.classes)
+    """The indices beside the shards, else the one that an earlier run has kept, else a new one, which is kept.
+
+    Raises:
+        InputError: shards of several folders have different classes.
+    """
+    split = {place: os.path.split(place) for place in places}
+    beside = {folder: _beside(folder, copies) for folder in dict.fromkeys(folder for folder, _ in split.values())}
+    if all((index := beside[folder]) is not None and name in index.shards for folder, name in split.values()):
+        first, *others = beside
+        classes = beside[first].classes
+        for folder in others:
+            if beside[folder].classes != classes:
+                raise InputError(f"{folder}/{INDEX}: has other classes than {first}/{INDEX}")
+        return Index({place: beside[folder].shards[name] for place, (folder, name) in split.items()}, classes)
     state = [RULES, needs_labels, *((place, None if is_remote(place) else _state(place)) for place in places)]
     kept = cache_folder() / "indices" / f"{hashlib.sha256(to_json(state).encode()).hexdigest()[:24]}.npz"
     if kept.exists():  # needs no lock, which a cache that others may only read would not allow
@@ -306,21 +316,25 @@ def _scanned(places: Sequence[str], copies: Copies, needs_labels: bool, kept: Pa
     return index
 
 
-def _beside(places: Sequence[str], copies: Copies) -> Index | None:
-    folder = os.path.dirname(places[0])
-    if places[0].startswith(PIPE):
+def _beside(folder: str, copies: Copies) -> Index | None:
+    """The index in a folder. One from elsewhere is fetched anew; copies of shards from before another one go."""
+    if folder.startswith(PIPE):
         return None
     if not is_remote(folder):
         file = Path(folder, INDEX)
         return Index.load(file) if file.exists() else None
     copies.folder.mkdir(parents=True, exist_ok=True)
-    file = copies.folder / f"beside-{INDEX}"
-    if not file.exists():
+    file = copies.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:24]}-{INDEX}"
+    new = file.with_name(f"new-{file.name}")
+    with alone(file):
         try:
-            fetch(f"{folder}/{INDEX}", file, copies.patience, attempts=1)
-        except OSError:
-            return None
-    return Index.load(file)
+            fetch(f"{folder}/{INDEX}", new, copies.patience, attempts=1)
+        except OSError:  # there is none, or it cannot be had today
+            return Index.load(file) if file.exists() else None
+        if file.exists() and file.read_bytes() != new.read_bytes():
+            copies.clear()
+        os.replace(new, file)
+        return Index.load(file)
 
 
 def _state(path: str) -> tuple[int, int]:

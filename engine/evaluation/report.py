@@ -44,7 +44,7 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         if result.augmentation is not None:
             name, ratio = result.sub_model
             row = {**weights, "sub_model": name, "ratio": ratio, **_scores(figures), **cross_entropy}
-            row |= {name: round(value, 3) for name, value in result.speed.items()}
+            row |= _measured(result.speed)
             found["sub_models"].append(row)
             continue
         model = {"model": evaluated["model"], "img_size": _as_number(evaluated["image_size"]), **_scores(figures)}
@@ -60,7 +60,7 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
         if result.clean:
             clean = round(result.clean["top1"], 3)
             model |= {"clean_top1": clean, "difference": round(figures["top1"] - clean, 3)}
-        model |= {name: round(value, 3) for name, value in result.speed.items()}
+        model |= _measured(result.speed)
         found["results"].append(model)
         found["classes"] += [{**weights, **row} for row in result.metrics.of_classes(evaluated["class_names"])]
         for place, part in result.parts.items() if len(result.parts) > 1 else ():
@@ -69,6 +69,11 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
             row["ece"] = round(part["ece"], 3)
             found["corruptions"].append(row)
     return found
+
+
+def _measured(speed: Mapping[str, float]) -> Row:
+    """Five significant digits: a small model has thousandths of a GMAC."""
+    return {name: float(f"{value:.5g}") for name, value in speed.items()}
 
 
 def _described_size(evaluated: Mapping[str, Any]) -> str:

@@ -59,6 +59,7 @@ class Evaluation(HookBase):
     average: nn.Module | None = None  # moving average of the weights, evaluated too; its results are called ema_...
     best: dict[str, float] = field(default_factory=dict)
     best_in_time: dict[str, float] = field(default_factory=dict)  # of those evaluations that are not a stop's
+    without_better: int = 0  # of them, since the best one
     latest: dict[str, float] = field(default_factory=dict)
     state_name = "evaluation"
 
@@ -66,12 +67,6 @@ class Evaluation(HookBase):
     def is_new_best(self) -> bool:
         """Whether the weights of this very step are the best so far."""
         return self.best.get("iteration") == self.trainer.iteration
-
-    @property
-    def without_better(self) -> int:
-        """Evaluations since the best one."""
-        iteration = self.trainer.iteration
-        return (iteration - self.best_in_time.get("iteration", iteration)) // self.period
 
     def before_train(self) -> None:
         self._end_if_it_gets_no_better()  # a run that had ended so, and is resumed
@@ -88,8 +83,10 @@ class Evaluation(HookBase):
         found = {"iteration": iteration, "epoch": self.trainer.epoch, "value": self.latest[self.metric]}
         if self._is_better(found, self.best):
             self.best = found
-        if is_in_time and self._is_better(found, self.best_in_time):
-            self.best_in_time = found
+        if is_in_time:
+            is_better = self._is_better(found, self.best_in_time)
+            self.best_in_time = found if is_better else self.best_in_time
+            self.without_better = 0 if is_better else self.without_better + 1
         self._end_if_it_gets_no_better()
 
     def _is_better(self, found: dict[str, float], best: dict[str, float]) -> bool:
@@ -118,7 +115,7 @@ class Evaluation(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         other = {} if self.best_in_time == self.best else {"best_in_time": self.best_in_time}
-        return {"best": self.best, "latest": self.latest, **other}
+        return {"best": self.best, "latest": self.latest, "without_better": self.without_better, **other}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = {"best_in_time": state["best"], **state}
@@ -128,6 +125,7 @@ class Evaluation(HookBase):
             if name != "latest" and state[name] and not state[name].keys() >= {"iteration", "epoch", "value"}:
                 raise ValueError(f"evaluation.{name} = {state[name]} is not complete")
         self.best, self.best_in_time, self.latest = (state[name] for name in ("best", "best_in_time", "latest"))
+        self.without_better = int(state["without_better"])
 
 
 class WriteRecords(HookBase):

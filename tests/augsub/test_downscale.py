@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -47,6 +48,22 @@ def test_others_see_the_smaller_image():
     model, images = augsub.patch(tiny_resnet()).eval(), torch.randn(3, 3, 128, 160)
     expected = F.interpolate(images, size=(96, 128), mode="bilinear", antialias=True)  # 90.5 and 113 to 32s
     torch.testing.assert_close(model(images, augsub="downscale", augsub_ratio=0.5), model(expected))
+
+
+@pytest.mark.parametrize(("name", "stride"), [("vit_small_r26_s32_224", 32), ("vitamin_small_224", 16)])
+def test_the_stride_of_a_hybrid_is_that_of_its_tokens(name, stride):
+    model, seen = augsub.patch(timm.create_model(name, num_classes=2)).eval(), []
+    model.patch_embed.register_forward_pre_hook(lambda _, images: seen.append(images[0].shape[-1]))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 224, 224), augsub="downscale", augsub_ratio=0.5)
+    assert seen == [round(224 * 0.5**0.5 / stride) * stride]
+
+
+def test_images_larger_than_a_swin_was_built_for():
+    model = augsub.patch(tiny_swin(strict_img_size=False)).eval()
+    images = torch.randn(2, 3, 48, 48)
+    expected = model(shrunk(images, 40))
+    torch.testing.assert_close(model(images, augsub="downscale", augsub_ratio=0.3), expected)
 
 
 def test_nothing_is_drawn_and_ratio_0_is_the_main_model(images):

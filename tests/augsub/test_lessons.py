@@ -278,6 +278,25 @@ def test_a_teacher_that_is_not_there_is_an_error(model, images, labels, name):
         masksub(learn_from=name)(model, images, labels)
 
 
+def test_an_augmented_teacher_must_be_patched(model, images, labels):
+    sub_model = augsub.SubModel("masking", ratio=0.5, learn_from="augmented_teacher")
+    objective = augsub.SubModelObjective(CE, [sub_model], teacher=tiny_resnet().eval())
+    with pytest.raises(ValueError, match=r"ResNet is not patched: call augsub\.patch"):
+        objective(model, images, labels)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_needs_the_draws_of_its_augmented_teacher(model, images, labels):
+    sub_model = augsub.SubModel("masking", ratio=0.5, weight=1.0, learn_from="augmented_teacher")
+    objective = augsub.SubModelObjective(CE, [sub_model], main_weight=0, teacher=copy.deepcopy(model))
+    compiled = torch.compile(model.eval())
+    with pytest.raises(ValueError, match=r"the model is compiled and would see other parts .*fallback_random = True"):
+        objective(compiled, images, labels)
+    with torch._inductor.config.patch(fallback_random=True):
+        found = gradients(model, objective(compiled, images, labels).loss)
+    assert max(gradient.abs().max() for gradient in found.values()) < 1e-5
+
+
 def test_a_teacher_of_other_classes_is_refused(model, images, labels):
     sub_model = augsub.SubModel("masking", ratio=0.5, learn_from="teacher")
     objective = augsub.SubModelObjective(CE, [sub_model], teacher=tiny_resnet().eval())

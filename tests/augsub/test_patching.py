@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -105,6 +106,16 @@ def test_copies_are_patched_and_independent(clone, patched_model, images):
     assert torch.equal(seeded(patched_model, images, augsub=masking), expected)
 
 
+def test_a_copy_of_a_compiled_model_has_its_own_weights(make_model, images):
+    model = augsub.patch(make_model("vit")).eval()
+    model.compile(backend="eager")
+    expected = model(images)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(images), expected)
+        torch.nn.init.zeros_(twin.head.weight)
+        assert not torch.equal(twin(images), expected)
+
+
 def test_swin_gets_a_mask_token_without_weight_decay(make_model):
     model = augsub.patch(make_model("swin"))
     assert model.mask_token.shape == (1, 1, 16)
@@ -146,16 +157,21 @@ def test_batch_norm_keeps_its_statistics_when_compiled(make_model):
     assert not any(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
 class Recomputing(nn.Module):
     """Computes its residual branches again in backward, by torch alone: no attribute tells of it."""
 
-    def __init__(self, is_reentrant: bool) -> None:
+    def __init__(self, is_reentrant: bool, has_own_output: bool = False) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 8, 8)
         self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
         self.drop_path = nn.ModuleList(DropPath(0.1) for _ in range(4))
         self.head = nn.Linear(8, 10)
-        self.is_reentrant, self.recomputes = is_reentrant, False
+        self.is_reentrant, self.has_own_output, self.recomputes = is_reentrant, has_own_output, False
 
     def set_grad_checkpointing(self, recomputes: bool) -> None:
         self.recomputes = recomputes
@@ -165,7 +181,8 @@ class Recomputing(nn.Module):
         for branch, drop_path in zip(self.branches, self.drop_path, strict=True):
             block = lambda tokens, a=branch, b=drop_path: tokens + b(a(tokens).tanh())  # noqa: E731
             tokens = checkpoint(block, tokens, use_reentrant=self.is_reentrant) if self.recomputes else block(tokens)
-        return self.head(tokens.mean(1))
+        logits = self.head(tokens.mean(1))
+        return Output(logits) if self.has_own_output else logits
 
 
 @pytest.mark.parametrize(
@@ -173,7 +190,7 @@ class Recomputing(nn.Module):
     [
         *(("drop_path", family) for family in ("vit", "swin", "resnet")),
         ("random_crop", "swin"),
-        *(("drop_path", Recomputing(is_reentrant)) for is_reentrant in (False, True)),
+        *(("drop_path", Recomputing(*how)) for how in ((False,), (True,), (False, True))),
     ],
     ids=str,
 )

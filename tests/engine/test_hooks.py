@@ -256,6 +256,19 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended():
     assert resumed.iteration == 10 and longer.best["value"] == 90.0
 
 
+def test_evaluations_are_counted_whatever_their_period_was():
+    first = judged([50.0] * 5, patience=4)
+    train(Loop([0.0] * 4), first)
+    assert first.without_better == 1
+    often = judged([50.0] * 10, patience=4)
+    often.period = 1
+    often.load_state_dict(first.state_dict())
+    resumed = Loop([0.0] * 10)
+    resumed.iteration = 4
+    train(resumed, often)
+    assert resumed.iteration == 7
+
+
 def test_the_lowest_loss_is_the_best():
     evaluation = judged([3.0, 1.0, 2.0], metric="eval_loss")
     train(Loop([0.0] * 6), evaluation)
@@ -265,6 +278,7 @@ def test_the_lowest_loss_is_the_best():
 def test_on_a_plateau_the_learning_rate_falls_again_and_again():
     values = [50.0, 40.0, 40.0, 40.0, 40.0, 60.0, 10.0, 10.0]
     evaluation = judged(values)
+    evaluation.length = 17
     learning_rate = LearningRateSchedule(
         Schedule(1.0, 1.0, 0.0, total=100, warmup=0, config=ScheduleConfig(name="plateau")), per_epoch=False
     )

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +268,44 @@ def test_wrong_names_labels_and_indices_are_refused_in_one_line(shards, folder_c
     refused("the label 2 is beyond the 2 classes of the index")
     (shards / INDEX).write_bytes(b"PK nothing")
     refused(f"{shards}/{INDEX}: is no index of shards: ")
+
+
+@pytest.fixture
+def others(image_folder, shards) -> Path:
+    """Shards of fewer images with the names of the first ones."""
+    for path in (image_folder / "train" / "dog").iterdir():
+        path.unlink() if path.stem == "0" else None
+    target = shards.with_name("others")
+    assert prepare_data.main([str(image_folder), str(target), "--samples-per-shard", str(SAMPLES), "--jobs", "1"]) == 0
+    return target
+
+
+def test_shards_of_several_folders_have_indices_of_their_own(shards, others, folder_config):
+    expected = [items_of(build_source(folder_config(folder, dataset="wds")).train) for folder in (shards, others)]
+    splits = {"train_split": "{shards,others}/train-*.tar", "eval_split": "{shards,others}/val-*.tar"}
+    source = build_source(folder_config(shards.parent, dataset="wds", **splits))
+    assert items_of(source.train) == sorted(chain(*expected)) and len(expected[0]) > len(expected[1])
+    index = Index.load(others / INDEX)
+    index.classes = ["a", "b", "c"]
+    index.save(others / INDEX)
+    with pytest.raises(InputError, match=r"others/.*: has other classes than .*shards/"):
+        build_source(folder_config(shards.parent, dataset="wds", **splits))
+
+
+def test_other_shards_under_the_same_url_are_fetched_anew(shards, others, folder_config):
+    config = folder_config(shards.as_uri(), dataset="wds")
+    first = items_of(build_source(config).train)
+    expected = items_of(build_source(folder_config(others, dataset="wds")).train)
+    for path in others.iterdir():
+        shutil.copy(path, shards / path.name)
+    assert first != items_of(build_source(config).train) == expected
+
+
+def test_processes_that_begin_together_all_find_the_index_beside_a_url(shards, folder_config):
+    config = folder_config(shards.as_uri(), dataset="wds")
+    with ThreadPoolExecutor(4) as pool:
+        sources = [*pool.map(lambda _: build_source(config), range(4))]
+    assert all(list(source.class_names) == ["cat", "dog", "fox"] for source in sources)
 
 
 @pytest.mark.parametrize("is_indexed", [True, False])

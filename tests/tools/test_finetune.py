@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
@@ -33,6 +34,17 @@ def test_one_command_ends_with_a_table(command, image_folder, tmp_path):
     assert "started from     random weights" in finished.stdout
     saved = (tmp_path / "run" / "config.yaml").read_text()
     assert "image_size: 160" in saved and "pretrained: false" in saved  # the model's own size, and what came of it
+
+
+def test_a_resumed_run_still_says_that_it_began_with_weights(train_net, image_folder, tmp_path):
+    model = timm.create_model("test_vit")
+    save_for_hf(model, tmp_path / "weights", model_config={"license": "mit"})
+    run = ["--config", FINETUNE, f"data.root={image_folder}", f"output_dir={tmp_path}/run", *SHORT, "--resume"]
+    run += [f"model.name=local-dir:{tmp_path}/weights", "train.max_iters=1"]
+    assert train_net(*run)[0] == 0
+    code, printed, error = train_net(*run, "train.max_iters=2")
+    assert code == 0, error
+    assert "pretrained: true" in (tmp_path / "run" / "config.yaml").read_text() and "model.pretrained" not in printed
 
 
 def test_a_model_of_a_hub_that_cannot_be_reached_is_refused(train_net, image_folder, tmp_path):

@@ -271,6 +271,9 @@ def test_two_processes_share_the_images(command, torchrun, trained, tmp_path):
     assert [row["path"] for row in rows] == [str(images / name / f"{n}.png") for name in NAMES for n in range(8)]
     assert_right(trained, rows, 3)
     assert [*tmp_path.iterdir()] == [output]
+    printed = command(*torchrun, "tools/predict.py", trained / "run", images, "data.workers=0")
+    lines = [line.split() for line in printed.stdout.splitlines() if line.startswith(str(images))]
+    assert [(line[0], line[1]) for line in lines] == [(row["path"], row["class_1"]) for row in rows]
 
 
 def test_images_in_shards_are_predicted_as_the_files_are(trained, tmp_path, capsys, monkeypatch):

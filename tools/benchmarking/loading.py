@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from engine.config import Config, TransformConfig
+from engine.config import Config, DataConfig, TransformConfig
 from engine.config_file import load_config
 from engine.data.loaders import Batch, DataLoaders
 from engine.data.source import build_source
@@ -113,7 +113,7 @@ def _formats(
     folder: Path, shards: Path, pixels: int, batch: int, workers: int, rounds: int, device: torch.device
 ) -> list[Line]:
     """Class folders and shards of the same images, which the system's cache does not hold."""
-    classes, splits, _ = open_splits(folder, ())
+    classes, splits, _ = open_splits(folder, DataConfig())
     write_shards(splits, classes, shards, SAMPLES, None, workers or 1)
     size, count = f"data.image_size={pixels}", len(splits["train"])
     own = {
