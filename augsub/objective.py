@@ -262,8 +262,8 @@ class SubModelObjective(Objective):
         """
         if self.sub_models and isinstance(model, nn.Module):
             find_patched(model)
-        if self.replays_draws:
-            _check_draws(model)
+            if self.replays_draws:
+                _check_draws(model)
         for lesson in self._lessons:
             if lesson.needs_model not in (None, *self._models):
                 raise ValueError(

@@ -283,7 +283,7 @@ def index_of(places: Sequence[str], copies: Copies, needs_labels: bool) -> Index
     Raises:
         InputError: shards of several folders have different classes.
     """
-    split = {place: os.path.split(place) for place in places}
+    split = {place: (PIPE, place) if place.startswith(PIPE) else os.path.split(place) for place in places}
     beside = {folder: _beside(folder, copies) for folder in dict.fromkeys(folder for folder, _ in split.values())}
     if all((index := beside[folder]) is not None and name in index.shards for folder, name in split.values()):
         first, *others = beside
@@ -318,7 +318,7 @@ def _scanned(places: Sequence[str], copies: Copies, needs_labels: bool, kept: Pa
 
 def _beside(folder: str, copies: Copies) -> Index | None:
     """The index in a folder. One from elsewhere is fetched anew; copies of shards from before another one go."""
-    if folder.startswith(PIPE):
+    if folder == PIPE:
         return None
     if not is_remote(folder):
         file = Path(folder, INDEX)

@@ -72,8 +72,8 @@ def rows(evaluated: Mapping[str, Any], results: Sequence[Result]) -> dict[str, l
 
 
 def _measured(speed: Mapping[str, float]) -> Row:
-    """Five significant digits: a small model has thousandths of a GMAC."""
-    return {name: float(f"{value:.5g}") for name, value in speed.items()}
+    """Five significant digits: a small model has thousandths of a GMAC. Counts stay as they are."""
+    return {name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in speed.items()}
 
 
 def _described_size(evaluated: Mapping[str, Any]) -> str:
@@ -129,13 +129,13 @@ def tables(evaluated: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 
 def _elastic(found: Tables) -> list[str]:
-    """For each budget of multiply-adds the sub-model that keeps most, if their forwards were counted."""
+    """For each budget of multiply-adds the first weights' sub-model that keeps most, if their forwards were counted."""
     main, score = found["results"][0], score_of(found)
     if "infer_gmacs" not in main or not found["sub_models"]:
         return []
-    rows = []
+    rows, own = [], [row for row in found["sub_models"] if row["weights"] == main["weights"]]
     for budget in BUDGETS:
-        within = [row for row in found["sub_models"] if row["infer_gmacs"] <= budget * main["infer_gmacs"]]
+        within = [row for row in own if row["infer_gmacs"] <= budget * main["infer_gmacs"]]
         best = max(within, key=lambda row: row[score], default=None)
         if best is not None:
             kept = [best[key] for key in ("sub_model", "ratio", score, "infer_gmacs", "infer_samples_per_sec")]

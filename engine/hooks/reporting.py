@@ -114,11 +114,12 @@ class Evaluation(HookBase):
         return {prefix + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        other = {} if self.best_in_time == self.best else {"best_in_time": self.best_in_time}
-        return {"best": self.best, "latest": self.latest, "without_better": self.without_better, **other}
+        other: dict[str, Any] = {} if self.best_in_time == self.best else {"best_in_time": self.best_in_time}
+        other |= {"without_better": self.without_better} if self.without_better else {}
+        return {"best": self.best, "latest": self.latest, **other}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = {"best_in_time": state["best"], **state}
+        state = {"best_in_time": state["best"], "without_better": 0, **state}
         for name in ("best", "best_in_time", "latest"):
             if not all(isinstance(value, int | float) for value in state[name].values()):
                 raise ValueError(f"evaluation.{name} = {state[name]} is more than numbers")
