@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import Any
 
@@ -23,7 +22,9 @@ def compile_forward(model: nn.Module, compile: bool | str, has_eager_draws: bool
     """
     if compile:
         if has_eager_draws:
-            importlib.import_module("torch._inductor.config").fallback_random = True
+            from torch._inductor import config  # here: it takes a second to import
+
+            config.fallback_random = True
         model.compile(mode=None if compile is True else compile)
 
 

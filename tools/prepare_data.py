@@ -54,8 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     classes, splits, others = open_splits(source, data)
     resizing = None
     if arguments.resize is not None:
-        of_image = {"quality": arguments.quality, "max_megapixels": data.max_megapixels}
-        resizing = partial(resized, side=arguments.resize, **of_image)
+        resizing = partial(
+            resized, side=arguments.resize, quality=arguments.quality, max_megapixels=data.max_megapixels
+        )
     if arguments.samples_per_shard is None and resizing is not None:
         written = write_folder(splits, classes, arguments.target, resizing, arguments.jobs)
     else:

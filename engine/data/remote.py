@@ -119,7 +119,7 @@ class Copies:
         if not is_remote(place):
             return Path(place)
         self.folder.mkdir(parents=True, exist_ok=True)
-        copy = self.folder / hashlib.sha256(place.encode()).hexdigest()[:24]
+        copy = self.path_of(place)
         with alone(copy):
             if copy.exists():
                 os.utime(copy)
@@ -128,8 +128,12 @@ class Copies:
             self.clear(self.most)
         return copy
 
+    def path_of(self, place: str) -> Path:
+        """Where the copy of a place lies, if there is one."""
+        return self.folder / hashlib.sha256(place.encode()).hexdigest()[:24]
+
     def clear(self, most: int = 0) -> None:
-        """Remove all but the latest copies."""
+        """Remove all but the latest copies; what has a suffix is none."""
         copies = [path for path in self.folder.iterdir() if not path.suffix]
         for old in sorted(copies, key=lambda path: path.stat().st_mtime)[: len(copies) - most]:
             old.unlink(missing_ok=True)  # who has it open can read it on

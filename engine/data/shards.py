@@ -324,11 +324,12 @@ def _beside(folder: str, copies: Copies) -> Index | None:
         file = Path(folder, INDEX)
         return Index.load(file) if file.exists() else None
     copies.folder.mkdir(parents=True, exist_ok=True)
-    file = copies.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:24]}-{INDEX}"
+    place = f"{folder}/{INDEX}"
+    file = copies.path_of(place).with_suffix(".npz")
     new = file.with_name(f"new-{file.name}")
     with alone(file):
         try:
-            fetch(f"{folder}/{INDEX}", new, copies.patience, attempts=1)
+            fetch(place, new, copies.patience, attempts=1)
         except OSError:  # there is none, or it cannot be had today
             return Index.load(file) if file.exists() else None
         if file.exists() and file.read_bytes() != new.read_bytes():
